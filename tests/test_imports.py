@@ -1,0 +1,84 @@
+"""The import law: rooms import what stands to their left, and `import dither` stays light."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "dither"
+
+# From left to right. A room may import the rooms of the bars before its own; rooms of one bar are
+# strangers. `__init__` is what `import dither` loads.
+BARS = """
+    core, coding | formats, model, checkpoint
+    | encoders, calibrate, activations, rewrite, archive | search | train | run, testing
+    | __init__ | recipes, integrations, report, demo | cli | __main__
+"""
+RANK = {room.strip(): rank for rank, bar in enumerate(BARS.split("|")) for room in bar.split(",")}
+FORBIDDEN = {("formats", "coding")}  # a format knows numbers, not how many bits they cost
+
+REQUIRED = {*sys.stdlib_module_names, "numpy", "safetensors"}
+TERMINAL = {"rich", "typer"}  # required, but loaded only where something is shown
+SHOWING = {"cli", "demo", "report"}
+
+
+def imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[str, bool]]:
+    """Each imported name, with whether the import stands inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full, from `dither`"
+            names = [f".{alias.name}" for alias in node.names] if node.module == "dither" else [""]
+            yield from ((f"{node.module}{name}", inside) for name in names)
+        else:
+            deeper = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from imports(node, inside=deeper)
+
+
+def broken(room: str, name: str, *, inside: bool) -> str | None:
+    """How this import breaks the law, if it does."""
+    top, _, rest = name.partition(".")
+    if top == "dither":
+        other = rest.partition(".")[0]
+        other = other if other in RANK else "__init__"
+        if inside:
+            return f"imports {name} inside a function; only optional packages may be"
+        if other != room and (RANK[other] >= RANK[room] or (room, other) in FORBIDDEN):
+            return f"imports {name}, which does not stand to its left"
+    elif top in TERMINAL and room not in SHOWING:
+        return f"imports {name}; only {', '.join(sorted(SHOWING))} may"
+    elif top in REQUIRED and inside:
+        return f"imports {name} inside a function; only optional packages may be"
+    elif top not in REQUIRED | TERMINAL | {"torch"} and not inside:
+        return f"imports the optional package {top} outside a function"
+    return None
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_run_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in RANK, f"{room} is no room of the design: give it a place in BARS"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [e for name, inside in imports(tree) if (e := broken(room, name, inside=inside))] == []
+
+
+def test_import_dither_adds_little_to_import_torch() -> None:
+    program = (
+        "import json, sys, torch\nbefore = set(sys.modules)\nimport dither\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    added = json.loads(result.stdout)
+    foreign = [name for name in added if name.partition(".")[0] != "dither"]
+    packages = {name.partition(".")[0] for name in foreign} - set(sys.stdlib_module_names)
+    assert {name for name in packages if not name.startswith("_")} <= {"safetensors"}
+    assert len(foreign) < 60, f"import dither loads {len(foreign)} modules besides torch and itself"
