@@ -1,0 +1,36 @@
+"""The ``.dither`` file: writer, lazy reader, verification. ``docs/FORMAT.md`` specifies it."""
+
+from dither.archive.atomic import atomic_write
+from dither.archive.layout import Entry, Part
+from dither.archive.load import Loaded, load, load_into
+from dither.archive.reader import Archive
+from dither.archive.table import describe
+from dither.archive.verify import verify
+from dither.archive.writer import (
+    ArchiveWriter,
+    CodedPart,
+    CodedTensor,
+    code,
+    pack,
+    packed_nbytes,
+    write,
+)
+
+__all__ = [
+    "Archive",
+    "ArchiveWriter",
+    "CodedPart",
+    "CodedTensor",
+    "Entry",
+    "Loaded",
+    "Part",
+    "atomic_write",
+    "code",
+    "describe",
+    "load",
+    "load_into",
+    "pack",
+    "packed_nbytes",
+    "verify",
+    "write",
+]

@@ -1,0 +1,126 @@
+"""Bring archives back: as a dict of tensors, or into a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dither.archive.reader import Archive
+from dither.core import CheckpointError
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :func:`load_into` found.
+
+    Attributes:
+        missing: names that the model has and the archive lacks.
+        unexpected: names that the archive has and the model lacks.
+        mismatched: names whose shapes differ, with both shapes.
+        cast: names whose types differ and were converted to the model's.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model now holds exactly the archive's numbers."""
+        return not (self.missing or self.unexpected or self.mismatched or self.cast)
+
+    def __str__(self) -> str:
+        """One line for each kind of difference."""
+        kinds = {
+            "missing in the archive": self.missing,
+            "unknown to the model": self.unexpected,
+            "of another shape": self.mismatched,
+            "converted to the model's type": self.cast,
+        }
+        lines = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+        return "\n".join(lines) or "all tensors match"
+
+
+def load(path: str | os.PathLike[str], max_nbytes: int | None = None) -> dict[str, Tensor]:
+    """All tensors of an archive, by name; tied weights share memory.
+
+    Args:
+        path: the file.
+        max_nbytes: see :meth:`Archive.open`.
+
+    Raises:
+        ArchiveError: the file is no archive or is damaged.
+    """
+    with Archive.open(path, max_nbytes) as archive:
+        return archive.state_dict()
+
+
+def load_into(
+    model: nn.Module,
+    source: Archive | str | os.PathLike[str],
+    strict: bool = True,
+    max_nbytes: int | None = None,
+) -> Loaded:
+    """Copy an archive's tensors into a model's parameters and buffers, in place.
+
+    A name that the archive lacks is not missing if the model ties it to one that is there.
+
+    Args:
+        model: its own types and devices are kept.
+        source: an archive or the path of one.
+        strict: refuse, before anything is changed, where names or shapes differ.
+        max_nbytes: see :meth:`Archive.open`.
+
+    Returns:
+        What differed.
+
+    Raises:
+        CheckpointError: ``strict`` and a name or shape differs.
+        ArchiveError: the file is no archive or is damaged.
+    """
+    if not isinstance(source, Archive):
+        with Archive.open(source, max_nbytes) as archive:
+            return load_into(model, archive, strict)
+    state = model.state_dict(keep_vars=True)
+    shapes = {name: source.entries[source.aliases.get(name, name)].shape for name in source}
+    mismatched = {
+        name: f"{name} (archive {shapes[name]}, model {tuple(state[name].shape)})"
+        for name in source
+        if name in state and shapes[name] != tuple(state[name].shape)
+    }
+    fitting = [name for name in source if name in state and name not in mismatched]
+    covered = {_place(state[name]) for name in fitting}
+    found = Loaded(
+        missing=tuple(
+            name for name in state if name not in source and _place(state[name]) not in covered
+        ),
+        unexpected=tuple(name for name in source if name not in state),
+        mismatched=tuple(mismatched.values()),
+    )
+    if strict and not found.exact:
+        raise CheckpointError(
+            f"the archive does not fit the model, nothing was loaded\n{found}\n"
+            "pass strict=False to load what fits"
+        )
+    tensors = {name: source[name] for name in fitting}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            state[name].copy_(value)
+    cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
+    return Loaded(found.missing, found.unexpected, found.mismatched, cast)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What two names of one tied weight have in common."""
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

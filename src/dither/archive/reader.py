@@ -1,0 +1,279 @@
+"""Read archives: the index at once, tensors when they are asked for, everything checked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dither.archive.atomic import atomic_write
+from dither.archive.layout import (
+    HEAD,
+    TAIL,
+    Entry,
+    Index,
+    Part,
+    check_head,
+    unpack_index,
+    unpack_tail,
+)
+from dither.archive.table import table
+from dither.coding import CodingError, crc32, decode_array, decode_codes
+from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
+
+LEAST_LIMIT = 1 << 32
+LIMIT_RATIO = 256
+"""Without ``max_nbytes``, decoding may take 4 GiB or 256 times the file, whichever is more."""
+
+_COPY_CHUNK = 1 << 20
+
+
+class Archive(Mapping[str, Tensor]):
+    """A ``.dither`` archive, in a file or in memory: a mapping from names to tensors.
+
+    Opening reads the index only; a tensor is read, checked and decoded when it is asked for.
+    Aliases (tied weights) are names like any other. Reading from several threads is safe.
+
+    >>> import torch, dither
+    >>> archive = dither.compress({"w": torch.linspace(-1, 1, 4096).reshape(64, 64)}, size="2kB")
+    >>> archive["w"].shape, archive.nbytes <= 2000
+    (torch.Size([64, 64]), True)
+    """
+
+    def __init__(self, source: _Source, max_nbytes: int | None = None) -> None:
+        self._source = source
+        self.nbytes = source.size
+        self.max_nbytes = max(LEAST_LIMIT, LIMIT_RATIO * source.size)
+        if max_nbytes is not None:
+            self.max_nbytes = max_nbytes
+        index = _read_index(source)
+        self._index = index
+        self._entries = {entry.name: entry for entry in index.entries}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], max_nbytes: int | None = None) -> Self:
+        """Open a file; use it as a context manager, or :meth:`close` it.
+
+        Args:
+            path: the file.
+            max_nbytes: most memory, in bytes, that decoded tensors and their codes may take;
+                by default 4 GiB or 256 times the file's size, whichever is more.
+
+        Raises:
+            ArchiveError: the file is no archive or is damaged.
+            OSError: the file cannot be read.
+        """
+        return cls(_FileSource(path), max_nbytes)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, max_nbytes: int | None = None) -> Self:
+        """The archive that ``data`` holds."""
+        return cls(_BytesSource(data), max_nbytes)
+
+    def close(self) -> None:
+        """Close the file; tensors that were read stay."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        """Return the archive itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What is stored of each tensor, by name; aliases are not among them."""
+        return MappingProxyType(self._entries)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Second names of tensors: ``{alias: name}``."""
+        return MappingProxyType(dict(self._index.aliases))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The user's own JSON values."""
+        return MappingProxyType(dict(self._index.metadata))
+
+    @property
+    def original_nbytes(self) -> int:
+        """Bytes of all tensors once decoded, each tied weight counted once."""
+        return sum(entry.decoded_nbytes for entry in self._entries.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read, check and decode one tensor."""
+        encoded = self.encoded(name)
+        try:
+            return encoded.decode()
+        except (ValueError, RuntimeError, IndexError, OverflowError) as error:
+            raise ArchiveError(f"tensor {name!r} cannot be decoded: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of tensors, then of aliases, as stored."""
+        yield from self._entries
+        yield from self._index.aliases
+
+    def __len__(self) -> int:
+        """Number of names, aliases included."""
+        return len(self._entries) + len(self._index.aliases)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor or alias of this name; reads nothing."""
+        return name in self._entries or name in self._index.aliases
+
+    def encoded(self, name: str) -> Encoded:
+        """One tensor's codes and parameters.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ArchiveError: a part is damaged, or the tensor would take more than ``max_nbytes``.
+        """
+        entry = self._entries.get(self._index.aliases.get(name, name))
+        if entry is None:
+            raise KeyError(f"the archive has no tensor {name!r}")
+        self._check_memory([entry])
+        codes: dict[str, Codes] = {}
+        params: dict[str, Tensor] = {}
+        for part in entry.parts:
+            if part.alphabet is not None:
+                codes[part.name] = self._codes(entry, part, part.alphabet)
+            elif part.dtype is not None:
+                params[part.name] = self._numbers(entry, part, DTYPES[part.dtype])
+        try:
+            return Encoded(entry.format, entry.shape, DTYPES[entry.dtype], codes, params)
+        except SpecError as error:
+            raise ArchiveError(f"tensor {entry.name!r} is damaged: {error}") from error
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors; aliases share the memory of what they stand for.
+
+        Raises:
+            ArchiveError: a part is damaged, or all would take more than ``max_nbytes``.
+        """
+        self._check_memory(self._entries.values())
+        tensors = {name: self[name] for name in self._entries}
+        return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the archive, byte for byte, to a file which appears whole or not at all."""
+        with atomic_write(path) as file:
+            for start in range(0, self.nbytes, _COPY_CHUNK):
+                file.write(self._source.read(start, min(_COPY_CHUNK, self.nbytes - start)))
+
+    def to_bytes(self) -> bytes:
+        """The archive as it stands in its file."""
+        return self._source.read(0, self.nbytes)
+
+    def __str__(self) -> str:
+        """A table: one line for each tensor and the sums."""
+        return table(list(self._entries.values()), self.aliases, self.nbytes)
+
+    def __repr__(self) -> str:
+        """A short description."""
+        return f"<Archive of {len(self._entries)} tensors in {self.nbytes} bytes>"
+
+    def _codes(self, entry: Entry, part: Part, alphabet: int) -> Codes:
+        try:
+            values = decode_codes(part.codec, self._payload(entry, part), part.shape, alphabet)
+        except CodingError as error:
+            raise _damaged(entry, part, str(error)) from error
+        return Codes(torch.from_numpy(values).reshape(part.shape), alphabet)
+
+    def _numbers(self, entry: Entry, part: Part, dtype: torch.dtype) -> Tensor:
+        nbytes = int(np.prod(part.shape, dtype=np.int64)) * dtype.itemsize
+        try:
+            data = decode_array(part.codec, self._payload(entry, part), nbytes, dtype.itemsize)
+        except CodingError as error:
+            raise _damaged(entry, part, str(error)) from error
+        if dtype == torch.bool and data.size and int(data.max()) > 1:
+            raise _damaged(entry, part, "a truth value is neither 0 nor 1")
+        return torch.from_numpy(data).view(dtype).reshape(part.shape)
+
+    def _payload(self, entry: Entry, part: Part) -> bytes:
+        if part.inline is not None:
+            return part.inline
+        payload = self._source.read(part.offset, part.length)
+        if crc32(payload) != part.crc:
+            raise _damaged(entry, part, "its checksum does not match")
+        return payload
+
+    def _check_memory(self, entries: Any) -> None:
+        need = sum(map(_memory, entries))
+        if need > self.max_nbytes:
+            raise ArchiveError(
+                f"decoding would take {need} bytes, more than max_nbytes={self.max_nbytes}; if "
+                "you trust the file, open it with a larger max_nbytes"
+            )
+
+
+def _memory(entry: Entry) -> int:
+    """Bytes that a decoded tensor and its parts take."""
+    need = entry.decoded_nbytes
+    for part in entry.parts:
+        count = int(np.prod(part.shape, dtype=object))
+        dtype = code_dtype(part.alphabet) if part.alphabet else DTYPES[part.dtype or "uint8"]
+        need += count * dtype.itemsize
+    return need
+
+
+def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:
+    return ArchiveError(f"tensor {entry.name!r}, part {part.name!r} is damaged: {why}")
+
+
+def _read_index(source: _Source) -> Index:
+    start = source.read(0, min(HEAD.size, source.size))
+    check_head(start)
+    tail = source.read(max(source.size - TAIL.size, 0), min(TAIL.size, source.size))
+    offset, packed, _ = unpack_tail(tail, source.size)
+    return unpack_index(start, source.read(offset, packed), tail, offset)
+
+
+class _BytesSource:
+    """Bytes in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+    def close(self) -> None:
+        pass
+
+
+class _FileSource:
+    """A file, read at any place by any thread."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 - closed with the archive
+        self._lock = threading.Lock()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            data = self._file.read(length)
+        if len(data) != length:
+            raise ArchiveError(f"the file ended at {length - len(data)} bytes before its size")
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_Source = _BytesSource | _FileSource

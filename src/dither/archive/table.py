@@ -1,0 +1,44 @@
+"""The table that ``print(archive)`` and the command line show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dither.archive.layout import Entry
+
+
+def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> str:
+    """One line for each tensor: name, shape, type, format, bytes and bits for each value."""
+    rows = [("tensor", "shape", "dtype", "format", "bytes", "bits/value")]
+    rows += [
+        (
+            entry.name,
+            "x".join(map(str, entry.shape)) or "scalar",
+            entry.dtype,
+            describe(entry),
+            f"{entry.nbytes:,}",
+            f"{8 * entry.nbytes / entry.numel:.2f}" if entry.numel else "",
+        )
+        for entry in entries
+    ]
+    rows += [(alias, "", "", f"= {name}", "", "") for alias, name in aliases.items()]
+    payload = sum(entry.nbytes for entry in entries)
+    original = sum(entry.decoded_nbytes for entry in entries)
+    rows.append(("names, shapes, checksums", "", "", "", f"{nbytes - payload:,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i > 3 else cell.ljust(width)  # noqa: PLR2004 - numbers right
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    ratio = f", {original / nbytes:.2f}x smaller" if nbytes else ""
+    lines.append(f"{nbytes:,} bytes for {original:,} bytes of tensors{ratio}")
+    return "\n".join(lines)
+
+
+def describe(entry: Entry) -> str:
+    """A format and its settings, short: ``affine(bits=4, axis=0)``."""
+    settings = ", ".join(f"{key}={value}" for key, value in entry.format.to_json().items())
+    return f"{entry.format.name}({settings})"

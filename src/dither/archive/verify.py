@@ -1,0 +1,32 @@
+"""Check every byte of an archive."""
+
+from __future__ import annotations
+
+import os
+
+from dither.archive.reader import Archive
+from dither.core import ArchiveError
+
+
+def verify(path: str | os.PathLike[str], max_nbytes: int | None = None) -> list[str]:
+    """Read and decode everything in an archive; returns what is wrong, nothing if all is well.
+
+    Args:
+        path: the file.
+        max_nbytes: most memory for one tensor, see :meth:`Archive.open`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        archive = Archive.open(path, max_nbytes)
+    except ArchiveError as error:
+        return [str(error)]
+    faults = []
+    with archive:
+        for name in archive.entries:
+            try:
+                archive[name]
+            except ArchiveError as error:
+                faults.append(str(error))
+    return faults

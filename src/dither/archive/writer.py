@@ -1,0 +1,180 @@
+"""Write archives: one pass, the index last, so that nothing but one tensor need be in memory."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dither.archive.atomic import atomic_write
+from dither.archive.layout import INLINE_NBYTES, Entry, Index, Part, head, pack_index
+from dither.archive.reader import Archive
+from dither.coding import crc32, encode_array, encode_codes
+from dither.core import ArchiveError, Codes, Encoded, Format, dtype_name
+
+
+class CodedPart(NamedTuple):
+    """One part, coded: ``alphabet`` is set for codes, ``dtype`` for numbers."""
+
+    codec: str
+    shape: tuple[int, ...]
+    alphabet: int | None
+    dtype: str | None
+    payload: bytes
+
+
+class CodedTensor(NamedTuple):
+    """One tensor ready to be stored: its parts coded, independent of any archive."""
+
+    format: Format
+    shape: tuple[int, ...]
+    dtype: str
+    parts: Mapping[str, CodedPart]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payloads; the index is not included."""
+        return sum(len(part.payload) for part in self.parts.values())
+
+
+class ArchiveWriter:
+    """Writes tensors to a binary stream one after another.
+
+    Nothing is readable before :meth:`finish`. The stream need not be seekable.
+
+    >>> stream = io.BytesIO()
+    >>> writer = ArchiveWriter(stream)
+    >>> from dither.formats import Affine
+    >>> writer.add("weight", Affine(4).encode(torch.linspace(-1, 1, 64))).name
+    'weight'
+    >>> writer.finish() == len(stream.getvalue())
+    True
+    """
+
+    def __init__(self, stream: BinaryIO | io.RawIOBase) -> None:
+        self._stream = stream
+        self._entries: dict[str, Entry] = {}
+        self._aliases: dict[str, str] = {}
+        self._offset = 0
+        self._write(head())
+
+    def add(self, name: str, tensor: Encoded | CodedTensor) -> Entry:
+        """Write the payloads of one tensor, coding it first if need be; returns its entry."""
+        coded = code(tensor) if isinstance(tensor, Encoded) else tensor
+        self._claim(name)
+        parts = tuple(self._part(key, part) for key, part in coded.parts.items())
+        entry = Entry(name, coded.format, coded.dtype, coded.shape, parts)
+        self._entries[name] = entry
+        return entry
+
+    def alias(self, name: str, target: str) -> None:
+        """Store a second name of a tensor that has been added."""
+        if target not in self._entries:
+            raise ArchiveError(f"alias {name!r}: there is no tensor {target!r}; add it first")
+        self._claim(name)
+        self._aliases[name] = target
+
+    def finish(self, metadata: Mapping[str, Any] | None = None) -> int:
+        """Write the index; returns the size of the archive in bytes."""
+        index = Index(tuple(self._entries.values()), self._aliases, metadata or {})
+        self._write(pack_index(index))
+        return self._offset
+
+    def _claim(self, name: str) -> None:
+        if name in self._entries or name in self._aliases:
+            raise ArchiveError(f"the name {name!r} is taken; every tensor needs its own")
+
+    def _part(self, name: str, part: CodedPart) -> Part:
+        codec, shape, alphabet, dtype, payload = part
+        if len(payload) <= INLINE_NBYTES:
+            return Part(name, codec, shape, alphabet, dtype, len(payload), inline=payload)
+        offset = self._offset
+        self._write(payload)
+        return Part(name, codec, shape, alphabet, dtype, len(payload), crc32(payload), offset)
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._offset += len(data)
+
+
+def code(encoded: Encoded) -> CodedTensor:
+    """Code every part of a tensor with the smallest codec."""
+    parts: dict[str, CodedPart] = {}
+    for name, part in encoded.codes.items():
+        parts[name] = _code_codes(part)
+    for name, values in encoded.params.items():
+        codec, payload = encode_array(_to_bytes(values), values.element_size())
+        shape = tuple(values.shape)
+        parts[name] = CodedPart(codec, shape, None, dtype_name(values.dtype), payload)
+    return CodedTensor(encoded.format, encoded.shape, dtype_name(encoded.dtype), parts)
+
+
+def _code_codes(part: Codes) -> CodedPart:
+    codec, payload = encode_codes(part.values.detach().cpu().numpy(), part.alphabet)
+    return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, payload)
+
+
+def _to_bytes(values: Tensor) -> Any:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def pack(
+    tensors: Mapping[str, Encoded | CodedTensor],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Archive:
+    """An archive in memory.
+
+    Args:
+        tensors: tensors by name.
+        aliases: second names, ``{alias: name}``.
+        metadata: JSON values of the user's own.
+    """
+    stream = io.BytesIO()
+    _write_all(ArchiveWriter(stream), tensors, aliases, metadata)
+    return Archive.from_bytes(stream.getvalue())
+
+
+def packed_nbytes(
+    tensors: Mapping[str, Encoded | CodedTensor],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """The exact size of the archive that :func:`pack` would make."""
+    return _write_all(ArchiveWriter(_Sink()), tensors, aliases, metadata)
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Encoded | CodedTensor],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Write an archive to ``path``, which appears whole or not at all; returns its bytes."""
+    with atomic_write(path) as file:
+        return _write_all(ArchiveWriter(file), tensors, aliases, metadata)
+
+
+class _Sink(io.RawIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _write_all(
+    writer: ArchiveWriter,
+    tensors: Mapping[str, Encoded | CodedTensor],
+    aliases: Mapping[str, str] | None,
+    metadata: Mapping[str, Any] | None,
+) -> int:
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    for name, target in (aliases or {}).items():
+        writer.alias(name, target)
+    return writer.finish(metadata)

@@ -1,0 +1,289 @@
+"""The data that passes between the stages: formats, encoded tensors, statistics and errors.
+
+A *format* fixes how numbers are rebuilt from integer codes; everything that chooses codes is an
+*encoder*. Both meet in :class:`Encoded`, so packing, exact sizes, the file, its checks and loading
+are written once for each format and never once for each method.
+
+This module imports torch and nothing of ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+MAX_ALPHABET = 1 << 24
+"""The largest alphabet of a code part: integers up to 2**24 are exact in float32."""
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        name: getattr(torch, name)
+        for name in (
+            "float64",
+            "float32",
+            "float16",
+            "bfloat16",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "complex64",
+            "complex128",
+            "int64",
+            "int32",
+            "int16",
+            "int8",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+            "bool",
+        )
+    }
+)
+"""The tensor types that an archive can hold, by the names that files use."""
+
+
+class DitherError(Exception):
+    """Any error that dither raises on purpose; its text says what to do."""
+
+
+class SpecError(DitherError, ValueError):
+    """Settings that make no sense, or do not fit the tensor they are applied to."""
+
+
+class CheckpointError(DitherError, ValueError):
+    """A checkpoint that cannot be read, or does not fit the model it is loaded into."""
+
+
+class BudgetError(DitherError, ValueError):
+    """A size that cannot be understood or cannot be reached.
+
+    ``smallest`` is the least number of bytes that can be reached, where that is known.
+    """
+
+    def __init__(self, message: str, smallest: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+class ArchiveError(DitherError, ValueError):
+    """A file that is no archive, is damaged, or asks for more memory than allowed."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a tensor type in files: ``torch.float16`` is ``"float16"``."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise SpecError(f"tensors of type {dtype} are not supported; known are {', '.join(DTYPES)}")
+    return name
+
+
+def code_dtype(alphabet: int) -> torch.dtype:
+    """The smallest common integer type that holds the codes ``0 .. alphabet - 1``."""
+    if alphabet <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if alphabet <= 1 << 15 else torch.int32
+
+
+def code_width(alphabet: int) -> int:
+    """Bits of one fixed-width code from an alphabet: 0 for one symbol, 8 for 129 to 256."""
+    return (alphabet - 1).bit_length()
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Integers ``0 .. alphabet - 1`` of any shape.
+
+    The shape is a hint to the coder, which may treat rows (first axis) and columns (the others)
+    differently. ``values`` is kept in the smallest type that holds the alphabet.
+    """
+
+    values: Tensor
+    alphabet: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.alphabet <= MAX_ALPHABET:
+            raise SpecError(f"an alphabet has 1 to {MAX_ALPHABET} symbols, not {self.alphabet}")
+        dtype = code_dtype(self.alphabet)
+        if self.values.dtype != dtype:
+            object.__setattr__(self, "values", self.values.to(dtype))
+
+    @property
+    def bits(self) -> int:
+        """Exact payload in bits at fixed width."""
+        return self.values.numel() * code_width(self.alphabet)
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """What data says about one weight; encoders use what is there.
+
+    Attributes:
+        importance: weight of each squared error, broadcastable to the weight's shape (a diagonal
+            Fisher, a Hessian diagonal, token counts); no unit, only ratios matter.
+        gram: second moments of the inputs, ``(inputs, inputs)``.
+    """
+
+    importance: Tensor | None = None
+    gram: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One tensor in a format: the only data that passes between the stages.
+
+    Attributes:
+        format: how to rebuild the numbers.
+        shape: shape of the tensor.
+        dtype: type to restore the tensor to.
+        codes: named integer parts.
+        params: named parts of numbers: scales, centroids, raw values.
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    codes: Mapping[str, Codes] = field(default_factory=dict)
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dtype_name(self.dtype)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "codes", MappingProxyType(dict(self.codes)))
+        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+        self.format.check(self)
+
+    def decode(self) -> Tensor:
+        """The tensor: computed in float32 in a stated order, restored to ``dtype``."""
+        return self.format.decode(self)
+
+    @property
+    def numel(self) -> int:
+        """Number of values of the tensor."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+    @property
+    def bits(self) -> int:
+        """Exact payload in bits, every part at fixed width; headers not included."""
+        coded = sum(part.bits for part in self.codes.values())
+        return coded + sum(8 * part.numel() * part.element_size() for part in self.params.values())
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Anything that turns a weight into an :class:`Encoded`."""
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        """Choose codes and parameters for ``weight``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How numbers are rebuilt from codes: a frozen dataclass whose settings are JSON.
+
+    ``name`` and ``version`` are permanent, because files carry them. Subclasses say which parts
+    they have (:meth:`check`), choose parameters (:meth:`fit`), choose codes for given parameters
+    (:meth:`assign`) and rebuild the tensor (:meth:`decode`).
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def fit(self, weight: Tensor, stats: Stats | None = None) -> dict[str, Tensor]:
+        """Parameters chosen from the weight alone: scales, zero points, centroids, by part name."""
+
+    @abstractmethod
+    def assign(self, weight: Tensor, params: Mapping[str, Tensor]) -> Encoded:
+        """Nearest codes with the parameters held fixed.
+
+        Law: ``assign(assign(w, params).decode(), params)`` decodes to the same values.
+        """
+
+    @abstractmethod
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Rebuild the tensor: float32 multiply and add in a stated order, no fused operations."""
+
+    @abstractmethod
+    def check(self, encoded: Encoded) -> None:
+        """Raise :class:`SpecError` where the parts do not fit the shape and these settings."""
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        """Nearest codes, with the parameters chosen from the weight."""
+        return self.assign(weight, self.fit(weight, stats))
+
+    def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
+        """What :meth:`assign` takes to encode again with the parameters of ``encoded`` held fixed.
+
+        Formats whose parameters include integer parts (zero points, widths) add those.
+        """
+        return dict(encoded.params)
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings that differ from their defaults, as JSON values."""
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.default is MISSING or value != item.default:
+                values[item.name] = dtype_name(value) if isinstance(value, torch.dtype) else value
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`; unknown settings and wrong types are refused."""
+        known = {item.name: item for item in fields(cls)}
+        settings: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in known:
+                raise SpecError(
+                    f"format {cls.name!r} has no setting {name!r}; known are {', '.join(known)}"
+                )
+            is_dtype = "dtype" in str(known[name].type)
+            settings[name] = DTYPES.get(value, value) if is_dtype else value
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise SpecError(f"format {cls.name!r} refuses {dict(values)!r}: {error}") from error
+
+
+def expect_parts(encoded: Encoded, codes: set[str], params: set[str]) -> None:
+    """Raise :class:`SpecError` unless the parts are exactly those named."""
+    for kind, given, expected in (
+        ("code", set(encoded.codes), codes),
+        ("parameter", set(encoded.params), params),
+    ):
+        if given != expected:
+            raise SpecError(
+                f"format {encoded.format.name!r} has the {kind} parts {sorted(expected)}, "
+                f"not {sorted(given)}"
+            )
+
+
+def expect_codes(encoded: Encoded, name: str, shape: tuple[int, ...], alphabet: int | None) -> None:
+    """Raise :class:`SpecError` unless a code part has this shape and, if given, alphabet."""
+    part = encoded.codes[name]
+    if tuple(part.values.shape) != shape or (alphabet is not None and part.alphabet != alphabet):
+        raise SpecError(
+            f"part {name!r} of format {encoded.format.name!r} has shape "
+            f"{tuple(part.values.shape)} over {part.alphabet} symbols; expected {shape} over "
+            f"{'any number of' if alphabet is None else alphabet} symbols"
+        )
+
+
+def expect_param(encoded: Encoded, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise :class:`SpecError` unless a parameter part has this shape and type."""
+    part = encoded.params[name]
+    if tuple(part.shape) != shape or part.dtype != dtype:
+        raise SpecError(
+            f"part {name!r} of format {encoded.format.name!r} has shape {tuple(part.shape)} and "
+            f"type {part.dtype}; expected {shape} and {dtype}"
+        )

@@ -1,0 +1,79 @@
+"""Walk a model or a state dict once: names, tensors and ties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn, strided
+
+from dither.core import CheckpointError, dtype_name
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a model holds.
+
+    Attributes:
+        values: each tensor once, under the first of its names.
+        aliases: further names of tied tensors, ``{alias: name}``.
+    """
+
+    values: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values, each tied tensor counted once."""
+        return sum(value.numel() * value.element_size() for value in self.values.values())
+
+
+def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
+    """Parameters and persistent buffers of a model, or the tensors of a state dict.
+
+    Two names are tied when they show the same memory in the same way.
+
+    Raises:
+        CheckpointError: something is not a plain tensor with data.
+
+    >>> from torch import nn
+    >>> embedding, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    >>> head.weight = embedding.weight
+    >>> dict(collect(nn.Sequential(embedding, head)).aliases)
+    {'1.weight': '0.weight'}
+    """
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    values: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, value in state.items():
+        _check(name, value)
+        tensor = value.detach()
+        place = (
+            tensor.device,
+            tensor.data_ptr(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+        )
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+        else:
+            seen[place] = name
+            values[name] = tensor
+    return Tensors(values, aliases)
+
+
+def _check(name: object, value: object) -> None:
+    if not isinstance(name, str):
+        raise CheckpointError(f"a state dict has strings as names, not {name!r}")
+    if not isinstance(value, Tensor):
+        raise CheckpointError(
+            f"{name!r} is {type(value).__name__}, not a tensor; pass a state dict of tensors only"
+        )
+    if value.layout != strided or value.is_quantized or value.is_meta or value.is_nested:
+        raise CheckpointError(
+            f"{name!r} is a {value.layout}, quantized, nested or meta tensor; pass plain (strided) "
+            "tensors with data"
+        )
+    dtype_name(value.dtype)

@@ -1,0 +1,17 @@
+"""Spend a budget in bytes where the model needs it."""
+
+from dither.search.budget import LEAST_SHARE, SLACK_NBYTES
+from dither.search.compress import compress
+from dither.search.options import Weighted
+from dither.search.sensitivity import Sensitivity, data_free
+from dither.search.size import parse_size
+
+__all__ = [
+    "LEAST_SHARE",
+    "SLACK_NBYTES",
+    "Sensitivity",
+    "Weighted",
+    "compress",
+    "data_free",
+    "parse_size",
+]

@@ -1,0 +1,200 @@
+"""What each tensor could cost and lose: predictions from a sorted sample, no encoding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dither.coding import estimate_from_counts
+from dither.core import Encoder
+from dither.encoders.rdo import (
+    STRENGTH,
+    Floats,
+    RateDistortion,
+    count,
+    find_thresholds,
+    sorted_sample,
+)
+from dither.formats import Raw
+
+_SAMPLE = 1 << 15
+_COARSEST = 4.0
+"""The coarsest step, in root mean squares (or twice the largest value, where that is less)."""
+
+_GRID_OVERHEAD = 16.0
+"""Bytes in the index for a grid's zero point and step, about."""
+_LARGEST_HALF = 65504.0
+_LEAST = 1e-30
+"""Weights below this lie where float32 itself is coarse; they are stored as they are."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A tensor and what an error in it costs.
+
+    Attributes:
+        value: the tensor.
+        sensitivity: loss for each unit of squared error.
+        rows: where rows (first axis) differ, each row's step relative to the tensor's; the
+            sensitivity is then that of a row whose relative step is 1.
+    """
+
+    value: Tensor
+    sensitivity: float
+    rows: Tensor | None = None
+
+    def relative(self) -> Tensor:
+        """The values in relative steps: an error counts alike everywhere."""
+        if self.rows is None:
+            return self.value.detach()
+        shape = [-1] + [1] * (self.value.ndim - 1)
+        return self.value.detach().float() / self.rows.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store one tensor: predicted bytes and loss.
+
+    ``step`` is the grid's step; without one, the values are stored raw in ``dtype``.
+    """
+
+    nbytes: float
+    loss: float
+    step: float | None = None
+    dtype: torch.dtype | None = None
+
+    def encoder(self, tensor: Weighted) -> Encoder:
+        """What carries it out."""
+        if self.step is None:
+            return Raw(self.dtype)
+        steps = self.step if tensor.rows is None else self.step * tensor.rows
+        return RateDistortion(steps)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The options worth choosing, bytes rising and loss falling along a convex curve."""
+
+    options: tuple[Option, ...]
+
+    def scaled(self, ratio: float) -> Ladder:
+        """The same with the bytes of every grid corrected by a measured ratio."""
+        return Ladder(
+            _convex(
+                [
+                    option if option.step is None else replace(option, nbytes=option.nbytes * ratio)
+                    for option in self.options
+                ]
+            )
+        )
+
+
+def build_ladder(tensor: Weighted) -> Ladder:
+    """Predict bytes and loss over the whole range of steps, raw storage included."""
+    options = [Option(_raw_nbytes(tensor.value), 0.0)]
+    if can_quantize(tensor.value):
+        sample = sorted_sample(tensor.relative(), _SAMPLE)
+        options += _half(tensor) + _grids(tensor, sample)
+    return Ladder(_convex(options))
+
+
+def can_quantize(value: Tensor) -> bool:
+    """Whether rounding makes sense: real numbers, all finite, not all (nearly) zero."""
+    if not value.dtype.is_floating_point or value.numel() == 0:
+        return False
+    low, high = (float(x) for x in torch.aminmax(value.detach().float()))
+    return math.isfinite(low) and math.isfinite(high) and max(-low, high) > _LEAST
+
+
+def half_step(value: Tensor) -> float:
+    """The step whose root mean square error is that of rounding the values to float16."""
+    flat = value.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].float()
+    error = float((sample - sample.half().float()).square().mean().sqrt())
+    least = float(sample.square().mean().sqrt()) * 2.0**-13
+    return math.sqrt(12) * (max(error, least) if math.isfinite(error) else least)
+
+
+def _half(tensor: Weighted) -> list[Option]:
+    value = tensor.value
+    if value.element_size() <= 2 or float(value.abs().max()) > _LARGEST_HALF:  # noqa: PLR2004
+        return []
+    error = half_step(value) ** 2 / 12
+    if tensor.rows is not None:
+        error *= float(tensor.rows.square().reciprocal().mean())
+    loss = tensor.sensitivity * error * value.numel()
+    nbytes = _raw_nbytes(value.half())
+    return [Option(nbytes, loss, dtype=torch.float16)]
+
+
+def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
+    """Options with ever finer steps, down to the accuracy of float16."""
+    numel = tensor.value.numel()
+    rms = math.sqrt(float(np.square(sample).mean()))
+    coarsest = min(_COARSEST * rms, 2 * max(-sample[0], sample[-1]))
+    finest = min(half_step(tensor.value), coarsest / 2)
+    per_octave, between = _density(numel)
+    octaves = math.log2(coarsest / finest)
+    knots = np.linspace(math.log2(coarsest), math.log2(finest), 1 + math.ceil(octaves * per_octave))
+    predicted = [_predict(sample, 2.0**knot, numel) for knot in knots]
+    fine = np.linspace(knots[0], knots[-1], 1 + (len(knots) - 1) * between)[::-1]
+    nbytes = np.interp(fine, knots[::-1], [p[0] for p in predicted][::-1])
+    loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
+    overhead = _GRID_OVERHEAD
+    if tensor.rows is not None:
+        overhead += _raw_nbytes(tensor.rows.to(torch.bfloat16))
+    return [
+        Option(overhead + size, tensor.sensitivity * error, step=2.0**log_step)
+        for log_step, size, error in zip(fine, nbytes, loss, strict=True)
+    ]
+
+
+def _density(numel: int) -> tuple[int, int]:
+    """Predictions in each octave of steps, and how many options each gap is cut into."""
+    if numel >= 1 << 12:
+        return 4, 8
+    return (2, 2) if numel >= 1 << 6 else (1, 1)
+
+
+def _predict(sample: Floats, step: float, numel: int) -> tuple[float, float]:
+    """Bytes and squared error of a tensor of ``numel`` values from a sorted sample of it."""
+    scaled = sample / step
+    found = find_thresholds(scaled, STRENGTH)
+    counts = count(scaled, found.edges)
+    ratio = numel / len(sample)
+    used = counts > 0
+    nearest = np.repeat(found.codes[used], counts[used])
+    error = float(np.square(scaled - nearest).sum()) * step * step * ratio
+    return estimate_from_counts(counts * ratio), max(error, 1e-300)
+
+
+def _raw_nbytes(value: Tensor) -> float:
+    """Bytes of values stored as they are, by the histogram of each of their byte planes."""
+    flat = value.detach().reshape(-1)
+    if flat.numel() == 0:
+        return 0.0
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+    planes = sample.view(torch.uint8).reshape(len(sample), -1).numpy()
+    ratio = flat.numel() / len(sample)
+    estimates = [estimate_from_counts(np.bincount(plane) * ratio) for plane in planes.T]
+    return sum(min(float(flat.numel()), estimate) for estimate in estimates)
+
+
+def _convex(options: list[Option]) -> tuple[Option, ...]:
+    """Those on the lower convex hull of (bytes, loss), from the fewest bytes on."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.nbytes, o.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return tuple(hull)
+
+
+def _slope(a: Option, b: Option) -> float:
+    return (b.loss - a.loss) / max(b.nbytes - a.nbytes, 1e-9)

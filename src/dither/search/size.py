@@ -1,0 +1,62 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from dither.core import BudgetError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_PATTERN = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*|\.[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str, original_nbytes: int) -> int:
+    """Bytes that ``size`` allows.
+
+    Args:
+        size: a number of bytes, or a text: ``"9MB"`` (10^6), ``"9MiB"`` (2^20), ``"25%"`` or
+            ``"12x"`` of the source tensors' own bytes.
+        original_nbytes: those bytes.
+
+    Raises:
+        BudgetError: the text means no size, or none of at least one byte.
+
+    >>> parse_size("9.5MB", 0), parse_size("2 KiB", 0), parse_size("25%", 4000)
+    (9500000, 2048, 1000)
+    >>> parse_size("12x", 4800)
+    400
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise BudgetError(f"a size is a number of bytes or a text, not {size!r}; {_EXAMPLES}")
+    nbytes = size if isinstance(size, int) else _parse(size, original_nbytes)
+    if nbytes < 1:
+        raise BudgetError(f"the size {size!r} leaves {nbytes} bytes; {_EXAMPLES}")
+    return nbytes
+
+
+_EXAMPLES = 'write for example 9_000_000, "9MB", "9MiB", "25%" or "12x"'
+
+
+def _parse(text: str, original_nbytes: int) -> int:
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise BudgetError(f"{text!r} is no size; {_EXAMPLES}")
+    number, unit = float(match[1].replace("_", "").replace(",", "")), match[2].lower()
+    if unit == "%":
+        return int(number / 100 * original_nbytes)
+    if unit == "x":
+        if number <= 0:
+            raise BudgetError(f"{text!r} is no ratio; {_EXAMPLES}")
+        return int(original_nbytes / number)
+    if unit not in _UNITS:
+        raise BudgetError(f"{text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
+    return int(number * _UNITS[unit])
