@@ -1,0 +1,128 @@
+"""Which table codes which symbol: classes of rows, columns and other axes.
+
+Every axis of a part may have one class per index; the context of an element is the sum of the
+classes of its indices, clipped to the number of tables. Contexts are therefore known before the
+first symbol is decoded, and decoding stays one loop over lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_AXES = 8
+MAX_TABLES = 16
+MAX_CLASSES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """A choice of tables.
+
+    Attributes:
+        classes: axis -> class of each index, ``(shape[axis],)``, each 0 to 15.
+        offset: taken from the sum of the classes before clipping.
+        tables: number of tables, 2 to 16.
+    """
+
+    classes: Mapping[int, NDArray[np.uint8]]
+    offset: int
+    tables: int
+
+    def of(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The table of every element, flat, in C order."""
+        total = np.zeros(shape, np.uint8)
+        for axis, classes in self.classes.items():
+            total += classes.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        np.clip(total, self.offset, self.offset + self.tables - 1, out=total)
+        total -= np.uint8(self.offset)
+        return total.reshape(-1)
+
+
+def _spread(deviation: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
+    """log2 of the mean deviation at each index of an axis, relative to that of the part."""
+    others = tuple(a for a in range(deviation.ndim) if a != axis)
+    means = deviation.mean(axis=others, dtype=np.float64)
+    overall = float(means.mean())
+    return np.log2((means + 0.02 * overall + 1e-6) / (1.02 * overall + 1e-6))
+
+
+def _worth(spread: NDArray[np.float64], count: int) -> float:
+    """Expected gain of an axis in bits, for ``count`` symbols; sampling noise is taken off."""
+    noise = 1.2 * len(spread) / count
+    return count * 0.35 * (float(spread.var()) - noise) - 1.5 * len(spread)
+
+
+def propose(tokens: NDArray[Any], shape: tuple[int, ...]) -> list[Contexts]:
+    """Candidates, from classes that follow the local spread; empty where none can pay.
+
+    Args:
+        tokens: ``(n,)``, unsigned.
+        shape: shape of the part, ``n`` elements.
+    """
+    if len(shape) > MAX_AXES or len(tokens) < 256:
+        return []
+    middle = np.float32(np.median(tokens[:: max(len(tokens) // 65536, 1)]))
+    deviation = np.abs(tokens.astype(np.float32) - middle).reshape(shape)
+    found = []
+    for axis, length in enumerate(shape):
+        if 2 <= length <= len(tokens) // 2:
+            spread = _spread(deviation, axis)
+            worth = _worth(spread, len(tokens))
+            if worth > 0:
+                found.append((worth, axis, spread))
+    found.sort(key=lambda item: -item[0])
+    candidates = []
+    for used in range(1, len(found) + 1):
+        for per_octave in (1, 2, 3):
+            classes = {}
+            for _, axis, spread in found[:used]:
+                steps = np.rint(spread * per_octave)
+                low, high = np.quantile(steps, [0.002, 0.998])
+                low = max(low, high - MAX_CLASSES + 1)
+                classes[axis] = (np.clip(steps, low, high) - low).astype(np.uint8)
+            highest = sum(int(c.max()) for c in classes.values())
+            if highest:
+                candidates.append(Contexts(dict(sorted(classes.items())), 0, highest + 1))
+    return candidates
+
+
+def _table_bits(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
+    """About how many bits each row of counts takes, its table included."""
+    totals = histograms.sum(axis=-1).astype(np.float64)
+    logs = np.log2(np.maximum(histograms, 1))
+    entropy = totals * np.log2(np.maximum(totals, 1)) - (histograms * logs).sum(axis=-1)
+    return entropy + 14 + np.minimum(2.5 * (histograms > 0).sum(axis=-1), 24 + 0.004 * totals)
+
+
+def clip(candidate: Contexts, histograms: NDArray[np.int64]) -> tuple[Contexts, float]:
+    """Join the outermost contexts while that saves bits, and to at most 16.
+
+    Args:
+        candidate: contexts from :func:`propose`.
+        histograms: ``(contexts, symbols)``, the counts within each.
+
+    Returns:
+        The clipped contexts and about how many bits all symbols and tables take.
+    """
+    rows = list(histograms)
+    low = 0
+    while len(rows) > 1:
+        costs = _table_bits(np.array([rows[0], rows[1], rows[0] + rows[1]]))
+        ends = _table_bits(np.array([rows[-1], rows[-2], rows[-1] + rows[-2]]))
+        gains = costs[0] + costs[1] - costs[2], ends[0] + ends[1] - ends[2]
+        if max(gains) < 0 and len(rows) <= MAX_TABLES:
+            break
+        if gains[0] >= gains[1]:
+            rows[:2] = [rows[0] + rows[1]]
+            low += 1
+        else:
+            rows[-2:] = [rows[-1] + rows[-2]]
+    total = float(_table_bits(np.array(rows)).sum())
+    total += sum(1.5 * len(classes) for classes in candidate.classes.values())
+    return Contexts(candidate.classes, low, len(rows)), total if math.isfinite(total) else math.inf

@@ -1,0 +1,247 @@
+"""The payload of codec ``rans``: its head, its sections, and how they are read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dither.coding.bits import (
+    BitReader,
+    BitWriter,
+    code_dtype,
+    packed_nbytes,
+    unpack_bits,
+    width_of,
+)
+from dither.coding.contexts import MAX_AXES, Contexts
+from dither.coding.errors import CodingError
+from dither.coding.rans import decode_lanes
+from dither.coding.tables import MIN_PRECISION, Curve, Steps, Table, read_table
+
+WINDOWED, CONTEXTUAL, LANED = 1, 2, 4
+"""Flags of the first byte. Bits 3 to 5 hold the precision less 8; 6 and 7 are reserved."""
+
+RESERVED = 0xC0
+"""Bit 6 is kept for contexts with a finite-state machine, bit 7 for a longer head."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of a code a table sees.
+
+    A code is split in ``high << shift | low``; ``high - begin`` is coded with a table if it lies in
+    ``0 .. size - 1``, and otherwise an escape symbol is, with ``high`` itself at fixed width.
+
+    Attributes:
+        shift: low bits that are stored as they are.
+        begin: first high value of the window.
+        size: number of high values in the window.
+        escapes: number of codes outside of it.
+    """
+
+    shift: int
+    begin: int
+    size: int
+    escapes: int
+
+    @property
+    def symbols(self) -> int:
+        """Symbols of the tables: the window's and, if there are escapes, one more."""
+        return self.size + (self.escapes > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What the head of a payload says.
+
+    Attributes:
+        precision: frequencies sum to ``2**precision``.
+        lanes_log2: the number of lanes is a power of two.
+        window: which part of a code the tables see.
+        contexts: which table codes which element, None with one table.
+        descriptions: the tables.
+        class_payloads: codec and payload of the classes of each axis that has some.
+    """
+
+    precision: int
+    lanes_log2: int
+    window: Window
+    contexts: Contexts | None
+    descriptions: Sequence[Curve | Steps]
+    class_payloads: Sequence[tuple[str, bytes]]
+
+    def write(self, ndim: int, alphabet: int) -> bytes:
+        """The head in bytes, the classes behind it."""
+        window, contexts = self.window, self.contexts
+        is_windowed = window != Window(0, 0, alphabet, 0)
+        flags = (self.precision - MIN_PRECISION) << 3
+        flags |= WINDOWED * is_windowed | CONTEXTUAL * (contexts is not None)
+        head = BitWriter()
+        head.write(flags | LANED * (self.lanes_log2 > 0), 8)
+        if self.lanes_log2:
+            head.write(self.lanes_log2, 4)
+        if is_windowed:
+            head.write(window.shift, 5)
+            for number in (window.begin + 1, window.size, window.escapes + 1):
+                head.gamma(number)
+        if contexts is not None:
+            head.write(contexts.tables - 1, 4)
+            head.gamma(contexts.offset + 1)
+            payloads = iter(self.class_payloads)
+            for axis in range(ndim):
+                head.write(axis in contexts.classes, 1)
+                if axis in contexts.classes:
+                    codec, payload = next(payloads)
+                    head.write(int(contexts.classes[axis].max()), 4)
+                    head.write(codec == "rans", 1)
+                    if codec == "rans":
+                        head.gamma(len(payload))
+        for description in self.descriptions:
+            is_curve = isinstance(description, Curve)
+            description.write(head, window.size if is_curve else window.symbols)
+        return head.getvalue() + b"".join(payload for _, payload in self.class_payloads)
+
+
+def _take(rest: memoryview, nbytes: int, what: str) -> tuple[memoryview, memoryview]:
+    if len(rest) < nbytes:
+        raise CodingError(f"the payload ends within its {what}")
+    return rest[:nbytes], rest[nbytes:]
+
+
+def _read_window(head: BitReader, alphabet: int, count: int) -> Window:
+    shift = head.read(5)
+    window = Window(shift, head.gamma() - 1, head.gamma(), head.gamma() - 1)
+    highs = -(-alphabet >> shift) if shift < 24 else 0
+    if window.begin + window.size > highs or window.escapes > count:
+        raise CodingError(f"{window} does not fit {count} codes of {alphabet} symbols")
+    return window
+
+
+def _read_contexts(
+    head: BitReader, shape: tuple[int, ...]
+) -> tuple[int, int, list[tuple[int, int, int | None]]]:
+    """Number of tables, offset, and (axis, classes, length of a rans payload) of each axis."""
+    tables, offset = head.read(4) + 1, head.gamma() - 1
+    axes: list[tuple[int, int, int | None]] = []
+    for axis in range(len(shape)):
+        if head.read(1):
+            alphabet = head.read(4) + 1
+            axes.append((axis, alphabet, head.gamma() if head.read(1) else None))
+    if len(shape) > MAX_AXES or tables < 2 or not axes or offset > 15 * MAX_AXES:
+        raise CodingError("contexts that no encoder chooses")
+    return tables, offset, axes
+
+
+def _read_classes(
+    rest: memoryview, shape: tuple[int, ...], axes: list[tuple[int, int, int | None]]
+) -> tuple[dict[int, NDArray[np.uint8]], memoryview]:
+    classes = {}
+    for axis, alphabet, nbytes in axes:
+        length = shape[axis]
+        width = width_of(alphabet)
+        size = packed_nbytes(length, width) if nbytes is None else nbytes
+        piece, rest = _take(rest, size, "classes")
+        if nbytes is None:
+            found = unpack_bits(piece, length, width)
+            if int(found.max()) >= alphabet:
+                raise CodingError("a class is out of range")
+        else:
+            found = decode_rans(piece, (length,), alphabet, is_nested=True)
+        classes[axis] = found
+    return classes, rest
+
+
+def _decode_tokens(
+    rest: memoryview,
+    contexts: NDArray[np.uint8] | None,
+    tables: Sequence[Table],
+    symbols: int,
+    precision: int,
+    lanes_log2: int,
+    out: NDArray[Any],
+) -> None:
+    if any(len(table.symbols) > 1 for table in tables):
+        decode_lanes(rest, contexts, tables, symbols, precision, 1 << lanes_log2, out)
+        return
+    if len(rest) or lanes_log2:
+        raise CodingError("a stream follows tables of one symbol each")
+    constants = np.array([table.symbols[0] for table in tables]).astype(out.dtype)
+    out[:] = constants[0] if contexts is None else constants[contexts]
+
+
+def decode_rans(
+    payload: bytes | memoryview, shape: tuple[int, ...], alphabet: int, is_nested: bool = False
+) -> NDArray[Any]:
+    """Decode a payload of codec ``rans`` to codes in their canonical type.
+
+    Args:
+        payload: all of it.
+        shape: of the part; not empty.
+        alphabet: at least 2.
+        is_nested: for classes, which have no contexts of their own.
+
+    Raises:
+        CodingError: whatever is not exactly right.
+    """
+    count = math.prod(shape)
+    head = BitReader(memoryview(payload))
+    flags = head.read(8)
+    if flags & RESERVED:
+        raise CodingError(f"unknown flags {flags & RESERVED:#x}; a newer version may read them")
+    precision = MIN_PRECISION + (flags >> 3 & 7)
+    lanes_log2 = head.read(4) if flags & LANED else 0
+    if flags & LANED and lanes_log2 == 0:
+        raise CodingError("one lane is written without a number")
+    window = Window(0, 0, alphabet, 0)
+    if flags & WINDOWED:
+        window = _read_window(head, alphabet, count)
+    axes: list[tuple[int, int, int | None]] = []
+    choices, offset = 1, 0
+    if flags & CONTEXTUAL:
+        if is_nested:
+            raise CodingError("classes with contexts of their own")
+        choices, offset, axes = _read_contexts(head, shape)
+    has_escape = window.escapes > 0
+    tables = [read_table(head, window.size, has_escape, precision) for _ in range(choices)]
+    classes, rest = _read_classes(head.finish(), shape, axes)
+    contexts = Contexts(classes, offset, choices).of(shape) if classes else None
+    lows, rest = _take(rest, packed_nbytes(count, window.shift), "low bits")
+    high_width = width_of(-(-alphabet >> window.shift))
+    escaped, rest = _take(rest, packed_nbytes(window.escapes, high_width), "escapes")
+    out = np.empty(count, code_dtype(alphabet))
+    if not flags & WINDOWED:
+        _decode_tokens(rest, contexts, tables, alphabet, precision, lanes_log2, out)
+        return out.reshape(shape)
+    tokens = np.empty(count, np.uint8 if window.symbols <= 256 else np.uint32)
+    _decode_tokens(rest, contexts, tables, window.symbols, precision, lanes_log2, tokens)
+    _join(tokens, window, lows, unpack_bits(escaped, window.escapes, high_width), alphabet, out)
+    return out.reshape(shape)
+
+
+def _join(
+    tokens: NDArray[Any],
+    window: Window,
+    lows: memoryview,
+    escaped: NDArray[Any],
+    alphabet: int,
+    out: NDArray[Any],
+) -> None:
+    """Codes from symbols, escapes and low bits."""
+    values = tokens.astype(np.int32) + np.int32(window.begin)
+    if window.escapes:
+        places = np.flatnonzero(tokens == window.size)
+        inside = (escaped >= window.begin) & (escaped < window.begin + window.size)
+        if len(places) != window.escapes or inside.any():
+            raise CodingError("the escapes do not fit the symbols")
+        values[places] = escaped
+    if window.shift:
+        values <<= window.shift
+        values |= unpack_bits(lows, len(out), window.shift)
+    if int(values.max()) >= alphabet:
+        raise CodingError(f"a code is not below {alphabet}")
+    out[:] = values

@@ -1,0 +1,287 @@
+"""How the encoder codes a part: window, tables, contexts and lanes, chosen by exact cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
+from dither.coding.contexts import Contexts, clip, propose
+from dither.coding.fit import Fit, entropy_bits, fit_table
+from dither.coding.payload import Head, Window
+from dither.coding.rans import MAX_LANES_LOG2, encode_lanes
+from dither.coding.tables import MAX_PRECISION, MIN_PRECISION, Ints
+
+ONE_LANE = 1 << 15
+"""Up to so many symbols one lane is decoded fast enough."""
+
+MAX_COUNT = 1 << 32
+"""The most symbols that rANS codes; more are packed as bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything about a payload but its stream.
+
+    Attributes:
+        head: see :class:`~dither.coding.payload.Head`.
+        fits: the chosen tables and their costs.
+        head_bytes: the head as written, with the classes.
+        nbytes: predicted size of the payload.
+    """
+
+    head: Head
+    fits: Sequence[Fit]
+    head_bytes: bytes
+    nbytes: float
+
+
+def pairs_of(values: NDArray[Any], alphabet: int) -> tuple[Ints, Ints]:
+    """The codes that occur, ascending, and how often each does."""
+    if alphabet > 65536 and alphabet > 4 * len(values):
+        symbols, counts = np.unique(values, return_counts=True)
+        return symbols.astype(np.int64), counts.astype(np.int64)
+    counts = histogram(values, alphabet)
+    symbols = np.flatnonzero(counts)
+    return symbols, counts[symbols]
+
+
+def histogram(values: NDArray[Any], alphabet: int) -> Ints:
+    """How often each code occurs, ``(alphabet,)``."""
+    if values.dtype == np.uint8 and len(values) > 1 << 18:
+        # Two codes at a time halve the work of the conversion inside bincount.
+        even = len(values) // 2 * 2
+        both = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+        counts = both.sum(axis=0) + both.sum(axis=1)
+        if even < len(values):
+            counts[values[-1]] += 1
+        return counts[:alphabet].astype(np.int64)
+    return np.bincount(values, minlength=alphabet).astype(np.int64)
+
+
+def _fold(symbols: Ints, counts: Ints, shift: int) -> tuple[Ints, Ints]:
+    high = symbols >> shift
+    first = np.flatnonzero(np.diff(high, prepend=-1))
+    return high[first], np.add.reduceat(counts, first)
+
+
+def _rough_bits(symbols: Ints, counts: Ints) -> float:
+    """About the bits of symbols and a gapped table."""
+    gaps = np.diff(symbols) - 1
+    runs = gaps[gaps > 0].astype(np.float64)
+    return entropy_bits(counts) + 3.5 * len(symbols) + float((2 * np.log2(runs) + 2).sum())
+
+
+def _trim(symbols: Ints, counts: Ints, shift: int, highs: int) -> list[Window]:
+    """The window over everything, and the most promising one with escapes."""
+    total = int(counts.sum())
+    whole = Window(shift, 0, highs, 0)
+    if len(symbols) < 9:
+        return [whole]
+    cumulated = np.cumsum(counts)
+    best = (_rough_bits(symbols, counts), whole)
+    width = width_of(highs)
+    for share in (0.0003, 0.001, 0.003, 0.01, 0.03):
+        cut = max(int(total * share), 1)
+        low = int(np.searchsorted(cumulated, cut, side="right"))
+        high = int(np.searchsorted(cumulated, total - cut, side="left"))
+        if high <= low:
+            continue
+        inside = counts[low : high + 1]
+        escapes = total - int(inside.sum())
+        if escapes:
+            bits = _rough_bits(symbols[low : high + 1], np.append(inside, escapes))
+            size = int(symbols[high] - symbols[low]) + 1
+            window = Window(shift, int(symbols[low]), size, escapes)
+            best = min(best, (bits + escapes * width, window), key=lambda item: item[0])
+    return [whole] if best[1] == whole else [whole, best[1]]
+
+
+def windows_for(symbols: Ints, counts: Ints, alphabet: int) -> list[Window]:
+    """Windows worth an exact look, from the pairs of :func:`pairs_of`."""
+    total = int(counts.sum())
+    shift = 0
+    if len(symbols) > 64:
+        costs = []
+        for candidate in range(width_of(alphabet)):
+            folded = _fold(symbols, counts, candidate)
+            if len(folded[0]) <= 1 << (MAX_PRECISION - 1):
+                costs.append((_rough_bits(*folded) + total * candidate, candidate))
+        shift = min(costs)[1]
+    return _trim(*_fold(symbols, counts, shift), shift, -(-alphabet >> shift))
+
+
+def window_counts(symbols: Ints, counts: Ints, window: Window) -> Ints:
+    """The histogram of the window's symbols, the escape symbol last."""
+    high, folded = _fold(symbols, counts, window.shift)
+    out = np.zeros(window.symbols, np.int64)
+    inside = (high >= window.begin) & (high < window.begin + window.size)
+    out[high[inside] - window.begin] = folded[inside]
+    if window.escapes:
+        out[-1] = window.escapes
+    return out
+
+
+def precisions_for(total: int, present: int) -> list[int]:
+    """Precisions worth an exact look."""
+    least = max(MIN_PRECISION, min(present.bit_length() + 2, MAX_PRECISION))
+    usual = max(least, min(total.bit_length(), 12))
+    return [usual, max(usual, 14)] if total > 1 << 16 and usual < 14 else [usual]
+
+
+def lanes_for(total: int, bits: float, symbols: int) -> tuple[int, float]:
+    """log2 of the number of lanes, and about how many bits they cost.
+
+    Args:
+        total: number of symbols.
+        bits: what they cost without lanes.
+        symbols: of the alphabet of the tables.
+    """
+    width = width_of(symbols)
+    free = min(16 // width, total) * min(bits / total, width) if width else 0.0
+    each = 16 - free + 4
+    if total <= ONE_LANE:
+        return 0, each
+    affordable = int(0.0015 * bits / each).bit_length() - 1
+    least = max(4, (total // 8192).bit_length())
+    lanes_log2 = min(max(affordable, least, 4), MAX_LANES_LOG2 - 1)
+    while total >> lanes_log2 >= 1 << 17:
+        lanes_log2 += 1
+    return lanes_log2, each * (1 << lanes_log2)
+
+
+def best_fit(counts: Ints, has_escape: bool) -> tuple[int, Fit]:
+    """Precision and table of a histogram."""
+    total, present = int(counts.sum()), int((counts > 0).sum())
+    found = [(p, fit_table(counts, p, has_escape)) for p in precisions_for(total, present)]
+    # A larger table must be worth its slower look-up.
+    return min(found, key=lambda item: item[1].bits * (1 + 0.0005 * (item[0] > 12)))
+
+
+def split(values: NDArray[Any], window: Window) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Symbols of the tables, and the high values that escape."""
+    kind: Any = np.uint8 if window.symbols <= 256 else np.uint32
+    high = values >> window.shift if window.shift else values
+    if not window.escapes:
+        return (high - window.begin if window.begin else high).astype(kind), high[:0]
+    high = high.astype(np.int64)
+    outside = (high < window.begin) | (high >= window.begin + window.size)
+    return np.where(outside, window.size, high - window.begin).astype(kind), high[outside]
+
+
+def _finish(
+    head: Head, fits: Sequence[Fit], total: int, ndim: int, alphabet: int, extra: int
+) -> Plan:
+    """Write the head and add up the size; ``extra`` bytes are low bits and escapes."""
+    head_bytes = head.write(ndim, alphabet)
+    nbytes: float = len(head_bytes) + extra
+    if any(len(fit.table.symbols) > 1 for fit in fits):
+        bits = sum(fit.symbol_bits for fit in fits)
+        _, lane_bits = lanes_for(total, bits, head.window.symbols)
+        nbytes += max((bits + lane_bits) / 8, 3)
+    return Plan(head, fits, head_bytes, nbytes)
+
+
+def _extra(total: int, window: Window, alphabet: int) -> int:
+    width = width_of(-(-alphabet >> window.shift))
+    return packed_nbytes(total, window.shift) + packed_nbytes(window.escapes, width)
+
+
+def plan_counts(symbols: Ints, counts: Ints, alphabet: int, ndim: int) -> Plan:
+    """The best plan without contexts, from the pairs of :func:`pairs_of`."""
+    total = int(counts.sum())
+    plans = []
+    for window in windows_for(symbols, counts, alphabet):
+        precision, fit = best_fit(window_counts(symbols, counts, window), window.escapes > 0)
+        is_constant = len(fit.table.symbols) == 1
+        lanes = 0 if is_constant else lanes_for(total, fit.symbol_bits, window.symbols)[0]
+        head = Head(precision, lanes, window, None, [fit.description], [])
+        plans.append(_finish(head, [fit], total, ndim, alphabet, _extra(total, window, alphabet)))
+    return min(plans, key=lambda plan: plan.nbytes)
+
+
+def plan_contexts(
+    values: NDArray[Any], shape: tuple[int, ...], alphabet: int, plain: Plan
+) -> Plan | None:
+    """The best plan with contexts, for the window of ``plain``; None where none is promising."""
+    window = plain.head.window
+    if window.symbols > 1024 or len(plain.fits[0].table.symbols) == 1:
+        return None
+    tokens, _ = split(values, window)
+    best: tuple[float, Contexts, NDArray[np.int64]] | None = None
+    for candidate in propose(tokens, shape):
+        joint = candidate.of(shape).astype(np.int32) * window.symbols + tokens
+        counts = np.bincount(joint, minlength=candidate.tables * window.symbols)
+        clipped, bits = clip(candidate, counts.reshape(-1, window.symbols))
+        if clipped.tables > 1 and (best is None or bits < best[0]):
+            best = bits, clipped, counts.reshape(-1, window.symbols)
+    if best is None:
+        return None
+    _, contexts, rows = best
+    rows = np.array(
+        [
+            rows[: contexts.offset + 1].sum(axis=0),
+            *rows[contexts.offset + 1 : contexts.offset + contexts.tables - 1],
+            rows[contexts.offset + contexts.tables - 1 :].sum(axis=0),
+        ]
+    )
+    # A context that never occurs is given the counts of all.
+    rows[rows.sum(axis=1) == 0] = rows.sum(axis=0)
+    fits = [fit_table(row, plain.head.precision, window.escapes > 0) for row in rows]
+    payloads = [
+        encode_plain(classes, int(classes.max()) + 1) for classes in contexts.classes.values()
+    ]
+    bits = sum(fit.symbol_bits for fit in fits)
+    lanes, _ = lanes_for(len(values), bits, window.symbols)
+    descriptions = [fit.description for fit in fits]
+    head = Head(plain.head.precision, lanes, window, contexts, descriptions, payloads)
+    extra = _extra(len(values), window, alphabet)
+    return _finish(head, fits, len(values), len(shape), alphabet, extra)
+
+
+def plan_part(values: NDArray[Any], shape: tuple[int, ...], alphabet: int) -> Plan:
+    """The best plan for a part of at least one code and an alphabet of at least 2."""
+    plain = plan_counts(*pairs_of(values, alphabet), alphabet, len(shape))
+    if len(shape) < 2:
+        return plain
+    contextual = plan_contexts(values, shape, alphabet, plain)
+    return plain if contextual is None or contextual.nbytes >= plain.nbytes else contextual
+
+
+def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: int) -> bytes:
+    """The payload of a part by its plan."""
+    head, window = plan.head, plan.head.window
+    tokens, escaped = split(values, window)
+    pieces = [plan.head_bytes, pack_bits(values & ((1 << window.shift) - 1), window.shift)]
+    pieces.append(pack_bits(escaped, width_of(-(-alphabet >> window.shift))))
+    tables = [fit.table for fit in plan.fits]
+    if any(len(table.symbols) > 1 for table in tables):
+        contexts = None if head.contexts is None else head.contexts.of(shape)
+        lanes = 1 << head.lanes_log2
+        pieces.append(encode_lanes(tokens, contexts, tables, window.symbols, head.precision, lanes))
+    return b"".join(pieces)
+
+
+def encode_plain(values: NDArray[Any], alphabet: int) -> tuple[str, bytes]:
+    """Codes of one axis without contexts: codec and payload, the smallest of both codecs."""
+    if alphabet == 1 or len(values) == 0:
+        return "bits", b""
+    flat = values.astype(code_dtype(alphabet))
+    plan = plan_counts(*pairs_of(flat, alphabet), alphabet, 1)
+    return smaller(plan, flat, (len(flat),), alphabet)
+
+
+def smaller(
+    plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: int
+) -> tuple[str, bytes]:
+    """Codec and payload, the smaller of packed bits and of rANS by this plan."""
+    packed = packed_nbytes(len(values), width_of(alphabet))
+    if len(values) <= MAX_COUNT and plan.nbytes < packed * 1.01 + 4:
+        payload = write(plan, values, shape, alphabet)
+        if len(payload) < packed:
+            return "rans", payload
+    return "bits", pack_bits(values, width_of(alphabet))

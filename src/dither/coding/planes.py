@@ -1,0 +1,114 @@
+"""Arrays of numbers: raw bytes, or planes of bytes that are entropy-coded one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dither.coding.bits import BitReader, BitWriter
+from dither.coding.errors import CodingError
+from dither.coding.payload import decode_rans
+from dither.coding.plan import encode_plain
+
+Bytes = NDArray[np.uint8]
+
+ITEMSIZES = (1, 2, 4, 8, 16)
+"""Bytes of one number. A number of 16 bytes is a complex one, two of 8 bytes side by side."""
+
+
+def _rotate(planes: list[Bytes], amount: int) -> list[Bytes]:
+    """Rotate numbers to the left (1) or right (-1) by a bit, given as planes, lowest first."""
+    if amount > 0:
+        return [(p << 1) | (planes[i - 1] >> 7) for i, p in enumerate(planes)]
+    return [(p >> 1) | (planes[(i + 1) % len(planes)] << 7) for i, p in enumerate(planes)]
+
+
+def _pack_planes(planes: list[Bytes], rotated: bool) -> bytes:
+    head, pieces = BitWriter(), []
+    head.write(rotated, 1)
+    for plane in planes:
+        codec, payload = encode_plain(plane, 256)
+        head.write(codec == "rans", 1)
+        if codec == "rans":
+            head.gamma(len(payload))
+        pieces.append(payload)
+    return head.getvalue() + b"".join(pieces)
+
+
+def encode_array(data: Bytes, itemsize: int) -> tuple[str, bytes]:
+    """Compress the bytes of an array of numbers without loss.
+
+    Args:
+        data: ``(bytes,)``, little-endian numbers one after the other.
+        itemsize: bytes of each number: 1, 2, 4, 8 or 16.
+
+    Returns:
+        Codec name, ``"raw"`` or ``"rans"``, and the payload, the smaller of the two.
+
+    Raises:
+        ValueError: not a whole number of items.
+
+    >>> encode_array(np.array([1.0, 1.5], "<f4").view(np.uint8), 4)
+    ('raw', b'\\x00\\x00\\x80?\\x00\\x00\\xc0?')
+    >>> codec, payload = encode_array(np.ones(1000, "<f4").view(np.uint8), 4)
+    >>> codec, len(payload)
+    ('rans', 24)
+    """
+    if itemsize not in ITEMSIZES or data.dtype != np.uint8 or data.size % itemsize:
+        raise ValueError(f"{data.size} x {data.dtype} is no array of {itemsize}-byte numbers")
+    raw = data.tobytes()
+    if len(raw) < 32:
+        return "raw", raw
+    columns = data.reshape(-1, itemsize)
+    planes = [np.ascontiguousarray(columns[:, i]) for i in range(itemsize)]
+    payload = _pack_planes(planes, False)
+    if itemsize > 1:
+        # With the sign moved to the other end the top byte of a float is its exponent alone.
+        payload = min(payload, _pack_planes(_rotate(planes, 1), True), key=len)
+    return ("rans", payload) if len(payload) < len(raw) else ("raw", raw)
+
+
+def decode_array(codec: str, payload: bytes | memoryview, nbytes: int, itemsize: int) -> Bytes:
+    """The inverse of :func:`encode_array`.
+
+    Args:
+        codec: ``"raw"`` or ``"rans"``.
+        payload: all of it and nothing else.
+        nbytes: size of the array in bytes, a multiple of ``itemsize``.
+        itemsize: bytes of each number: 1, 2, 4, 8 or 16.
+
+    Returns:
+        ``(nbytes,)``, writable.
+
+    Raises:
+        CodingError: a payload that is not exactly right, or an impossible request.
+    """
+    if itemsize not in ITEMSIZES or nbytes < 0 or nbytes % itemsize:
+        raise CodingError(f"{nbytes} bytes are no array of {itemsize}-byte numbers")
+    if codec == "raw":
+        if len(payload) != nbytes:
+            raise CodingError(f"raw data takes {nbytes} bytes, not {len(payload)}")
+        return np.frombuffer(payload, np.uint8).copy()
+    if codec != "rans" or nbytes == 0:
+        raise CodingError(f"codec {codec!r} cannot hold {nbytes} bytes of numbers")
+    head = BitReader(memoryview(payload))
+    count = nbytes // itemsize
+    is_rotated = head.read(1)
+    sizes = [head.gamma() if head.read(1) else None for _ in range(itemsize)]
+    rest = head.finish()
+    if len(rest) != sum(count if size is None else size for size in sizes):
+        raise CodingError("the planes do not have the length they should")
+    planes: list[NDArray[Any]] = []
+    for size in sizes:
+        piece, rest = rest[: size if size is not None else count], rest[size or count :]
+        is_stored = size is None
+        planes.append(
+            np.frombuffer(piece, np.uint8)
+            if is_stored
+            else decode_rans(piece, (count,), 256, is_nested=True)
+        )
+    if is_rotated:
+        planes = _rotate(planes, -1)
+    return np.stack(planes, axis=1).reshape(-1)
