@@ -13,11 +13,25 @@ from typing import Any
 
 from dither.core import Format, SpecError
 from dither.formats.affine import Affine
+from dither.formats.codebook import Codebook
+from dither.formats.mixed import Mixed
+from dither.formats.product import Product
 from dither.formats.raw import Raw
 
-__all__ = ["FORMATS", "Affine", "Raw", "format_from_json", "format_to_json"]
+__all__ = [
+    "FORMATS",
+    "Affine",
+    "Codebook",
+    "Mixed",
+    "Product",
+    "Raw",
+    "format_from_json",
+    "format_to_json",
+]
 
-FORMATS: Mapping[str, type[Format]] = MappingProxyType({kind.name: kind for kind in (Raw, Affine)})
+FORMATS: Mapping[str, type[Format]] = MappingProxyType(
+    {kind.name: kind for kind in (Raw, Affine, Codebook, Product, Mixed)}
+)
 """Every format a file may name."""
 
 

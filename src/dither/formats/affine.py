@@ -22,23 +22,11 @@ from dither.core import (
     expect_parts,
 )
 from dither.formats.grouping import Grouping
-from dither.formats.rounding import Grid, require_floating, restore, usable_scale
+from dither.formats.rounding import Grid, require_floating, require_held, restore, usable_scale
+from dither.formats.settings import check_choice, check_count, check_restored
 
 GRIDS = ("symmetric", "asymmetric", "endpoint")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_count(owner: str, setting: str, value: object, least: int, most: int) -> None:
-    """Raise :class:`SpecError` unless a setting is an integer within bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise SpecError(f"{owner}({setting}={value!r}): give an integer from {least} to {most}")
-
-
-def check_choice(owner: str, setting: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise :class:`SpecError` unless a setting is one of the choices."""
-    if value not in choices:
-        names = ", ".join(str(choice) for choice in choices)
-        raise SpecError(f"{owner}({setting}={value!r}): give one of {names}")
 
 
 @dataclass(frozen=True)
@@ -212,8 +200,7 @@ class Affine(Format):
         codes = {"levels"} if self.grid != "asymmetric" and self.bits else {"levels", "zero"}
         params = {"scale", "offset"} if self.grid == "endpoint" else {"scale"}
         expect_parts(encoded, codes, params)
-        if not encoded.dtype.is_floating_point:
-            raise SpecError(f"format 'affine' restores floating-point types, not {encoded.dtype}")
+        check_restored(self.name, encoded.dtype)
         count = self.grouping(encoded.shape).count
         for name in params:
             expect_param(encoded, name, (count,), self.scale_dtype)
@@ -250,13 +237,7 @@ class Affine(Format):
         names = {"symmetric": (), "asymmetric": ("zero",), "endpoint": ("offset",)}[self.grid]
         held = {}
         for name in ("scale", *names):
-            if name not in params:
-                raise SpecError(f"{self!r} needs the parameter {name!r}; given {sorted(params)}")
-            value = params[name].detach().reshape(-1).to(device)
-            if value.numel() != count:
-                raise SpecError(
-                    f"{self!r} has {count} values of {name!r} for this tensor, not {value.numel()}"
-                )
+            value = require_held(self, params, name, count).to(device)
             if name == "zero":
                 value = value.round() if value.is_floating_point() else value
                 value = value.clamp(0, (1 << (self.bits or 0)) - 1).to(torch.int32)

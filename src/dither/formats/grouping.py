@@ -127,13 +127,16 @@ class Grouping:
         return [*views, table[:, full:].unsqueeze(2)] if columns % self.group else views
 
     def walk(
-        self, tensors: Sequence[Tensor], values: Sequence[Tensor]
+        self, tensors: Sequence[Tensor], values: Sequence[Tensor], limit: int = CHUNK
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Matching small boxes of tensors of ``shape`` and of values per scale, as views."""
+        """Matching small boxes of tensors of ``shape`` and of values per scale, as views.
+
+        No box has more than ``limit`` weights.
+        """
         boxes = zip(*(self.views(tensor) for tensor in tensors), strict=True)
         scales = zip(*(self.spread(value) for value in values), strict=True)
         for box, shared in zip(boxes, scales, strict=True):
-            for cut in chunks(tuple(box[0].shape)):
+            for cut in chunks(tuple(box[0].shape), limit):
                 narrow = tuple(
                     part if n > 1 else slice(None)
                     for part, n in zip(cut, shared[0].shape, strict=True)

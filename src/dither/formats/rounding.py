@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dither.core import SpecError
+from dither.core import Format, SpecError
 
 SURE = 0.499
 """A guess this many steps from its weight, or nearer, is the nearest; others are looked at again.
@@ -126,10 +127,10 @@ class Grid:
                     "a weight is not finite, or is beyond float32; "
                     "repair it, or store the tensor with Raw()"
                 )
-            codes[unsure] = self.at(unsure)._settle(chosen, dtype)
+            codes[unsure] = self.at(unsure).settle(chosen, dtype)
         return codes
 
-    def _settle(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def settle(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Nearest of three neighbouring codes, compared in float64."""
         double = weight.to(torch.float64)
         guess = self.position(double).round_().clamp_(self.lowest, self.highest).to(torch.int32)
@@ -140,3 +141,21 @@ class Grid:
             best = torch.where(error < least, codes, best)
             least = torch.minimum(error, least)
         return best
+
+
+def require_held(fmt: Format, params: Mapping[str, Tensor], name: str, count: int | None) -> Tensor:
+    """A parameter given to ``assign``, without its graph; flat where ``count`` is given.
+
+    Raises:
+        SpecError: it is missing, or does not have ``count`` values.
+    """
+    if name not in params:
+        raise SpecError(f"{fmt!r} needs the parameter {name!r}; given are {sorted(params)}")
+    value = params[name].detach()
+    if count is not None:
+        value = value.reshape(-1)
+        if value.numel() != count:
+            raise SpecError(
+                f"{fmt!r} has {count} values of {name!r} for this tensor, not {value.numel()}"
+            )
+    return value
