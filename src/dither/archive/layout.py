@@ -11,8 +11,9 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 from dither.coding import crc32
@@ -33,9 +34,15 @@ FEATURES = 0
 
 MAX_INDEX_NBYTES = 1 << 28
 MAX_DIMENSIONS = 32
+MAX_PARTS = 64
 MAX_NUMEL = 1 << 46
 INLINE_NBYTES = 12
 """Payloads up to this size stand in the index itself: an entry of their own costs more."""
+
+
+_FIELDS = {"formats", "tensors", "parts", "aliases", "metadata", "sites", "base"}
+_TENSOR = ("name", "format", "dtype", "shape", "parts")
+_PART = ("name", "codec", "shape", "holds", "data")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Part:
     crc: int = 0
     offset: int = 0
     inline: bytes | None = None
+
+    @property
+    def data(self) -> int | str:
+        """What the index says: the payload's length, or a small payload itself."""
+        return self.length if self.inline is None else self.inline.hex()
 
 
 @dataclass(frozen=True)
@@ -104,18 +116,36 @@ def head() -> bytes:
 
 
 def pack_index(index: Index) -> bytes:
-    """The index and the end of the file behind it."""
+    """The index and the end of the file behind it.
+
+    It stands in columns: what repeats from tensor to tensor then compresses to almost nothing.
+    """
+    described = [format_to_json(entry.format) for entry in index.entries]
     formats: list[Any] = []
-    rows: list[Any] = []
-    for entry in index.entries:
-        described = format_to_json(entry.format)
-        if described not in formats:
-            formats.append(described)
-        parts = [_part_to_json(part, entry) for part in entry.parts]
-        rows.append(
-            [entry.name, formats.index(described), entry.dtype, list(entry.shape), *parts]
-        )
-    document = {"formats": formats, "tensors": rows}
+    for item in described:
+        if item not in formats:
+            formats.append(item)
+    parts = [(part, entry) for entry in index.entries for part in entry.parts]
+    document: dict[str, Any] = {
+        "formats": formats,
+        "tensors": {
+            "name": [entry.name for entry in index.entries],
+            "format": [formats.index(item) for item in described],
+            "dtype": [entry.dtype for entry in index.entries],
+            "shape": [list(entry.shape) for entry in index.entries],
+            "parts": [len(entry.parts) for entry in index.entries],
+        },
+        "parts": {
+            "name": [part.name for part, _ in parts],
+            "codec": [part.codec for part, _ in parts],
+            "shape": [
+                0 if part.shape == entry.shape else list(part.shape) for part, entry in parts
+            ],
+            "holds": [part.alphabet or part.dtype for part, _ in parts],
+            "data": [part.data for part, _ in parts],
+            "crc": [part.crc for part, _ in parts if part.inline is None],
+        },
+    }
     optional = {
         "aliases": dict(index.aliases),
         "metadata": dict(index.metadata),
@@ -132,14 +162,6 @@ def pack_index(index: Index) -> bytes:
     packed = zlib.compress(text, 9)
     lengths = struct.pack("<II", len(packed), len(text))
     return packed + TAIL.pack(len(packed), len(text), crc32(head() + packed + lengths), END)
-
-
-def _part_to_json(part: Part, entry: Entry) -> list[Any]:
-    shape = 0 if part.shape == entry.shape else list(part.shape)
-    holds = part.alphabet if part.alphabet is not None else part.dtype
-    if part.inline is not None:
-        return [part.name, part.codec, shape, holds, part.inline.hex()]
-    return [part.name, part.codec, shape, holds, part.length, part.crc]
 
 
 def check_head(data: bytes) -> None:
@@ -201,19 +223,16 @@ class _Parser:
         self.parts_end = parts_end
 
     def index(self, document: object) -> Index:
-        table = _expect(document, dict, "index")
-        known = {"formats", "tensors", "aliases", "metadata", "sites", "base"}
-        if unknown := sorted(set(table) - known):
-            raise ArchiveError(f"the archive's index has unknown fields {unknown}")
-        if table.get("base") is not None or table.get("sites"):
+        fields = _expect(document, dict, "index")
+        if unknown := sorted(set(fields) - _FIELDS):
+            raise ArchiveError(f"the archive's index has unknown fields {unknown}; upgrade dither")
+        if fields.get("base") is not None or fields.get("sites"):
             raise ArchiveError(
                 "the archive holds activation sites or differences to a base archive, which "
                 "this release does not read; upgrade dither"
             )
-        formats = [_format(item) for item in _expect(table.get("formats"), list, "formats")]
-        entries = tuple(
-            self.entry(row, formats) for row in _expect(table.get("tensors"), list, "tensors")
-        )
+        formats = [_format(item) for item in _expect(fields.get("formats"), list, "formats")]
+        entries = tuple(self.entries(fields, formats))
         if self.offset != self.parts_end:
             raise ArchiveError(
                 f"the archive's payloads end at byte {self.offset}, its index begins at byte "
@@ -222,56 +241,71 @@ class _Parser:
         names = {entry.name for entry in entries}
         if len(names) != len(entries):
             raise ArchiveError("the archive's index names a tensor twice")
-        aliases = _expect(table.get("aliases", {}), dict, "aliases")
+        aliases = _expect(fields.get("aliases", {}), dict, "aliases")
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in names or alias in names:
                 raise ArchiveError(f"alias {alias!r} of {target!r} is not possible")
-        metadata = _expect(table.get("metadata", {}), dict, "metadata")
+        metadata = _expect(fields.get("metadata", {}), dict, "metadata")
         return Index(entries, aliases, metadata)
 
-    def entry(self, row: object, formats: list[Format]) -> Entry:
-        fields = _expect(row, list, "tensor")
-        if len(fields) < 4:  # noqa: PLR2004 - name, format, dtype, shape
-            raise ArchiveError(f"the archive's index has a tensor of {len(fields)} fields")
-        name = _expect(fields[0], str, "tensor name")
-        which = _count(fields[1], len(formats) - 1, f"format of {name!r}")
-        dtype = _dtype(fields[2], name)
-        shape = _shape(fields[3], name)
-        parts = tuple(self.part(item, name, shape) for item in fields[4:])
-        if len({part.name for part in parts}) != len(parts):
-            raise ArchiveError(f"tensor {name!r} names a part twice")
-        return Entry(name, formats[which], dtype, shape, parts)
+    def entries(self, fields: dict[str, Any], formats: list[Format]) -> Iterator[Entry]:
+        tensors = _columns(fields.get("tensors"), "tensors", _TENSOR)
+        parts = _columns(fields.get("parts"), "parts", (*_PART, "crc"))
+        crcs = iter(parts.pop("crc"))
+        rows = zip(*_equal(parts, "parts"), strict=True)
+        for name, which, kind, sizes, count in zip(*_equal(tensors, "tensors"), strict=True):
+            _expect(name, str, "tensor name")
+            dtype, shape = _dtype(kind, repr(name)), _shape(sizes, repr(name))
+            of = formats[_count(which, len(formats) - 1, f"format of {name!r}")]
+            own = list(islice(rows, _count(count, MAX_PARTS, f"parts of {name!r}")))
+            held = tuple(self.part(row, name, shape, crcs) for row in own)
+            if len(held) != count or len({part.name for part in held}) != count:
+                raise ArchiveError(f"tensor {name!r} lacks a part or names one twice")
+            yield Entry(name, of, dtype, shape, held)
+        if next(rows, None) is not None or next(crcs, None) is not None:
+            raise ArchiveError("the archive's index has parts that belong to no tensor")
 
-    def part(self, row: object, tensor: str, shape: tuple[int, ...]) -> Part:
-        fields = _expect(row, list, f"part of {tensor!r}")
-        if len(fields) not in (5, 6):
-            raise ArchiveError(f"tensor {tensor!r} has a part of {len(fields)} fields")
-        name = _expect(fields[0], str, f"part name of {tensor!r}")
-        where = f"{tensor!r}, part {name!r}"
-        codec = _expect(fields[1], str, f"codec of {where}")
-        own = shape if fields[2] == 0 and fields[2] is not False else _shape(fields[2], where)
+    def part(
+        self, row: tuple[Any, ...], tensor: str, shape: tuple[int, ...], crcs: Iterator[Any]
+    ) -> Part:
+        name, codec, sizes, holds, data = row
+        where = f"tensor {tensor!r}, part {_expect(name, str, f'part name of {tensor!r}')!r}"
+        _expect(codec, str, f"codec of {where}")
+        own = shape if type(sizes) is int and sizes == 0 else _shape(sizes, where)
         alphabet = dtype = None
-        if isinstance(fields[3], str):
-            dtype = _dtype(fields[3], where)
+        if isinstance(holds, str):
+            dtype = _dtype(holds, where)
         else:
-            alphabet = _count(fields[3], MAX_ALPHABET, f"alphabet of {where}", least=1)
-        if len(fields) == 5:  # noqa: PLR2004 - the payload stands here
+            alphabet = _count(holds, MAX_ALPHABET, f"alphabet of {where}", least=1)
+        if isinstance(data, str):
             try:
-                inline = bytes.fromhex(_expect(fields[4], str, f"payload of {where}"))
+                inline = bytes.fromhex(data)
             except ValueError as error:
                 raise ArchiveError(f"payload of {where} is damaged: {error}") from error
             return Part(name, codec, own, alphabet, dtype, len(inline), inline=inline)
-        length = _count(fields[4], self.parts_end - self.offset, f"length of {where}")
-        crc = _count(fields[5], 0xFFFFFFFF, f"checksum of {where}")
+        length = _count(data, self.parts_end - self.offset, f"length of {where}")
+        crc = _count(next(crcs, None), 0xFFFFFFFF, f"checksum of {where}")
         offset, self.offset = self.offset, self.offset + length
         return Part(name, codec, own, alphabet, dtype, length, crc, offset)
+
+
+def _columns(value: object, what: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
+    table = _expect(value, dict, what)
+    if set(table) != set(names):
+        raise ArchiveError(f"the archive's index has the columns {sorted(table)} of {what}")
+    return {name: _expect(table[name], list, f"column {name!r} of {what}") for name in names}
+
+
+def _equal(columns: dict[str, list[Any]], what: str) -> list[list[Any]]:
+    if len({len(column) for column in columns.values()}) != 1:
+        raise ArchiveError(f"the archive's index has columns of unequal length for {what}")
+    return list(columns.values())
 
 
 def _expect(value: object, kind: type[T], what: str) -> T:
     if not isinstance(value, kind):
         raise ArchiveError(
-            f"the archive's index is damaged: {what} is {type(value).__name__}, not "
-            f"{kind.__name__}"
+            f"the archive's index is damaged: {what} is {type(value).__name__}, not {kind.__name__}"
         )
     return value
 

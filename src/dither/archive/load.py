@@ -64,6 +64,7 @@ def load(path: str | os.PathLike[str], max_nbytes: int | None = None) -> dict[st
 def load_into(
     model: nn.Module,
     source: Archive | str | os.PathLike[str],
+    *,
     strict: bool = True,
     max_nbytes: int | None = None,
 ) -> Loaded:
@@ -86,7 +87,7 @@ def load_into(
     """
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes) as archive:
-            return load_into(model, archive, strict)
+            return load_into(model, archive, strict=strict)
     state = model.state_dict(keep_vars=True)
     shapes = {name: source.entries[source.aliases.get(name, name)].shape for name in source}
     mismatched = {

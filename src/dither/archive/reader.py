@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self
@@ -211,7 +211,7 @@ class Archive(Mapping[str, Tensor]):
             raise _damaged(entry, part, "its checksum does not match")
         return payload
 
-    def _check_memory(self, entries: Any) -> None:
+    def _check_memory(self, entries: Iterable[Entry]) -> None:
         need = sum(map(_memory, entries))
         if need > self.max_nbytes:
             raise ArchiveError(

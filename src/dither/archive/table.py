@@ -28,7 +28,7 @@ def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> 
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = [
         "  ".join(
-            cell.rjust(width) if i > 3 else cell.ljust(width)  # noqa: PLR2004 - numbers right
+            cell.rjust(width) if i > 3 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

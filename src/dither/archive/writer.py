@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.archive.atomic import atomic_write
@@ -15,6 +17,9 @@ from dither.archive.layout import INLINE_NBYTES, Entry, Index, Part, head, pack_
 from dither.archive.reader import Archive
 from dither.coding import crc32, encode_array, encode_codes
 from dither.core import ArchiveError, Codes, Encoded, Format, dtype_name
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 
 class CodedPart(NamedTuple):
@@ -118,9 +123,10 @@ def _code_codes(part: Codes) -> CodedPart:
     return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, payload)
 
 
-def _to_bytes(values: Tensor) -> Any:
+def _to_bytes(values: Tensor) -> NDArray[np.uint8]:
     flat = values.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return raw
 
 
 def pack(
@@ -163,8 +169,8 @@ def write(
 class _Sink(io.RawIOBase):
     """A stream that keeps nothing."""
 
-    def write(self, data: Any) -> int:
-        return len(data)
+    def write(self, data: Buffer) -> int:
+        return memoryview(data).nbytes
 
 
 def _write_all(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Codes, Encoded, SpecError, Stats
+from dither.core import Codes, Encoded, SpecError, Stats, code_dtype
 from dither.formats import Affine
 
 Floats = NDArray[np.float64]
@@ -136,27 +136,29 @@ class RateDistortion:
             raise SpecError(f"a step is positive, not {self.step}")
         divisor = steps.float().reshape([-1] + [1] * (weight.ndim - 1)) if rows else steps.float()
         scaled = weight.detach().float() / divisor
-        return self._assign(scaled, steps.reshape(-1), weight, rows)
+        axis = 0 if rows else None
+        format_ = Affine(bits=None, axis=axis, scale_dtype=torch.bfloat16)
+        levels, zero = self._round(scaled)
+        codes = {"levels": levels, "zero": Codes(torch.tensor([zero]), _ZERO_ALPHABET)}
+        scale = {"scale": steps.reshape(-1)}
+        return Encoded(format_, tuple(weight.shape), weight.dtype, codes, scale)
 
-    def _assign(self, scaled: Tensor, steps: Tensor, weight: Tensor, rows: bool) -> Encoded:
+    def _round(self, scaled: Tensor) -> tuple[Codes, int]:
         sample = sorted_sample(scaled)
         found = find_thresholds(sample, self.strength)
         low, high = int(found.codes[0]), int(found.codes[-1])
         if high - low >= _ZERO_ALPHABET // 2 or low < -_ZERO_ALPHABET // 2:
             raise SpecError(
-                f"a step of {float(steps.min()):g} is too small for values up to "
-                f"{float(weight.abs().max()):g}; use Raw"
+                f"a step is too small for values of {low} to {high} steps; at most "
+                f"{_ZERO_ALPHABET} are possible: take a larger step, or store the tensor Raw"
             )
         # The decoder subtracts the code that stands for zero, which must exist.
         low, high = min(low, 0), max(high, 0)
-        levels = torch.empty(scaled.shape, dtype=Codes(torch.empty(0), high - low + 1).values.dtype)
+        levels = torch.empty(scaled.shape, dtype=code_dtype(high - low + 1))
         edges = torch.from_numpy(found.edges).float()
         offsets = torch.from_numpy(found.codes - low).to(levels.dtype)
         source, target = scaled.reshape(-1), levels.reshape(-1)
         for start in range(0, source.numel(), CHUNK):
             index = torch.bucketize(source[start : start + CHUNK], edges, out_int32=True)
             target[start : start + CHUNK] = offsets[index]
-        format_ = Affine(bits=None, axis=0 if rows else None, scale_dtype=torch.bfloat16)
-        zero = torch.tensor([-low])
-        codes = {"levels": Codes(levels, high - low + 1), "zero": Codes(zero, _ZERO_ALPHABET)}
-        return Encoded(format_, tuple(weight.shape), weight.dtype, codes, {"scale": steps})
+        return Codes(levels, high - low + 1), -low

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from dither.archive import CodedTensor, code, packed_nbytes
 from dither.core import BudgetError
 from dither.search.allocate import allocate
 from dither.search.options import Ladder, Option, Weighted, build_ladder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
@@ -56,8 +59,9 @@ class BudgetSearch:
         best: dict[str, CodedTensor] | None = None
         best_nbytes = 0
         chosen: dict[str, Option] = {}
-        ladders, target, index = dict(self._ladders), budget * _AIM, self._guess_index()
-        margin = budget * (1 - _AIM)
+        ladders, target = dict(self._ladders), budget * _AIM
+        index: float = self._guess_index()
+        margin, kept = budget * (1 - _AIM), chosen
         for attempt in range(_ATTEMPTS):
             last, chosen = chosen, allocate(ladders, target - index)
             if chosen == last:
@@ -66,8 +70,7 @@ class BudgetSearch:
             index = size - sum(tensor.nbytes for tensor in self._coded.values())
             ladders = self._corrected()
             if best_nbytes < size <= budget:
-                best, best_nbytes = dict(self._coded), size
-                kept = chosen
+                best, best_nbytes, kept = dict(self._coded), size, chosen
             if best is not None and (
                 best_nbytes >= _ENOUGH * budget or best_nbytes >= budget - SLACK_NBYTES
             ):
@@ -181,9 +184,11 @@ class BudgetSearch:
         """Bytes of the index before any tensor was coded."""
         return 64 + sum(14 + len(name) / 4 for name in [*self._tensors, *self._aliases])
 
-    def _map(self, stage: str, function: Callable[[Any], Any], items: Mapping[str, Any]) -> Any:
+    def _map(
+        self, stage: str, function: Callable[[Item], Result], items: Mapping[str, Item]
+    ) -> dict[str, Result]:
         """Apply a function to every value on all cores; NumPy and torch release the lock."""
-        done: dict[str, Any] = {}
+        done: dict[str, Result] = {}
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for i, (name, result) in enumerate(
                 zip(items, pool.map(function, items.values()), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,9 +57,7 @@ def compress(
     if (size is None) == (bits is None):
         raise BudgetError('say either size (such as "9MB") or bits (such as 3.2), not both')
     values = sum(value.numel() for value in tensors.values.values())
-    budget = parse_size(
-        size if size is not None else int((bits or 0) * values / 8), tensors.nbytes
-    )
+    budget = parse_size(size if size is not None else int((bits or 0) * values / 8), tensors.nbytes)
     weighted = _weigh(tensors.values, sensitivity)
     stored = dict(metadata or {})
     search = BudgetSearch(weighted, tensors.aliases, stored, progress or _silent)
