@@ -40,7 +40,7 @@ class Affine(Format):
     * ``endpoint``: ``q * scale + offset``: both ends of the range, no exact zero.
 
     With ``bits=None`` the symmetric grid has no ends: the alphabet of the codes follows the data
-    and one ``zero`` for the tensor is minus the lowest code.
+    and one ``zero`` for the tensor is minus the lowest code. The alphabet always reaches 0.
 
     Parts: codes ``levels`` of the weight's shape and, where there is one, ``zero``; params
     ``scale`` and, for endpoint, ``offset``, ``(scales,)`` in ``scale_dtype``. Decoding subtracts
@@ -162,9 +162,9 @@ class Affine(Format):
             shape, dtype=torch.int32 if unbounded else code_dtype(alphabet), device=weight.device
         )
         names = list(held)
-        shared = [self._wide(held[name]) for name in names]
+        shared = [held[name] for name in names]
         for (box, out), parts in grouping.walk([weight, codes], shared):
-            out.copy_(self._grid(dict(zip(names, parts, strict=True))).nearest(box, dtype))
+            out.copy_(self.line(dict(zip(names, parts, strict=True))).nearest(box, dtype))
         params_out = {name: held[name] for name in names if name != "zero"}
         if not unbounded:
             parts_out = {"levels": Codes(codes, alphabet)}
@@ -182,9 +182,9 @@ class Affine(Format):
             held["zero"] = zero.expand(held["scale"].shape)
         out = torch.empty(encoded.shape, dtype=encoded.dtype, device=levels.device)
         names = list(held)
-        shared = [self._wide(held[name]) for name in names]
+        shared = [held[name] for name in names]
         for (box, codes), parts in self.grouping(encoded.shape).walk([out, levels], shared):
-            grid = self._grid(dict(zip(names, parts, strict=True)))
+            grid = self.line(dict(zip(names, parts, strict=True)))
             box.copy_(restore(grid.values(codes), encoded.dtype))
         return out
 
@@ -220,7 +220,9 @@ class Affine(Format):
     def _wide(self, value: Tensor) -> Tensor:
         return value.to(torch.float32 if value.is_floating_point() else torch.int32)
 
-    def _grid(self, held: Mapping[str, Tensor]) -> Grid:
+    def line(self, held: Mapping[str, Tensor]) -> Grid:
+        """The grid of parameters that broadcast against the weights, in any numeric type."""
+        held = {name: self._wide(value) for name, value in held.items()}
         lowest, highest = self._ends()
         zero: Tensor | int = 0
         if "zero" in held:
@@ -251,9 +253,8 @@ class Affine(Format):
     def _unbounded(self, steps: Tensor, scale: Tensor) -> dict[str, Codes]:
         """Codes from 0 and their zero, from signed steps (which are overwritten)."""
         least = min(0, int(steps.min())) if steps.numel() else 0
-        alphabet = (int(steps.max()) if steps.numel() else 0) - least + 1
-        alphabet = max(alphabet, 1)
-        if alphabet > MAX_ALPHABET or -least >= MAX_ALPHABET:
+        alphabet = (max(0, int(steps.max())) if steps.numel() else 0) - least + 1
+        if alphabet > MAX_ALPHABET:
             raise SpecError(
                 f"a step of {scale.abs().min().item():.4g} needs more than 2**24 levels for this "
                 "tensor; give a larger step"

@@ -100,6 +100,11 @@ class Grid:
         place = shifted / scale.to(weight.dtype) + self.zero
         return place / self.stride if self.stride != 1 else place
 
+    def guess(self, weight: Tensor) -> Tensor:
+        """Int32 codes by rounding: nearest but for rounding errors of the order of a tie."""
+        place = self.position(weight).round_().clamp_(self.lowest, self.highest)
+        return place.to(torch.int32)
+
     def at(self, where: Tensor) -> Grid:
         """The same grid for the elements of a boolean mask, as vectors."""
 
@@ -117,7 +122,7 @@ class Grid:
             SpecError: a weight is not finite, or beyond float32.
         """
         single = weight.to(torch.float32)
-        codes = self.position(single).round_().clamp_(self.lowest, self.highest).to(torch.int32)
+        codes = self.guess(single)
         error = restore(self.values(codes), dtype).to(torch.float32).sub_(single).abs_()
         unsure = ~(error <= self.scale.abs() * (SURE * self.stride))  # also where it is NaN
         if bool(unsure.any()):
@@ -133,7 +138,7 @@ class Grid:
     def settle(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Nearest of three neighbouring codes, compared in float64."""
         double = weight.to(torch.float64)
-        guess = self.position(double).round_().clamp_(self.lowest, self.highest).to(torch.int32)
+        guess = self.guess(double)
         best, least = guess, torch.full_like(double, torch.inf)
         for step in (0, -1, 1):
             codes = (guess + step).clamp_(self.lowest, self.highest)
