@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-
-import numpy as np
 from numpy.typing import NDArray
 
 from dither.coding.bits import code_dtype, packed_nbytes, unpack_bits, width_of
@@ -45,6 +43,7 @@ def encode_codes(values: NDArray[Any], alphabet: int) -> tuple[str, bytes]:
     Raises:
         ValueError: values outside the alphabet, or not integers.
 
+    >>> import numpy as np
     >>> codec, payload = encode_codes(np.array([[0, 1, 1], [2, 1, 1]]), 3)
     >>> codec, payload.hex()
     ('bits', '9405')

@@ -49,7 +49,7 @@ def _spread(deviation: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
     others = tuple(a for a in range(deviation.ndim) if a != axis)
     means = deviation.mean(axis=others, dtype=np.float64)
     overall = float(means.mean())
-    return np.log2((means + 0.02 * overall + 1e-6) / (1.02 * overall + 1e-6))
+    return np.asarray(np.log2((means + 0.02 * overall + 1e-6) / (1.02 * overall + 1e-6)))
 
 
 def _worth(spread: NDArray[np.float64], count: int) -> float:
@@ -97,7 +97,8 @@ def _table_bits(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
     totals = histograms.sum(axis=-1).astype(np.float64)
     logs = np.log2(np.maximum(histograms, 1))
     entropy = totals * np.log2(np.maximum(totals, 1)) - (histograms * logs).sum(axis=-1)
-    return entropy + 14 + np.minimum(2.5 * (histograms > 0).sum(axis=-1), 24 + 0.004 * totals)
+    tables = np.minimum(2.5 * (histograms > 0).sum(axis=-1), 24 + 0.004 * totals)
+    return np.asarray(entropy + 14 + tables)
 
 
 def clip(candidate: Contexts, histograms: NDArray[np.int64]) -> tuple[Contexts, float]:

@@ -6,14 +6,14 @@ a table is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dither.coding.bits import BitWriter
-from dither.coding.tables import MAX_CURVE, SHAPES, Curve, Ints, Steps, Table
+from dither.coding.tables import MAX_CURVE, SHAPES, TOP, Curve, Ints, Steps, Table
 
 Floats = NDArray[np.float64]
 
@@ -126,7 +126,7 @@ def _trials(distance: Floats, counts: Floats, total: float) -> tuple[Floats, Flo
     return scales, sums, drop @ counts + total * sums
 
 
-def _curve(counts: Floats, center: int, is_spiked: bool) -> tuple[float, Curve]:
+def _curve(counts: Floats, center: int, *, is_spiked: bool) -> tuple[float, Curve]:
     """The best curve with this centre and its estimated cost in bits."""
     distance = np.abs(4.0 * np.arange(len(counts)) - center)
     total = float(counts.sum())
@@ -145,7 +145,7 @@ def _curve(counts: Floats, center: int, is_spiked: bool) -> tuple[float, Curve]:
     return float(costs[at]) + split + 6, Curve(center, int(scales[at]), int(at[0]), spike)
 
 
-def fit_curve(counts: Ints, precision: int, has_escape: bool) -> Fit | None:
+def fit_curve(counts: Ints, precision: int, *, has_escape: bool) -> Fit | None:
     """The best curve, None where none can describe so many symbols."""
     window = len(counts) - has_escape
     if window < 2 or window > MAX_CURVE or len(counts) > 1 << precision:
@@ -157,24 +157,21 @@ def fit_curve(counts: Ints, precision: int, has_escape: bool) -> Fit | None:
     mean = int(np.rint(4 * float(inner @ np.arange(window)) / total))
     mode = 4 * int(inner.argmax())
     centers = {min(max(c, 0), 4 * window - 4) for c in (mean - 1, mean, mean + 1, mode)}
-    trials = [_curve(inner, center, False) for center in sorted(centers)]
+    trials = [_curve(inner, center, is_spiked=False) for center in sorted(centers)]
     if window > 2:
-        trials.append(_curve(inner, mode, True))
+        trials.append(_curve(inner, mode, is_spiked=True))
     curve = min(trials, key=lambda trial: trial[0])[1]
     if has_escape:
-        weights = curve.table(window, precision).frequencies / (1 << precision)
-        share = counts[-1] / total * 1.0 / weights.max()
-        level = 255 + int(np.rint(16 * np.log2(max(share, 1e-9))))
-        spike = 4 * max(curve.spike or 0, 0)
-        level = int(np.clip(level, 0, 255))
-        del spike
-        curve = Curve(curve.center, curve.scale, curve.shape, curve.spike, level)
+        peak = curve.table(window, precision).frequencies.max() / (1 << precision)
+        share = max(int(counts[-1]), 0.5) / total / peak
+        escape = int(np.clip(TOP + np.rint(16 * np.log2(share)), 0, TOP))
+        curve = replace(curve, escape=escape)
     table = curve.table(window, precision)
     bits = _symbol_bits(counts, table, precision)
     return Fit(curve, table, curve.nbits(window), bits)
 
 
-def fit_table(counts: Ints, precision: int, has_escape: bool = False) -> Fit:
+def fit_table(counts: Ints, precision: int, *, has_escape: bool = False) -> Fit:
     """The cheapest table for a histogram.
 
     Args:
@@ -182,7 +179,7 @@ def fit_table(counts: Ints, precision: int, has_escape: bool = False) -> Fit:
         precision: frequencies will sum to ``2**precision``; at most that many symbols occur.
         has_escape: whether the last symbol is the escape symbol.
     """
-    fits = [fit_steps(counts, precision), fit_curve(counts, precision, has_escape)]
+    fits = [fit_steps(counts, precision), fit_curve(counts, precision, has_escape=has_escape)]
     found = [fit for fit in fits if fit is not None]
     return min(found, key=lambda fit: fit.bits)
 

@@ -146,6 +146,8 @@ def _read_classes(
         width = width_of(alphabet)
         size = packed_nbytes(length, width) if nbytes is None else nbytes
         piece, rest = _take(rest, size, "classes")
+        if nbytes is not None and alphabet == 1:
+            raise CodingError("classes that are all 0 take no bytes")
         if nbytes is None:
             found = unpack_bits(piece, length, width)
             if int(found.max()) >= alphabet:
@@ -160,13 +162,12 @@ def _decode_tokens(
     rest: memoryview,
     contexts: NDArray[np.uint8] | None,
     tables: Sequence[Table],
-    symbols: int,
     precision: int,
     lanes_log2: int,
     out: NDArray[Any],
 ) -> None:
     if any(len(table.symbols) > 1 for table in tables):
-        decode_lanes(rest, contexts, tables, symbols, precision, 1 << lanes_log2, out)
+        decode_lanes(rest, contexts, tables, precision, 1 << lanes_log2, out)
         return
     if len(rest) or lanes_log2:
         raise CodingError("a stream follows tables of one symbol each")
@@ -175,7 +176,7 @@ def _decode_tokens(
 
 
 def decode_rans(
-    payload: bytes | memoryview, shape: tuple[int, ...], alphabet: int, is_nested: bool = False
+    payload: bytes | memoryview, shape: tuple[int, ...], alphabet: int, *, is_nested: bool = False
 ) -> NDArray[Any]:
     """Decode a payload of codec ``rans`` to codes in their canonical type.
 
@@ -207,7 +208,9 @@ def decode_rans(
             raise CodingError("classes with contexts of their own")
         choices, offset, axes = _read_contexts(head, shape)
     has_escape = window.escapes > 0
-    tables = [read_table(head, window.size, has_escape, precision) for _ in range(choices)]
+    tables = [
+        read_table(head, window.size, precision, has_escape=has_escape) for _ in range(choices)
+    ]
     classes, rest = _read_classes(head.finish(), shape, axes)
     contexts = Contexts(classes, offset, choices).of(shape) if classes else None
     lows, rest = _take(rest, packed_nbytes(count, window.shift), "low bits")
@@ -215,10 +218,10 @@ def decode_rans(
     escaped, rest = _take(rest, packed_nbytes(window.escapes, high_width), "escapes")
     out = np.empty(count, code_dtype(alphabet))
     if not flags & WINDOWED:
-        _decode_tokens(rest, contexts, tables, alphabet, precision, lanes_log2, out)
+        _decode_tokens(rest, contexts, tables, precision, lanes_log2, out)
         return out.reshape(shape)
     tokens = np.empty(count, np.uint8 if window.symbols <= 256 else np.uint32)
-    _decode_tokens(rest, contexts, tables, window.symbols, precision, lanes_log2, tokens)
+    _decode_tokens(rest, contexts, tables, precision, lanes_log2, tokens)
     _join(tokens, window, lows, unpack_bits(escaped, window.escapes, high_width), alphabet, out)
     return out.reshape(shape)
 

@@ -13,14 +13,17 @@ from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
 from dither.coding.fit import Fit, entropy_bits, fit_table
 from dither.coding.payload import Head, Window
-from dither.coding.rans import MAX_LANES_LOG2, encode_lanes
+from dither.coding.rans import MAX_LANES_LOG2, MAX_ROWS, encode_lanes
 from dither.coding.tables import MAX_PRECISION, MIN_PRECISION, Ints
 
 ONE_LANE = 1 << 15
 """Up to so many symbols one lane is decoded fast enough."""
 
-MAX_COUNT = 1 << 32
+MAX_COUNT = MAX_ROWS << MAX_LANES_LOG2
 """The most symbols that rANS codes; more are packed as bits."""
+
+_SAMPLE = 1 << 20
+"""About so many symbols of a part are looked at to compare contexts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +62,8 @@ def histogram(values: NDArray[Any], alphabet: int) -> Ints:
         counts = both.sum(axis=0) + both.sum(axis=1)
         if even < len(values):
             counts[values[-1]] += 1
-        return counts[:alphabet].astype(np.int64)
-    return np.bincount(values, minlength=alphabet).astype(np.int64)
+        return np.asarray(counts[:alphabet], np.int64)
+    return np.asarray(np.bincount(values, minlength=alphabet), np.int64)
 
 
 def _fold(symbols: Ints, counts: Ints, shift: int) -> tuple[Ints, Ints]:
@@ -76,10 +79,16 @@ def _rough_bits(symbols: Ints, counts: Ints) -> float:
     return entropy_bits(counts) + 3.5 * len(symbols) + float((2 * np.log2(runs) + 2).sum())
 
 
+def _whole(shift: int, highs: int) -> Window:
+    return Window(shift, 0, highs, 0)
+
+
 def _trim(symbols: Ints, counts: Ints, shift: int, highs: int) -> list[Window]:
-    """The window over everything, and the most promising one with escapes."""
+    """The window without escapes, and the most promising one with escapes."""
     total = int(counts.sum())
-    whole = Window(shift, 0, highs, 0)
+    span = int(symbols[-1] - symbols[0]) + 1
+    # A narrow range is named, because runs of absent symbols at its ends rule out curves.
+    whole = Window(shift, int(symbols[0]), span, 0) if 2 * span < highs else _whole(shift, highs)
     if len(symbols) < 9:
         return [whole]
     cumulated = np.cumsum(counts)
@@ -149,15 +158,17 @@ def lanes_for(total: int, bits: float, symbols: int) -> tuple[int, float]:
     affordable = int(0.0015 * bits / each).bit_length() - 1
     least = max(4, (total // 8192).bit_length())
     lanes_log2 = min(max(affordable, least, 4), MAX_LANES_LOG2 - 1)
-    while total >> lanes_log2 >= 1 << 17:
-        lanes_log2 += 1
+    if total > MAX_ROWS << lanes_log2:
+        lanes_log2 = MAX_LANES_LOG2
     return lanes_log2, each * (1 << lanes_log2)
 
 
-def best_fit(counts: Ints, has_escape: bool) -> tuple[int, Fit]:
+def best_fit(counts: Ints, *, has_escape: bool) -> tuple[int, Fit]:
     """Precision and table of a histogram."""
     total, present = int(counts.sum()), int((counts > 0).sum())
-    found = [(p, fit_table(counts, p, has_escape)) for p in precisions_for(total, present)]
+    found = [
+        (p, fit_table(counts, p, has_escape=has_escape)) for p in precisions_for(total, present)
+    ]
     # A larger table must be worth its slower look-up.
     return min(found, key=lambda item: item[1].bits * (1 + 0.0005 * (item[0] > 12)))
 
@@ -196,12 +207,24 @@ def plan_counts(symbols: Ints, counts: Ints, alphabet: int, ndim: int) -> Plan:
     total = int(counts.sum())
     plans = []
     for window in windows_for(symbols, counts, alphabet):
-        precision, fit = best_fit(window_counts(symbols, counts, window), window.escapes > 0)
+        precision, fit = best_fit(
+            window_counts(symbols, counts, window), has_escape=window.escapes > 0
+        )
         is_constant = len(fit.table.symbols) == 1
         lanes = 0 if is_constant else lanes_for(total, fit.symbol_bits, window.symbols)[0]
         head = Head(precision, lanes, window, None, [fit.description], [])
         plans.append(_finish(head, [fit], total, ndim, alphabet, _extra(total, window, alphabet)))
     return min(plans, key=lambda plan: plan.nbytes)
+
+
+def _joint_counts(
+    contexts: Contexts, shape: tuple[int, ...], tokens: NDArray[Any], symbols: int, stride: int
+) -> Ints:
+    """Histograms of every ``stride``-th symbol by context, ``(tables, symbols)``."""
+    joint = contexts.of(shape)[::stride].astype(np.int32) * np.int32(symbols)
+    joint += tokens[::stride].astype(np.int32)
+    counts = np.bincount(joint, minlength=contexts.tables * symbols)
+    return np.asarray(counts.reshape(-1, symbols), np.int64)
 
 
 def plan_contexts(
@@ -212,26 +235,20 @@ def plan_contexts(
     if window.symbols > 1024 or len(plain.fits[0].table.symbols) == 1:
         return None
     tokens, _ = split(values, window)
-    best: tuple[float, Contexts, NDArray[np.int64]] | None = None
+    best: tuple[float, Contexts] | None = None
+    stride = len(tokens) // _SAMPLE | 1
     for candidate in propose(tokens, shape):
-        joint = candidate.of(shape).astype(np.int32) * window.symbols + tokens
-        counts = np.bincount(joint, minlength=candidate.tables * window.symbols)
-        clipped, bits = clip(candidate, counts.reshape(-1, window.symbols))
+        counts = _joint_counts(candidate, shape, tokens, window.symbols, stride)
+        clipped, bits = clip(candidate, counts * stride)
         if clipped.tables > 1 and (best is None or bits < best[0]):
-            best = bits, clipped, counts.reshape(-1, window.symbols)
+            best = bits, clipped
     if best is None:
         return None
-    _, contexts, rows = best
-    rows = np.array(
-        [
-            rows[: contexts.offset + 1].sum(axis=0),
-            *rows[contexts.offset + 1 : contexts.offset + contexts.tables - 1],
-            rows[contexts.offset + contexts.tables - 1 :].sum(axis=0),
-        ]
-    )
+    contexts = best[1]
+    rows = _joint_counts(contexts, shape, tokens, window.symbols, 1)
     # A context that never occurs is given the counts of all.
     rows[rows.sum(axis=1) == 0] = rows.sum(axis=0)
-    fits = [fit_table(row, plain.head.precision, window.escapes > 0) for row in rows]
+    fits = [fit_table(row, plain.head.precision, has_escape=window.escapes > 0) for row in rows]
     payloads = [
         encode_plain(classes, int(classes.max()) + 1) for classes in contexts.classes.values()
     ]
@@ -262,7 +279,7 @@ def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: in
     if any(len(table.symbols) > 1 for table in tables):
         contexts = None if head.contexts is None else head.contexts.of(shape)
         lanes = 1 << head.lanes_log2
-        pieces.append(encode_lanes(tokens, contexts, tables, window.symbols, head.precision, lanes))
+        pieces.append(encode_lanes(tokens, contexts, tables, head.precision, lanes))
     return b"".join(pieces)
 
 

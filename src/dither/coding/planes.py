@@ -18,16 +18,22 @@ ITEMSIZES = (1, 2, 4, 8, 16)
 """Bytes of one number. A number of 16 bytes is a complex one, two of 8 bytes side by side."""
 
 
-def _rotate(planes: list[Bytes], amount: int) -> list[Bytes]:
-    """Rotate numbers to the left (1) or right (-1) by a bit, given as planes, lowest first."""
-    if amount > 0:
-        return [(p << 1) | (planes[i - 1] >> 7) for i, p in enumerate(planes)]
-    return [(p >> 1) | (planes[(i + 1) % len(planes)] << 7) for i, p in enumerate(planes)]
+def _rotate(planes: list[Bytes]) -> list[Bytes]:
+    """Move the top bit of every number to its bottom; planes are given lowest first."""
+    return [np.bitwise_or(p << 1, planes[i - 1] >> 7, dtype=np.uint8) for i, p in enumerate(planes)]
 
 
-def _pack_planes(planes: list[Bytes], rotated: bool) -> bytes:
+def _rotate_back(planes: list[Bytes]) -> list[Bytes]:
+    """The inverse of :func:`_rotate`."""
+    above = [*planes[1:], planes[0]]
+    return [
+        np.bitwise_or(p >> 1, a << 7, dtype=np.uint8) for p, a in zip(planes, above, strict=True)
+    ]
+
+
+def _pack_planes(planes: list[Bytes], *, is_rotated: bool) -> bytes:
     head, pieces = BitWriter(), []
-    head.write(rotated, 1)
+    head.write(is_rotated, 1)
     for plane in planes:
         codec, payload = encode_plain(plane, 256)
         head.write(codec == "rans", 1)
@@ -38,7 +44,7 @@ def _pack_planes(planes: list[Bytes], rotated: bool) -> bytes:
 
 
 def encode_array(data: Bytes, itemsize: int) -> tuple[str, bytes]:
-    """Compress the bytes of an array of numbers without loss.
+    r"""Compress the bytes of an array of numbers without loss.
 
     Args:
         data: ``(bytes,)``, little-endian numbers one after the other.
@@ -51,10 +57,10 @@ def encode_array(data: Bytes, itemsize: int) -> tuple[str, bytes]:
         ValueError: not a whole number of items.
 
     >>> encode_array(np.array([1.0, 1.5], "<f4").view(np.uint8), 4)
-    ('raw', b'\\x00\\x00\\x80?\\x00\\x00\\xc0?')
+    ('raw', b'\x00\x00\x80?\x00\x00\xc0?')
     >>> codec, payload = encode_array(np.ones(1000, "<f4").view(np.uint8), 4)
     >>> codec, len(payload)
-    ('rans', 24)
+    ('rans', 25)
     """
     if itemsize not in ITEMSIZES or data.dtype != np.uint8 or data.size % itemsize:
         raise ValueError(f"{data.size} x {data.dtype} is no array of {itemsize}-byte numbers")
@@ -63,10 +69,10 @@ def encode_array(data: Bytes, itemsize: int) -> tuple[str, bytes]:
         return "raw", raw
     columns = data.reshape(-1, itemsize)
     planes = [np.ascontiguousarray(columns[:, i]) for i in range(itemsize)]
-    payload = _pack_planes(planes, False)
+    payload = _pack_planes(planes, is_rotated=False)
     if itemsize > 1:
         # With the sign moved to the other end the top byte of a float is its exponent alone.
-        payload = min(payload, _pack_planes(_rotate(planes, 1), True), key=len)
+        payload = min(payload, _pack_planes(_rotate(planes), is_rotated=True), key=len)
     return ("rans", payload) if len(payload) < len(raw) else ("raw", raw)
 
 
@@ -110,5 +116,5 @@ def decode_array(codec: str, payload: bytes | memoryview, nbytes: int, itemsize:
             else decode_rans(piece, (count,), 256, is_nested=True)
         )
     if is_rotated:
-        planes = _rotate(planes, -1)
+        planes = _rotate_back(planes)
     return np.stack(planes, axis=1).reshape(-1)

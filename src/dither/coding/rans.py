@@ -10,14 +10,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits, width_of
 from dither.coding.errors import CodingError
-from dither.coding.tables import Table
+from dither.coding.tables import Ints, Table
 
 Symbols = NDArray[Any]
 
@@ -25,107 +25,120 @@ LOW = 1 << 16
 """A state below this takes in the next word."""
 
 MAX_LANES_LOG2 = 15
-MAX_ROWS = 1 << 17
-"""Turns of the loop: with it, the work of a decoder is bounded by the symbols it returns."""
+MAX_ROWS = 1 << 16
+"""Turns of the loop; a limit, so that many symbols must come in many lanes, which are fast."""
 
 SCALAR_LANES = 8
 """Up to so many lanes a loop over single symbols beats one over rows."""
 
+_BLOCK = 1 << 16
+"""Symbols whose table look-ups are done together; it bounds the temporary memory."""
+
+
+def _state_type(lanes: int) -> type[np.int64 | np.uint32]:
+    """The type to compute with: the index type saves conversions, but is slow in long rows."""
+    return np.int64 if lanes <= 1024 else np.uint32
+
 
 @dataclass(frozen=True)
 class Geometry:
-    """How ``count`` symbols of an alphabet lie in lanes.
+    """How symbols lie in lanes.
 
     Attributes:
         count: number of symbols.
         lanes: a power of two.
-        width: bits of a symbol at fixed width.
+        width: bits of a rank, the place of a symbol among those that its table has.
     """
 
     count: int
     lanes: int
     width: int
 
+    @classmethod
+    def of(cls, count: int, lanes: int, tables: Sequence[Table]) -> Self:
+        """The geometry for these tables, one of which has more than one symbol."""
+        return cls(count, lanes, width_of(max(len(table.symbols) for table in tables)))
+
     @property
     def rows(self) -> int:
-        """Turns, the last ones perhaps only for the first lanes."""
+        """Turns, the last of which may be for the first lanes only."""
         return -(-self.count // self.lanes)
 
     @property
     def tail(self) -> int:
-        """Last turns whose symbols lie in the states that lanes begin with."""
-        return min(16 // self.width, self.rows) if self.width else 0
+        """Last turns, whose symbols lie in the states that lanes begin with; at least one."""
+        return min(16 // self.width, self.rows)
 
     @property
     def coded(self) -> int:
-        """Symbols that are coded, the others being tail."""
-        return min(self.count, (self.rows - self.tail) * self.lanes)
+        """Symbols that are coded, a whole number of turns."""
+        return (self.rows - self.tail) * self.lanes
 
 
-def _pack_tail(symbols: Symbols, geometry: Geometry) -> NDArray[np.uint32]:
+def _pack_tail(ranks: Symbols, geometry: Geometry) -> NDArray[np.uint32]:
     state = np.full(geometry.lanes, LOW, np.uint32)
     for turn in range(geometry.tail):
-        row = symbols[geometry.coded + turn * geometry.lanes :][: geometry.lanes]
+        row = ranks[turn * geometry.lanes :][: geometry.lanes]
         state[: len(row)] |= row.astype(np.uint32) << np.uint32(turn * geometry.width)
     return state
 
 
-def _unpack_tail(state: NDArray[np.uint32], geometry: Geometry, out: Symbols, size: int) -> None:
-    """Check that every lane ends as an encoder begins, and take the last symbols from it."""
-    if (state >> np.uint32(16) != 1).any():
+def _unpack_tail(state: NDArray[Any], geometry: Geometry) -> NDArray[np.int64]:
+    """Check that every lane ends as an encoder begins, and take the last ranks from it."""
+    rest = state.astype(np.int64)
+    if (rest >> 16 != 1).any():
         raise CodingError("the states do not end where an encoder begins")
-    rest = state & np.uint32(0xFFFF)
-    for turn in range(geometry.tail):
-        begin = geometry.coded + turn * geometry.lanes
-        row = rest & np.uint32((1 << geometry.width) - 1)
-        rest >>= np.uint32(geometry.width)
-        length = min(geometry.lanes, geometry.count - begin)
-        if (row[:length] >= size).any() or row[length:].any():
-            raise CodingError("the last symbols are out of range")
-        out[begin : begin + length] = row[:length]
-    if rest.any():
+    rest &= LOW - 1
+    shifts = np.arange(geometry.tail)[:, None] * geometry.width
+    ranks = ((rest >> shifts) & ((1 << geometry.width) - 1)).reshape(-1)
+    used = geometry.count - geometry.coded
+    if (rest >> geometry.tail * geometry.width).any() or ranks[used:].any():
         raise CodingError("the states do not end where an encoder begins")
+    return ranks[:used]
 
 
 def _encode_scalar(
-    symbols: Symbols, geometry: Geometry, frequency: list[int], start: list[int], precision: int
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    states = _pack_tail(symbols, geometry).tolist()
+    symbols: Symbols, states: NDArray[np.uint32], frequency: Ints, start: Ints, precision: int
+) -> tuple[NDArray[np.uint32], NDArray[Any]]:
+    current, shares, starts = states.tolist(), frequency.tolist(), start.tolist()
     words: list[int] = []
-    mask = geometry.lanes - 1
-    for index in range(geometry.coded - 1, -1, -1):
-        symbol = int(symbols[index])
-        state, share = states[index & mask], frequency[symbol]
-        if state >= share << (32 - precision):
+    mask, limit = len(current) - 1, 32 - precision
+    index = len(symbols)
+    for symbol in reversed(symbols.tolist()):
+        index -= 1
+        state, share = current[index & mask], shares[symbol]
+        if state >> limit >= share:
             words.append(state & 0xFFFF)
             state >>= 16
         quotient, rest = divmod(state, share)
-        states[index & mask] = (quotient << precision) + rest + start[symbol]
-    return np.array(states, np.uint32), np.array(words[::-1], np.uint16)
+        current[index & mask] = (quotient << precision) + rest + starts[symbol]
+    return np.array(current, np.uint32), np.array(words[::-1], np.uint16)
 
 
 def _encode_rows(
-    symbols: Symbols, geometry: Geometry, frequency: Symbols, start: Symbols, precision: int
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    states = _pack_tail(symbols, geometry)
-    words: list[NDArray[np.uint16]] = []
-    lanes = geometry.lanes
-    shift, up = np.uint32(precision), np.uint32(32 - precision)
-    shares, starts = frequency.astype(np.uint32), start.astype(np.uint32)
-    for begin in range((geometry.coded - 1) // lanes * lanes, -1, -lanes):
-        row = symbols[begin : min(begin + lanes, geometry.coded)]
-        state = states[: len(row)]
-        share = shares[row]
-        # The limit share << (32 - precision) may be 2**32, hence the shift of the state instead.
-        full = np.flatnonzero(state >> up >= share)
-        if len(full):
-            over = state[full]
-            words.append(over.astype(np.uint16))
-            state[full] = over >> np.uint32(16)
-        quotient = state // share
-        state += quotient * ((np.uint32(1) << shift) - share)
-        state += starts[row]
-    return states, np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
+    symbols: Symbols, states: NDArray[np.uint32], frequency: Ints, start: Ints, precision: int
+) -> tuple[NDArray[np.uint32], NDArray[Any]]:
+    lanes = len(states)
+    kind: Any = _state_type(lanes)
+    state, words = states.astype(kind), []
+    shares, starts = frequency.astype(kind), start.astype(kind)
+    limit, half, total = kind(32 - precision), kind(16), kind(1 << precision)
+    block = max(_BLOCK // lanes, 1) * lanes
+    for begin in range((len(symbols) - 1) // block * block, -1, -block):
+        piece = symbols[begin : begin + block].reshape(-1, lanes)
+        share_rows, start_rows = shares.take(piece), starts.take(piece)
+        for share, low in zip(share_rows[::-1], start_rows[::-1], strict=True):
+            # A limit of share << (32 - precision) may be 2**32, hence the shift of the state.
+            full = ((state >> limit) >= share).nonzero()[0]
+            if len(full):
+                over = state[full]
+                words.append(over.astype(np.uint16))
+                state[full] = over >> half
+            quotient = state // share
+            quotient *= total - share
+            state += quotient
+            state += low
+    return state.astype(np.uint32), np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
 
 
 def _pack_states(states: NDArray[np.uint32]) -> bytes:
@@ -166,41 +179,45 @@ def _unpack_states(payload: memoryview, lanes: int) -> tuple[NDArray[np.uint32],
     return (high << np.uint32(16)) | low, payload[end:]
 
 
+def _rank_tables(tables: Sequence[Table], size: int) -> tuple[Ints, Ints, Ints]:
+    """Rank, frequency and start of every symbol in every table, each ``(tables * size,)``."""
+    rank, frequency, start = np.zeros((3, len(tables), size), np.int64)
+    for index, table in enumerate(tables):
+        rank[index, table.symbols] = np.arange(len(table.symbols))
+        frequency[index, table.symbols] = table.frequencies
+        start[index, table.symbols] = np.cumsum(table.frequencies) - table.frequencies
+    return rank.reshape(-1), frequency.reshape(-1), start.reshape(-1)
+
+
 def encode_lanes(
     symbols: Symbols,
     contexts: NDArray[np.uint8] | None,
     tables: Sequence[Table],
-    size: int,
     precision: int,
     lanes: int,
 ) -> bytes:
     """Code symbols with known tables.
 
     Args:
-        symbols: ``(n,)``, unsigned, each below ``size`` and with a frequency in its table.
+        symbols: ``(n,)``, unsigned, each with a frequency in its table.
         contexts: ``(n,)``, the table of each symbol; None for the first one.
-        tables: one or more.
-        size: number of symbols of the alphabet.
+        tables: one or more, at least one of them with more than one symbol.
         precision: frequencies sum to ``2**precision``.
         lanes: a power of two.
     """
-    geometry = Geometry(len(symbols), lanes, width_of(size))
-    frequency = np.zeros((len(tables), size), np.int64)
-    start = np.zeros((len(tables), size), np.int64)
-    for index, table in enumerate(tables):
-        frequency[index, table.symbols] = table.frequencies
-        start[index, table.symbols] = np.cumsum(table.frequencies) - table.frequencies
+    geometry = Geometry.of(len(symbols), lanes, tables)
+    if contexts is None and int(tables[0].symbols[-1]) > 1 << 16:
+        # Symbols far apart: work with their ranks.
+        symbols = np.searchsorted(tables[0].symbols, symbols)
+        ranks = np.arange(len(tables[0].symbols), dtype=np.int64)
+        tables = [Table(ranks, tables[0].frequencies)]
+    size = 1 + max(int(table.symbols[-1]) for table in tables)
+    rank, frequency, start = _rank_tables(tables, size)
     if contexts is not None:
-        tail = symbols[geometry.coded :]
-        symbols = symbols.astype(np.int32) + contexts.astype(np.int32) * size
-        symbols[geometry.coded :] = tail
-    flat_frequency, flat_start = frequency.reshape(-1), start.reshape(-1)
-    if lanes <= SCALAR_LANES:
-        states, words = _encode_scalar(
-            symbols, geometry, flat_frequency.tolist(), flat_start.tolist(), precision
-        )
-    else:
-        states, words = _encode_rows(symbols, geometry, flat_frequency, flat_start, precision)
+        symbols = symbols.astype(np.int32) + contexts.astype(np.int32) * np.int32(size)
+    states = _pack_tail(rank.take(symbols[geometry.coded :]), geometry)
+    code = _encode_scalar if lanes <= SCALAR_LANES else _encode_rows
+    states, words = code(symbols[: geometry.coded], states, frequency, start, precision)
     return _pack_states(states) + words.astype("<u2").tobytes()
 
 
@@ -211,7 +228,7 @@ def _decode_scalar(
     tables: Sequence[Table],
     coded: int,
     precision: int,
-) -> tuple[list[int], NDArray[np.uint32]]:
+) -> tuple[list[int], NDArray[np.int64]]:
     lists = [
         (t.symbols.tolist(), t.frequencies.tolist(), np.cumsum(t.frequencies).tolist())
         for t in tables
@@ -238,58 +255,71 @@ def _decode_scalar(
         current[index & lane_mask] = state
     if at != len(source):
         raise CodingError("the payload has too many words")
-    return out, np.array(current, np.uint32)
+    return out, np.array(current, np.int64)
+
+
+def _slot_tables(
+    tables: Sequence[Table], symbol_type: np.dtype[Any], kind: type[np.int64 | np.uint32]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Symbol, frequency and place within the symbol of every slot, table after table."""
+    symbol_of, share_of, place_of = [], [], []
+    for table in tables:
+        shares = table.frequencies
+        starts = np.repeat(np.cumsum(shares) - shares, shares)
+        symbol_of.append(np.repeat(table.symbols, shares).astype(symbol_type))
+        share_of.append(np.repeat(shares, shares).astype(kind))
+        place_of.append((np.arange(len(starts)) - starts).astype(kind))
+    return np.concatenate(symbol_of), np.concatenate(share_of), np.concatenate(place_of)
 
 
 def _decode_rows(
     states: NDArray[np.uint32],
-    words: NDArray[np.uint32],
+    words: NDArray[Any],
     contexts: NDArray[np.uint8] | None,
     tables: Sequence[Table],
     out: Symbols,
     precision: int,
-) -> None:
-    """Decode ``len(out)`` symbols into ``out``; the states are changed in place."""
-    symbol_of = np.concatenate([np.repeat(t.symbols, t.frequencies) for t in tables])
-    symbol_of = symbol_of.astype(out.dtype)
-    # Frequency and offset of every slot in one number; a frequency of 2**16 does not occur.
-    packed_of = np.concatenate(
-        [
-            np.repeat(t.frequencies << 16, t.frequencies)
-            + np.arange(1 << precision)
-            - np.repeat(np.cumsum(t.frequencies) - t.frequencies, t.frequencies)
-            for t in tables
-        ]
-    ).astype(np.uint32)
-    lanes, at, available = len(states), 0, len(words)
-    slot_mask, shift = np.uint32((1 << precision) - 1), np.uint32(precision)
-    half, low_mask, low = np.uint32(16), np.uint32(0xFFFF), np.uint32(LOW)
-    for begin in range(0, len(out), lanes):
-        length = min(lanes, len(out) - begin)
-        state = states[:length]
-        slot = (state & slot_mask).astype(np.intp)
+) -> NDArray[Any]:
+    """Decode whole turns into ``out``; the states at the end."""
+    lanes = len(states)
+    kind: Any = _state_type(lanes)
+    symbol_of, share_of, place_of = _slot_tables(tables, out.dtype, kind)
+    state, source, at = states.astype(kind), words.astype(kind), 0
+    slot_mask, shift, half, low = kind((1 << precision) - 1), kind(precision), kind(16), kind(LOW)
+    factor = np.empty(lanes, kind)
+    block = max(_BLOCK // lanes, 1) * lanes
+    slots = np.empty((block // lanes, lanes), np.intp)
+    table_of: Any = None
+    for begin in range(0, len(out), block):
+        piece = out[begin : begin + block].reshape(-1, lanes)
         if contexts is not None:
-            slot += contexts[begin : begin + length].astype(np.intp) << precision
-        out[begin : begin + length] = symbol_of[slot]
-        packed = packed_of[slot]
-        state >>= shift
-        state *= packed >> half
-        state += packed & low_mask
-        empty = np.flatnonzero(state < low)
-        if len(empty):
-            if at + len(empty) > available:
-                raise CodingError("the payload has too few words")
-            state[empty] = (state[empty] << half) | words[at : at + len(empty)]
-            at += len(empty)
-    if at != available:
+            table_of = contexts[begin : begin + block].astype(np.intp) << precision
+            table_of = table_of.reshape(-1, lanes)
+        for row in range(len(piece)):
+            slot = np.bitwise_and(state, slot_mask, out=slots[row])
+            if contexts is not None:
+                np.add(slot, table_of[row], out=slot)
+            state >>= shift
+            # Slots are within bounds; mode "clip" only spares NumPy a copy.
+            state *= share_of.take(slot, out=factor, mode="clip")
+            state += place_of.take(slot, out=factor, mode="clip")
+            empty = (state < low).nonzero()[0]
+            taken = len(empty)
+            if taken:
+                if at + taken > len(source):
+                    raise CodingError("the payload has too few words")
+                state[empty] = (state[empty] << half) | source[at : at + taken]
+                at += taken
+        symbol_of.take(slots[: len(piece)], out=piece, mode="clip")
+    if at != len(source):
         raise CodingError("the payload has too many words")
+    return state
 
 
 def decode_lanes(
     payload: memoryview,
     contexts: NDArray[np.uint8] | None,
     tables: Sequence[Table],
-    size: int,
     precision: int,
     lanes: int,
     out: Symbols,
@@ -299,26 +329,32 @@ def decode_lanes(
     Args:
         payload: everything up to the end.
         contexts: ``(n,)``, the table of each symbol; None for the first one.
-        tables: one or more.
-        size: number of symbols of the alphabet.
+        tables: one or more, at least one of them with more than one symbol.
         precision: frequencies sum to ``2**precision``.
         lanes: a power of two.
-        out: ``(n,)``, receives the symbols; of a type that holds ``size - 1``.
+        out: ``(n,)``, receives the symbols; of a type that holds them.
 
     Raises:
         CodingError: a payload that :func:`encode_lanes` does not write.
     """
-    geometry = Geometry(len(out), lanes, width_of(size))
+    geometry = Geometry.of(len(out), lanes, tables)
     if geometry.rows > MAX_ROWS:
         raise CodingError(f"{len(out)} symbols in only {lanes} lanes")
+    if lanes > len(out):
+        raise CodingError(f"{lanes} lanes for only {len(out)} symbols")
     states, rest = _unpack_states(payload, lanes)
     if len(rest) % 2:
         raise CodingError("the words have an odd number of bytes")
     words = np.frombuffer(rest, "<u2")
+    coded = geometry.coded
     if lanes <= SCALAR_LANES:
-        head, states = _decode_scalar(states, words, contexts, tables, geometry.coded, precision)
-        out[: geometry.coded] = head
+        out[:coded], ends = _decode_scalar(states, words, contexts, tables, coded, precision)
     else:
-        body = out[: geometry.coded]
-        _decode_rows(states, words.astype(np.uint32), contexts, tables, body, precision)
-    _unpack_tail(states, geometry, out, size)
+        ends = _decode_rows(states, words, contexts, tables, out[:coded], precision)
+    ranks = _unpack_tail(ends, geometry)
+    tail = out[coded:]
+    for index, table in enumerate(tables):
+        chosen = slice(None) if contexts is None else contexts[coded:] == index
+        if (ranks[chosen] >= len(table.symbols)).any():
+            raise CodingError("the last symbols are out of range")
+        tail[chosen] = table.symbols[ranks[chosen]]

@@ -67,7 +67,7 @@ class Table:
 
 def weights_of(levels: Ints) -> Ints:
     """The weight of each level: ``STEPS[level % 16] << (level // 16)``."""
-    return STEPS[levels & 15] << (levels >> 4)
+    return np.asarray(STEPS[levels & 15] << (levels >> 4))
 
 
 def normalize(weights: Ints, precision: int) -> Ints:
@@ -88,7 +88,7 @@ def normalize(weights: Ints, precision: int) -> Ints:
         # One more to those whose share is furthest below their weight.
         need = (weights << 17) // (2 * frequencies + 1)
         frequencies[np.argsort(-need, kind="stable")[:spare]] += 1
-    return frequencies
+    return np.asarray(frequencies)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Steps:
         return Table(self.symbols, normalize(weights_of(levels), precision))
 
 
-def _read_steps(head: BitReader, size: int, precision: int, gaps: bool) -> Table:
+def _read_steps(head: BitReader, size: int, precision: int, *, gaps: bool) -> Table:
     resolution, slope, low = head.read(3), head.read(2), head.read(3)
     if resolution > 4 or slope > 2:
         raise CodingError("a frequency table has an unknown resolution or slope")
@@ -234,21 +234,21 @@ def _read_steps(head: BitReader, size: int, precision: int, gaps: bool) -> Table
     return Steps(present, values, resolution, slope, low, gaps).table(precision)
 
 
-def read_table(head: BitReader, window: int, has_escape: bool, precision: int) -> Table:
+def read_table(head: BitReader, window: int, precision: int, *, has_escape: bool) -> Table:
     """Read one description and rebuild its table.
 
     Args:
         head: where the description begins.
         window: number of symbols, without the escape symbol.
-        has_escape: whether symbol ``window`` is the escape symbol.
         precision: frequencies sum to ``2**precision``.
+        has_escape: whether symbol ``window`` is the escape symbol.
 
     Raises:
         CodingError: a description that no encoder writes.
     """
     kind = head.read(2)
     if kind in (DENSE, GAPPED):
-        return _read_steps(head, window + has_escape, precision, kind == GAPPED)
+        return _read_steps(head, window + has_escape, precision, gaps=kind == GAPPED)
     if window > MAX_CURVE or window + has_escape > 1 << precision:
         raise CodingError(f"a curve cannot describe {window} symbols")
     center, scale, shape = head.read(width_of(4 * window - 3)), head.read(7), head.read(3)
