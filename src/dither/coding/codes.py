@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+
 from numpy.typing import NDArray
 
 from dither.coding.bits import code_dtype, packed_nbytes, unpack_bits, width_of

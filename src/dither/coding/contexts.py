@@ -7,7 +7,6 @@ first symbol is decoded, and decoding stays one loop over lanes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +101,7 @@ def _table_bits(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def clip(candidate: Contexts, histograms: NDArray[np.int64]) -> tuple[Contexts, float]:
-    """Join the outermost contexts while that saves bits, and to at most 16.
+    """Join the outermost contexts so that all take the fewest bits, in at most 16 tables.
 
     Args:
         candidate: contexts from :func:`propose`.
@@ -111,19 +110,17 @@ def clip(candidate: Contexts, histograms: NDArray[np.int64]) -> tuple[Contexts, 
     Returns:
         The clipped contexts and about how many bits all symbols and tables take.
     """
-    rows = list(histograms)
-    low = 0
-    while len(rows) > 1:
-        costs = _table_bits(np.array([rows[0], rows[1], rows[0] + rows[1]]))
-        ends = _table_bits(np.array([rows[-1], rows[-2], rows[-1] + rows[-2]]))
-        gains = costs[0] + costs[1] - costs[2], ends[0] + ends[1] - ends[2]
-        if max(gains) < 0 and len(rows) <= MAX_TABLES:
-            break
-        if gains[0] >= gains[1]:
-            rows[:2] = [rows[0] + rows[1]]
-            low += 1
-        else:
-            rows[-2:] = [rows[-1] + rows[-2]]
-    total = float(_table_bits(np.array(rows)).sum())
-    total += sum(1.5 * len(classes) for classes in candidate.classes.values())
-    return Contexts(candidate.classes, low, len(rows)), total if math.isfinite(total) else math.inf
+    count = len(histograms)
+    single = np.concatenate([[0.0], np.cumsum(_table_bits(histograms))])
+    first = _table_bits(np.cumsum(histograms, axis=0))
+    last = _table_bits(np.cumsum(histograms[::-1], axis=0))[::-1]
+    # Entry (i, j): contexts 0 to i are joined, and so are contexts j to the end, i < j.
+    low, high = np.arange(count)[:, None], np.arange(count)[None]
+    total = first[:, None] + single[high] - single[np.minimum(low + 1, high)] + last[None]
+    tables = high - low + 1
+    total[(tables < 2) | (tables > MAX_TABLES)] = np.inf
+    best = int(total.argmin())
+    low_end, high_begin = best // count, best % count
+    classes = sum(1.5 * len(c) for c in candidate.classes.values())
+    chosen = Contexts(candidate.classes, low_end, high_begin - low_end + 1)
+    return chosen, float(total.flat[best]) + classes

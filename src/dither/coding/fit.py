@@ -52,27 +52,26 @@ def _bit_lengths(values: Ints) -> Ints:
     return np.frexp(values.astype(np.float64))[1].astype(np.int64)
 
 
-def _code(steps: Steps, size: int) -> tuple[int, int]:
-    """The best Rice parameter for these levels, and the bits of the whole description."""
-    limit = (16 << steps.resolution) - 1
-    last = steps.levels[:-1]
-    before = np.concatenate([last[:1], last[:-1]])
-    guess = np.clip(last + ((last - before) * steps.slope >> 1), 0, limit)
-    error = steps.levels[1:] - guess
+def _code(symbols: Ints, levels: Ints, resolution: int, size: int) -> tuple[Steps, int]:
+    """The best slope and Rice parameter for these levels, and the bits of the description."""
+    limit = (16 << resolution) - 1
+    last = levels[:-1]
+    slopes = np.arange(3)[:, None]
+    error = levels[1:] - np.clip(last + (np.diff(last, prepend=last[:1]) * slopes >> 1), 0, limit)
     codes = np.where(error >= 0, 2 * error, -2 * error - 1)
-    fixed = 14 + steps.resolution
-    if steps.gaps:
-        runs = np.diff(steps.symbols) - 1
-        codes = np.where(runs > 0, codes, codes + 1)
-        tail = size - 1 - int(steps.symbols[-1])
+    fixed = 14 + resolution
+    has_gaps = len(symbols) < size
+    if has_gaps:
+        runs = np.diff(symbols) - 1
+        codes += runs == 0
+        tail = size - 1 - int(symbols[-1])
         runs = np.append(runs[runs > 0], [tail] if tail else [])
-        gammas = _bit_lengths(np.append(runs, steps.symbols[0] + 1).astype(np.int64))
+        gammas = _bit_lengths(np.append(runs, symbols[0] + 1))
         fixed += int((2 * gammas - 1).sum())
-        codes = np.append(codes, np.zeros(len(runs), np.int64))
-    shifts = np.arange(8)[:, None]
-    costs = (codes >> shifts).sum(axis=1) + len(codes) * (1 + shifts[:, 0])
-    low = int(costs.argmin())
-    return low, fixed + int(costs[low])
+        codes = np.concatenate([codes, np.zeros((3, len(runs)), np.int64)], axis=1)
+    costs = np.array([(codes >> k).sum(axis=1) + codes.shape[1] * (1 + k) for k in range(8)])
+    low, slope = divmod(int(costs.argmin()), 3)
+    return Steps(symbols, levels, resolution, slope, low, has_gaps), fixed + int(costs[low, slope])
 
 
 def fit_steps(counts: Ints, precision: int) -> Fit | None:
@@ -92,12 +91,7 @@ def fit_steps(counts: Ints, precision: int) -> Fit | None:
         for resolution in range(max(wanted - 1, 0), min(wanted + 2, 5)):
             top = (16 << resolution) - 1
             levels = np.maximum(np.rint(octaves * (1 << resolution)).astype(np.int64) + top, 0)
-            coded = []
-            for slope in range(3):
-                trial = Steps(symbols, levels, resolution, slope, 0, len(symbols) < size)
-                coded.append((*reversed(_code(trial, size)), slope))
-            bits, low, slope = min(coded)
-            steps = Steps(symbols, levels, resolution, slope, low, len(symbols) < size)
+            steps, bits = _code(symbols, levels, resolution, size)
             table = steps.table(precision)
             fit = Fit(steps, table, bits, _symbol_bits(counts, table, precision))
             if best is None or fit.bits < best.bits:
