@@ -1,0 +1,189 @@
+"""The commands of ``dither``: their arguments and exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dither import __version__
+from dither.cli.console import CHECK_FAILED, GOOD, Printer, user_errors
+
+if TYPE_CHECKING:
+    from dither.cli import work
+else:
+
+    class _Late:
+        """Imported at the first use: torch takes seconds, and ``dither --help`` needs none."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(importlib.import_module("dither.cli.work"), name)
+
+    work = _Late()
+
+
+class _Commands(TyperGroup):
+    """Runs a command; the errors of all of them end in one place."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - as typer declares it
+        with user_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="dither",
+    cls=_Commands,
+    help="Compress neural networks to a byte budget: name the bytes, keep the model.",
+    epilog="Exit status: 0 good, 1 a check failed, 2 bad input. Errors go to standard error.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="SIZE",
+        help="Most memory that decoding an archive may take, such as 16GB.",
+    ),
+]
+_SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or a model folder."
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="dither")
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
+    if value:
+        typer.echo(f"dither {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Compress neural networks to a byte budget: name the bytes, keep the model."""
+
+
+@app.command()
+def compress(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help=_SOURCE)],
+    *,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most bytes: 9000000, 9MB (10^6), 9MiB, 25% or 12x."),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits for each value, instead of SIZE.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="By default ./SOURCE.dither."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model to a file of at most SIZE bytes."""
+    if (size is None) == (bits is None):
+        given = "neither" if size is None else "both"
+        raise typer.BadParameter(f"give either --size or --bits, not {given}")
+    work.compress(Printer(as_json, quiet), source, output, size=size, bits=bits, key=key)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
+    *,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what an archive holds; nothing is decoded, so any size will do."""
+    work.inspect(Printer(as_json, quiet), file)
+
+
+@app.command()
+def decompress(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="A .safetensors, .pt or .npz file; by default ./FILE.safetensors.",
+        ),
+    ] = None,
+    max_size: MaxSize = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an archive's tensors as a checkpoint that other programs read."""
+    work.decompress(Printer(as_json, quiet), file, output, max_size)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
+    *,
+    max_size: MaxSize = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read and decode everything in an archive; exit with status 1 where something is wrong."""
+    good = work.verify(Printer(as_json, quiet), file, max_size)
+    raise typer.Exit(GOOD if good else CHECK_FAILED)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help=_SOURCE)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
+    *,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(metavar="DB", help="Exit with status 1 where a tensor's SQNR is less."),
+    ] = None,
+    max_size: MaxSize = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare tensors: signal to quantization noise ratio (SQNR, dB) and largest error.
+
+    The exit status is 1 where names or shapes differ, or a tensor is below --min-sqnr.
+    """
+    printer = Printer(as_json, quiet)
+    good = work.compare(printer, a, b, min_sqnr=min_sqnr, max_size=max_size)
+    raise typer.Exit(GOOD if good else CHECK_FAILED)
+
+
+@app.command()
+def demo(
+    *,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the files, table and plot.")
+    ] = Path("dither-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a small network, compress it to several sizes, and compare with plain rounding."""
+    good = work.demo(Printer(as_json, quiet), out, quick=quick)
+    raise typer.Exit(GOOD if good else CHECK_FAILED)

@@ -1,0 +1,142 @@
+"""What the command line prints, and how it fails: one message, no traceback."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_WIDE = 160
+"""Columns of a table that goes into a file or a pipe."""
+
+_PATIENCE = 1.0
+"""Seconds after which work shows its progress."""
+
+GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses."""
+
+Advance = Callable[[str, float], None]
+"""Reports progress: what is being done, and the fraction from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Printer:
+    """Prints results as the user wants them: tables, one JSON document, or nothing."""
+
+    as_json: bool
+    quiet: bool
+
+    def document(self, values: object) -> None:
+        """Print the result for machines, if that is wanted; ``--json`` outweighs ``--quiet``."""
+        if self.as_json:
+            typer.echo(json.dumps(_finite(values), allow_nan=False))
+
+    def text(self, line: str) -> None:
+        """Print one line for people."""
+        if not (self.as_json or self.quiet):
+            typer.echo(printable(line))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+        """Print a table for people; all but the ``left`` first columns are numbers."""
+        if self.as_json or self.quiet:
+            return
+        grid = Table(box=None, header_style="bold", pad_edge=False)
+        for i, column in enumerate(columns):
+            if i < left:
+                grid.add_column(column, overflow="fold")
+            else:
+                grid.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            grid.add_row(*map(printable, row))
+        width = None if sys.stdout.isatty() else _WIDE
+        Console(markup=False, highlight=False, emoji=False, width=width).print(grid)
+
+    @contextmanager
+    def progress(self, stage: str) -> Iterator[Advance]:
+        """Show progress on standard error once work has taken a second."""
+        console = Console(stderr=True)
+        if self.as_json or self.quiet or not console.is_terminal:
+            yield lambda _stage, _fraction: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        bar = Progress(*columns, console=console, transient=True)
+        task = bar.add_task(stage, total=None)
+        # From a timer, so that it also appears while a single long step reports nothing.
+        timer = threading.Timer(_PATIENCE, bar.start)
+        timer.daemon = True
+        timer.start()
+
+        def advance(stage: str, fraction: float) -> None:
+            bar.update(task, description=printable(stage), total=1.0, completed=fraction)
+
+        try:
+            yield advance
+        finally:
+            timer.cancel()
+            timer.join()
+            bar.stop()
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what is the user's to mend into one message on standard error and exit status 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        typer.echo(printable(f"dither: {message}"), err=True)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _user_message(error: Exception) -> str | None:
+    if isinstance(error, BrokenPipeError):
+        return None  # typer ends quietly
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}"
+    text = str(error)
+    if isinstance(error, MemoryError) or "not enough memory" in text:
+        return f"not enough memory. {text}".strip()
+    # Found, not imported: before anything of ours has run there is no error of ours to know.
+    core = sys.modules.get("dither.core")
+    if core is None or not isinstance(error, core.DitherError):
+        return None
+    smallest = getattr(error, "smallest", None)
+    if smallest is not None and not {str(smallest), f"{smallest:,}"} & set(text.split()):
+        text += f" (the smallest possible is {smallest} bytes)"
+    if "max_nbytes" in text:
+        text += " (on the command line: --max-size)"
+    return text
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: names come from files that anyone may have made."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def _finite(value: object) -> object:
+    """The value with ``null`` for numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

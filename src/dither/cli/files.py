@@ -1,0 +1,175 @@
+"""Read any source, write any kind of checkpoint."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dither.archive import Archive, atomic_write
+from dither.archive.layout import MAGIC
+from dither.checkpoint import ALIASES_KEY, TORCH_SUFFIXES, read_checkpoint
+from dither.cli.console import Advance
+from dither.core import DTYPES, ArchiveError, CheckpointError
+
+OUTPUT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
+
+_SAFETENSORS_TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "bool": "BOOL",
+}
+_NUMPY_LACKS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+@contextmanager
+def open_source(
+    path: Path, max_nbytes: int | None = None, key: str | None = None
+) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of an archive, read when asked for, or of any other checkpoint."""
+    if not is_archive(path):
+        yield read_checkpoint(path, key)
+        return
+    with Archive.open(path, max_nbytes) as archive:
+        yield archive
+
+
+def load_source(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a source; tied ones share memory."""
+    with open_source(path, key=key) as tensors:
+        return tensors.state_dict() if isinstance(tensors, Archive) else dict(tensors)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive by its name or its first bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".dither" or file.read(len(MAGIC)) == MAGIC
+
+
+def check_archive_output(output: Path, source: Path) -> None:
+    """Refuse, before any work, to write an archive where it would destroy something else."""
+    _check_output(output, source)
+    if output.exists() and output.stat().st_size and not _begins_as_archive(output):
+        raise CheckpointError(
+            f"{str(output)!r} exists and is no archive; remove it, or name another file with -o"
+        )
+
+
+def check_tensor_output(output: Path, source: Path, *, named: bool) -> None:
+    """Refuse, before any work, to write tensors where it would destroy something else."""
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise CheckpointError(
+            f"{str(output)!r} has the suffix {output.suffix!r}; expected one of "
+            f"{', '.join(OUTPUT_SUFFIXES)}"
+        )
+    _check_output(output, source)
+    if output.exists() and not named:
+        raise CheckpointError(
+            f"{str(output)!r} exists, perhaps the file that was compressed; name the output with -o"
+        )
+
+
+def _check_output(output: Path, source: Path) -> None:
+    if not output.parent.is_dir():
+        raise CheckpointError(
+            f"the folder {str(output.parent)!r} of the output does not exist; create it first"
+        )
+    if output.is_dir():
+        raise CheckpointError(f"the output {str(output)!r} is a folder; name a file")
+    if not output.exists():
+        return
+    if not output.is_file():
+        raise CheckpointError(f"the output {str(output)!r} is no ordinary file; name another")
+    if source.exists() and output.samefile(source):
+        raise CheckpointError(
+            f"the output {str(output)!r} is the source itself; name another file with -o"
+        )
+
+
+def _begins_as_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
+    """Write a decoded archive in the kind that the suffix of ``path`` names, whole or not at all.
+
+    ``.safetensors`` is written one tensor at a time. Ties are kept as shared tensors in PyTorch
+    files and as a note in the metadata of ``.safetensors``; in ``.npz`` each name has its values.
+    """
+    suffix = path.suffix.lower()
+    lacking = {".safetensors": set(DTYPES) - set(_SAFETENSORS_TYPES), ".npz": set(_NUMPY_LACKS)}
+    for entry in archive.entries.values():
+        if entry.dtype in lacking.get(suffix, ()):
+            raise CheckpointError(
+                f"tensor {entry.name!r} is of type {entry.dtype}, which {suffix} files cannot "
+                "hold; write a .pt file"
+            )
+    if archive.original_nbytes > archive.max_nbytes:
+        raise ArchiveError(
+            f"the tensors would take {archive.original_nbytes} bytes, more than "
+            f"max_nbytes={archive.max_nbytes}; if you trust the file, allow more"
+        )
+    with atomic_write(path) as file:
+        if suffix == ".safetensors":
+            _write_safetensors(file, archive, advance)
+        elif suffix == ".npz":
+            np.savez(file, allow_pickle=False, **_arrays(archive, advance))
+        else:
+            torch.save(archive.state_dict(), file)
+
+
+def _write_safetensors(file: BinaryIO, archive: Archive, advance: Advance) -> None:
+    """Write the format by hand: the library's writer holds all tensors, and all bytes, at once."""
+    # Large items first keep every tensor aligned; the format allows no gaps.
+    entries = sorted(archive.entries.values(), key=lambda e: (-DTYPES[e.dtype].itemsize, e.name))
+    ties = json.dumps(dict(archive.aliases), sort_keys=True)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", ALIASES_KEY: ties}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.decoded_nbytes
+        if entry.name == "__metadata__":
+            raise CheckpointError(
+                "a .safetensors file cannot hold a tensor named '__metadata__'; write a .pt file"
+            )
+        header[entry.name] = {
+            "dtype": _SAFETENSORS_TYPES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for i, entry in enumerate(entries):
+        advance(f"writing {entry.name}", i / len(entries))
+        file.write(archive[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _arrays(archive: Archive, advance: Advance) -> dict[str, np.ndarray]:
+    arrays = {}
+    for i, name in enumerate(archive):
+        advance(f"decoding {name}", i / len(archive))
+        arrays[name] = archive[name].numpy()
+    return arrays

@@ -1,0 +1,199 @@
+"""Results as JSON documents and as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dither.archive import Archive, Entry, describe
+from dither.cli.compare import Comparison
+from dither.cli.console import Printer
+from dither.core import DTYPES, code_width
+
+_SHOWN = 8
+
+
+def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
+    """An archive for machines; ``bits`` is the exact payload before entropy coding."""
+    original = archive.original_nbytes
+    return {
+        "nbytes": archive.nbytes,
+        "budget": budget,
+        "original_nbytes": original,
+        "ratio": original / archive.nbytes,
+        "tensors": [_entry_document(entry) for entry in archive.entries.values()],
+        "aliases": dict(archive.aliases),
+        "metadata": dict(archive.metadata),
+    }
+
+
+def _entry_document(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "format": entry.format.name,
+        "settings": entry.format.to_json(),
+        "nbytes": entry.nbytes,
+        "bits": _fixed_bits(entry),
+        "bits_per_value": 8 * entry.nbytes / entry.numel if entry.numel else None,
+        "codecs": {part.name: part.codec for part in entry.parts},
+    }
+
+
+def _fixed_bits(entry: Entry) -> int:
+    """Bits of all parts at fixed width, from the index alone."""
+    total = 0
+    for part in entry.parts:
+        width = code_width(part.alphabet) if part.alphabet else 0
+        width = 8 * DTYPES[part.dtype].itemsize if part.dtype else width
+        total += math.prod(part.shape) * width
+    return total
+
+
+def print_summary(printer: Printer, archive: Archive) -> None:
+    """An archive for people: one line for each format."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in archive.entries.values():
+        groups.setdefault(entry.format.name, []).append(entry)
+    rows = [
+        (
+            name,
+            f"{len(entries):,}",
+            f"{sum(entry.numel for entry in entries):,}",
+            *_sizes(sum(e.nbytes for e in entries), sum(e.numel for e in entries)),
+        )
+        for name, entries in groups.items()
+    ]
+    rows.append(("names, shapes, checksums", "", "", *_sizes(_overhead(archive), 0)))
+    printer.table(("format", "tensors", "values", "bytes", "bits/value"), rows)
+    _print_total(printer, archive)
+
+
+def print_tensors(printer: Printer, archive: Archive) -> None:
+    """An archive for people: one line for each tensor."""
+    rows = [
+        (
+            entry.name,
+            _shape(entry.shape),
+            entry.dtype,
+            describe(entry),
+            *_sizes(entry.nbytes, entry.numel),
+        )
+        for entry in archive.entries.values()
+    ]
+    rows += [(alias, "", "", f"= {name}", "", "") for alias, name in archive.aliases.items()]
+    rows.append(("names, shapes, checksums", "", "", "", *_sizes(_overhead(archive), 0)))
+    columns = ("tensor", "shape", "dtype", "format", "bytes", "bits/value")
+    printer.table(columns, rows, left=4)
+    for key, value in archive.metadata.items():
+        printer.text(f"{key}: {value}")
+    _print_total(printer, archive)
+
+
+def _print_total(printer: Printer, archive: Archive) -> None:
+    original = archive.original_nbytes
+    printer.text(
+        f"{archive.nbytes:,} bytes for {original:,} bytes of tensors, "
+        f"{original / archive.nbytes:.2f}x smaller"
+    )
+
+
+def _overhead(archive: Archive) -> int:
+    return archive.nbytes - sum(entry.nbytes for entry in archive.entries.values())
+
+
+def _sizes(nbytes: int, numel: int) -> tuple[str, str]:
+    return f"{nbytes:,}", f"{8 * nbytes / numel:.2f}" if numel else ""
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def comparison_document(found: Comparison, below: list[str]) -> dict[str, Any]:
+    """A comparison for machines; where ``sqnr_db`` is null, ``equal`` says which infinity."""
+    return {
+        "same_names": found.same_names,
+        "only_a": list(found.only_a),
+        "only_b": list(found.only_b),
+        "reshaped": {name: list(shapes) for name, shapes in found.reshaped.items()},
+        "below_min_sqnr": below,
+        "tensors": [
+            {
+                "name": item.name,
+                "shape": list(item.shape),
+                "dtypes": list(item.dtypes),
+                "sqnr_db": item.sqnr,
+                "max_abs_error": item.largest,
+                "equal": item.equal,
+            }
+            for item in found.differences
+        ],
+        "total": {
+            "tensors": len(found.differences),
+            "equal": found.equal,
+            "sqnr_db": found.sqnr,
+            "max_abs_error": found.largest,
+        },
+    }
+
+
+def print_comparison(
+    printer: Printer, found: Comparison, below: list[str], min_sqnr: float | None
+) -> None:
+    """A comparison for people."""
+    rows = [
+        (
+            item.name,
+            _shape(item.shape),
+            " / ".join(dict.fromkeys(item.dtypes)),
+            _decibels(item.sqnr),
+            f"{item.largest:.4g}",
+        )
+        for item in found.differences
+    ]
+    count = len(found.differences)
+    equal = f"{found.equal} of {count} equal"
+    rows.append((f"all {count}", equal, "", _decibels(found.sqnr), f"{found.largest:.4g}"))
+    printer.table(("tensor", "shape", "dtype", "SQNR dB", "largest error"), rows, left=3)
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        if names:
+            printer.text(f"only in {side}: {_some(names)}")
+    for name, (left, right) in found.reshaped.items():
+        printer.text(f"of another shape: {name} is {_shape(left)} in A, {_shape(right)} in B")
+    if below:
+        printer.text(f"below {min_sqnr:g} dB: {_some(tuple(below))}")
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def print_demo(printer: Printer, results: Mapping[str, Any], out: Path) -> None:
+    """What the demo found, for people."""
+    original = results["original"]
+    rows = [("float32", "", f"{original['nbytes']:,}", "1.0x", f"{original['accuracy']:.2%}", "")]
+    rows += [
+        (
+            row["method"],
+            row["setting"],
+            f"{row['nbytes']:,}",
+            f"{original['nbytes'] / row['nbytes']:.1f}x",
+            f"{row['accuracy']:.2%}",
+            "yes" if row["bit_equal"] else "NO",
+        )
+        for row in results["rows"]
+    ]
+    columns = ("method", "setting", "bytes", "smaller", "accuracy", "bit-equal in a fresh process")
+    printer.table(columns, rows)
+    printer.text("")
+    printer.text(results["finding"])
+    printer.text(f"table, plot and files: {out}")

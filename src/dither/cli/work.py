@@ -1,0 +1,124 @@
+"""What the commands do once their arguments are known; this imports torch, so it comes late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dither.archive import Archive
+from dither.archive import verify as find_faults
+from dither.cli import report
+from dither.cli.compare import compare as compare_tensors
+from dither.cli.console import Printer
+from dither.cli.files import (
+    check_archive_output,
+    check_tensor_output,
+    load_source,
+    open_source,
+    write_tensors,
+)
+from dither.core import BudgetError
+from dither.demo.story import run
+from dither.model import collect
+from dither.search import compress as search
+from dither.search import parse_size
+
+
+def compress(
+    printer: Printer,
+    source: Path,
+    output: Path | None,
+    *,
+    size: str | None,
+    bits: float | None,
+    key: str | None,
+) -> None:
+    """Compress a source to ``size``, or to ``bits`` for each value."""
+    target = output or Path(f"{_stem(source)}.dither")
+    check_archive_output(target, source)
+    with printer.progress(f"reading {source}") as advance:
+        state = load_source(source, key)
+        budget = None if size is None else parse_size(size, collect(state).nbytes)
+        archive = search(state, budget, bits=bits, progress=advance)
+        archive.save(target)
+    document = report.archive_document(archive, budget)
+    printer.document({"output": str(target), **document})
+    report.print_summary(printer, archive)
+    printer.text(f"wrote {target}")
+
+
+def inspect(printer: Printer, file: Path) -> None:
+    """Show an archive's index."""
+    with Archive.open(file) as archive:
+        budget = archive.metadata.get("budget")
+        printer.document({"file": str(file), **report.archive_document(archive, budget)})
+        report.print_tensors(printer, archive)
+
+
+def decompress(printer: Printer, file: Path, output: Path | None, max_size: str | None) -> None:
+    """Write an archive's tensors in the kind that the output's suffix names."""
+    target = output or Path(f"{_stem(file)}.safetensors")
+    check_tensor_output(target, file, named=output is not None)
+    with (
+        Archive.open(file, _limit(max_size)) as archive,
+        printer.progress(f"decoding {file}") as advance,
+    ):
+        write_tensors(target, archive, advance)
+        tensors, aliases = len(archive.entries), dict(archive.aliases)
+    nbytes = target.stat().st_size
+    printer.document(
+        {"output": str(target), "nbytes": nbytes, "tensors": tensors, "aliases": aliases}
+    )
+    printer.text(f"wrote {target}: {tensors} tensors, {nbytes:,} bytes")
+
+
+def verify(printer: Printer, file: Path, max_size: str | None) -> bool:
+    """Whether an archive is without faults."""
+    with printer.progress(f"verifying {file}"):
+        faults = find_faults(file, _limit(max_size))
+    printer.document({"file": str(file), "good": not faults, "faults": faults})
+    for fault in faults:
+        printer.text(f"fault: {fault}")
+    printer.text(f"{file}: {f'faults: {len(faults)}' if faults else 'good'}")
+    return not faults
+
+
+def compare(
+    printer: Printer, a: Path, b: Path, *, min_sqnr: float | None, max_size: str | None
+) -> bool:
+    """Whether two sources have the same names and shapes, and no tensor is below ``min_sqnr``."""
+    limit = _limit(max_size)
+    with (
+        printer.progress("reading") as advance,
+        open_source(a, limit) as left,
+        open_source(b, limit) as right,
+    ):
+        found = compare_tensors(left, right, advance)
+    below = [] if min_sqnr is None else found.below(min_sqnr)
+    printer.document(report.comparison_document(found, below))
+    report.print_comparison(printer, found, below, min_sqnr)
+    return found.same_names and not below
+
+
+def demo(printer: Printer, out: Path, *, quick: bool) -> bool:
+    """Whether every file of the demo predicted the same in a fresh process."""
+    with printer.progress("starting") as advance:
+        results = run(out, quick=quick, progress=advance)
+    printer.document(results)
+    report.print_demo(printer, results, out)
+    return bool(results["bit_equal"])
+
+
+def _stem(source: Path) -> str:
+    """The name of a default output, in the current folder."""
+    resolved = source.resolve()  # "." has no name of its own
+    if resolved.is_dir():
+        return resolved.name or "model"
+    return Path(resolved.name.removesuffix(".index.json")).stem
+
+
+def _limit(max_size: str | None) -> int | None:
+    if max_size is None:
+        return None
+    if max_size.strip()[-1:] in {"%", "x", "X"}:
+        raise BudgetError(f"--max-size is a number of bytes, such as 16GB, not {max_size!r}")
+    return parse_size(max_size, 0)
