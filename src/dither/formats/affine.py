@@ -131,8 +131,8 @@ class Affine(Format):
         top = (1 << self.bits) - 1
         if self.grid == "endpoint":
             offset = low.to(self.scale_dtype)
-            if not bool(offset.isfinite().all()):
-                usable_scale(low.abs(), self.scale_dtype)  # raises, naming the value
+            usable_scale(low.abs(), self.scale_dtype)  # an offset, too, must fit its type
+            usable_scale(high - low, torch.float32)  # the decoder's product must be finite
             return {"scale": self._scale((high - low) / top), "offset": offset}
         low, high = low.clamp(max=0), high.clamp(min=0)
         if self.grid == "asymmetric":

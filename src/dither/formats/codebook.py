@@ -138,7 +138,7 @@ class Codebook(Format):
             return flat
         at = torch.arange(0, weight.numel(), stride, device=weight.device) // self.bucket
         if "offset" in scales:
-            flat -= scales["offset"].to(torch.float64)[at]
+            flat = flat - scales["offset"].to(torch.float64)[at]
         scale = scales["scale"].to(torch.float64)[at]
         return torch.where(scale == 0, 0.0, flat / scale)
 

@@ -188,5 +188,5 @@ class Grouping:
         if tensor.numel():
             size = self.sizes(tensor.device)
             for (box,), (part, count) in self.walk([tensor], [total, size]):
-                part.add_((box.to(torch.float64).abs_() / count).sum(self.reduced, keepdim=True))
+                part.add_((box.to(torch.float64).abs() / count).sum(self.reduced, keepdim=True))
         return total

@@ -116,9 +116,10 @@ class Mixed(Format):
             name: require_held(self, ends, name, 1).to(flat.device, torch.float32, copy=True)
             for name in sorted(names)
         }
-        if not all(bool(end.isfinite().all()) for end in held.values()):
+        width = held["high"] - held["low"] if self.grid == "endpoint" else held["range"]
+        if not all(bool(end.isfinite().all()) for end in (*held.values(), width)):
             raise SpecError(
-                f"{self!r}: the range is not finite; repair the weight, or store it with Raw()"
+                f"{self!r}: the range is not finite in float32; repair the weight, or use Raw()"
             )
         parts = {"bits": Codes(bits, WIDEST + 1)}
         for width in self._widths(bits):
@@ -175,13 +176,13 @@ class Mixed(Format):
         return (bits == width).repeat_interleave(self.group)[:numel]
 
     def _grid(self, held: Mapping[str, Tensor], width: int) -> Grid:
-        """The grid of one width; its step is rounded to float32 once, and stays finite."""
-        top, largest = (1 << width) - 1, torch.finfo(torch.float32).max
+        """The grid of one width; its step is rounded to float32 once."""
+        top = (1 << width) - 1
         double = {name: value.to(torch.float64) for name, value in held.items()}
         if self.grid == "endpoint":
-            step = ((double["high"] - double["low"]) / top).clamp(-largest, largest)
+            step = (double["high"] - double["low"]) / top
             return Grid(step.to(torch.float32), 0, held["low"], 1, 0, top)
         if width == 1:
             return Grid((double["range"] / 2).to(torch.float32), 1, None, 2, 0, 1)
-        step = (2 * double["range"] / top).clamp(-largest, largest)
+        step = 2 * double["range"] / top
         return Grid(step.to(torch.float32), 1 << (width - 1), None, 1, 0, top)

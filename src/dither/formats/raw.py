@@ -52,14 +52,8 @@ class Raw(Format):
         del params
         stored = self._stored(weight.dtype)
         values = weight.detach().to(stored, copy=True, memory_format=torch.contiguous_format)
-        if stored != weight.dtype:
-            lost = values.isinf() if stored != torch.float8_e4m3fn else values.float().isnan()
-            source = weight.detach()
-            if bool((lost & source.isfinite()).any()):
-                raise SpecError(
-                    f"Raw({stored}) cannot hold values up to {source.abs().max().item():.4g} "
-                    f"(largest {torch.finfo(stored).max:.4g}); use a wider type, or Raw()"
-                )
+        if stored != weight.dtype and stored.is_floating_point:
+            self._refuse_overflow(weight.detach(), values)
         return Encoded(self, tuple(weight.shape), weight.dtype, {}, {"values": values})
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -70,6 +64,19 @@ class Raw(Format):
         """One part of the tensor's shape, in the stored type."""
         expect_parts(encoded, set(), {"values"})
         expect_param(encoded, "values", encoded.shape, self._stored(encoded.dtype))
+
+    def _refuse_overflow(self, source: Tensor, values: Tensor) -> None:
+        """Raise where a finite number became infinite, NaN or (float8, by torch) saturated."""
+        info = torch.finfo(values.dtype)
+        if values.element_size() > 1:
+            lost = values.isinf() & source.isfinite()
+        else:  # a quarter of eps above the largest is rounded down to it
+            lost = (source.abs() > info.max * (1 + info.eps / 4)) & source.isfinite()
+        if bool(lost.any()):
+            raise SpecError(
+                f"{self!r} cannot hold a value of {source[lost].abs().max().item():.4g} "
+                f"(largest {info.max:.4g}); use a wider type, or Raw()"
+            )
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
         if self.dtype is None or self.dtype == dtype:
