@@ -54,6 +54,7 @@ MaxSize = Annotated[
         help="Most memory that decoding an archive may take, such as 16GB.",
     ),
 ]
+MAX_BITS = 64
 _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or a model folder."
 
 
@@ -104,6 +105,8 @@ def compress(
     if (size is None) == (bits is None):
         given = "neither" if size is None else "both"
         raise typer.BadParameter(f"give either --size or --bits, not {given}")
+    if bits is not None and not 0 < bits <= MAX_BITS:
+        raise typer.BadParameter(f"--bits is a number from 0 to {MAX_BITS}, not {bits:g}")
     work.compress(Printer(as_json, quiet), source, output, size=size, bits=bits, key=key)
 
 
