@@ -16,24 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Codes, Encoded, SpecError, Stats, code_dtype
-from dither.formats import Affine
+from dither.core import Encoded, Stats, code_dtype
+from dither.encoders.grid import check_range, grid_steps, in_steps, on_grid
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-STRENGTH = 0.12
-"""Default lambda in squared steps for each bit.
+HIGH_RATE_STRENGTH = 0.1155
+"""Lambda in squared steps for each bit, where it matches the slope of a fine grid.
 
-At high rate the error is step**2 / 12 and halves twice with each bit, a slope of
-``ln(2) / 6 = 0.1155`` squared steps for each bit.
+The error is step**2 / 12 and falls to a quarter with each bit, a slope of ``ln(2) / 6``.
 """
 
 SAMPLE = 1 << 17
 CHUNK = 1 << 22
 _PASSES = 3
 _MOST_SYMBOLS = 1 << 10
-_ZERO_ALPHABET = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def sorted_sample(values: Tensor, size: int = SAMPLE) -> Floats:
     return np.sort(flat.to(torch.float64).cpu().numpy())
 
 
-def find_thresholds(sample: Floats, strength: float = STRENGTH) -> Thresholds:
+def find_thresholds(sample: Floats, strength: float) -> Thresholds:
     """The quantizer for values ``sample`` (sorted, in steps) at lambda ``strength``.
 
     Args:
@@ -66,7 +64,7 @@ def find_thresholds(sample: Floats, strength: float = STRENGTH) -> Thresholds:
     """
     low, high = (int(np.rint(sample[i])) for i in (0, -1))
     codes = np.arange(low, high + 1, dtype=np.int64)
-    edges = codes[:-1] + 0.5
+    edges: Floats = codes[:-1] + 0.5
     if strength > 0 and len(codes) <= _MOST_SYMBOLS:
         for _ in range(_PASSES):
             lengths = code_lengths(count(sample, edges))
@@ -85,7 +83,7 @@ def _envelope(codes: Ints, heights: Floats) -> tuple[Ints, Floats]:
     The cost of code ``q`` at ``x`` is ``(x - q)**2 + r(q)``: lines ``q**2 + r(q) - 2 q x`` but
     for ``x**2``, so the codes in use are the lower convex hull of ``(q, q**2 + r(q))``.
     """
-    slopes = np.diff(heights) / np.diff(codes)
+    slopes: Floats = np.diff(heights) / np.diff(codes)
     if (np.diff(slopes) > 0).all():
         return codes, slopes / 2
     hull: list[int] = []
@@ -94,7 +92,8 @@ def _envelope(codes: Ints, heights: Floats) -> tuple[Ints, Floats]:
             hull.pop()
         hull.append(i)
     kept, height = codes[hull], heights[hull]
-    return kept, np.diff(height) / np.diff(kept) / 2
+    edges: Floats = np.diff(height) / np.diff(kept) / 2
+    return kept, edges
 
 
 def _turns_down(codes: Ints, heights: Floats, a: int, b: int, c: int) -> bool:
@@ -109,7 +108,7 @@ class RateDistortion:
 
     Attributes:
         step: the step, or one for each index of the first axis (1-D).
-        strength: lambda, in squared steps for each coded bit.
+        strength: lambda, in squared steps for each coded bit; 0 rounds to nearest.
 
     >>> weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     >>> plain, rdo = (RateDistortion(1.0, k).encode(weight) for k in (0.0, 0.12))
@@ -118,42 +117,23 @@ class RateDistortion:
     """
 
     step: float | Tensor
-    strength: float = STRENGTH
+    strength: float = HIGH_RATE_STRENGTH
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Codes in ``Affine(bits=None)``, per tensor or, for a step per row, ``axis=0``.
 
         Args:
-            weight: floating point, finite.
+            weight: floating point, finite, not empty.
             stats: not used; the step already says what an error costs.
 
         Raises:
             SpecError: a step is not positive, or so small that the codes leave the alphabet.
         """
-        steps = torch.as_tensor(self.step, dtype=torch.float32).to(torch.bfloat16)
-        rows = steps.ndim > 0
-        if not bool((steps > 0).all()):
-            raise SpecError(f"a step is positive, not {self.step}")
-        divisor = steps.float().reshape([-1] + [1] * (weight.ndim - 1)) if rows else steps.float()
-        scaled = weight.detach().float() / divisor
-        axis = 0 if rows else None
-        format_ = Affine(bits=None, axis=axis, scale_dtype=torch.bfloat16)
-        levels, zero = self._round(scaled)
-        codes = {"levels": levels, "zero": Codes(torch.tensor([zero]), _ZERO_ALPHABET)}
-        scale = {"scale": steps.reshape(-1)}
-        return Encoded(format_, tuple(weight.shape), weight.dtype, codes, scale)
-
-    def _round(self, scaled: Tensor) -> tuple[Codes, int]:
-        sample = sorted_sample(scaled)
-        found = find_thresholds(sample, self.strength)
-        low, high = int(found.codes[0]), int(found.codes[-1])
-        if high - low >= _ZERO_ALPHABET // 2 or low < -_ZERO_ALPHABET // 2:
-            raise SpecError(
-                f"a step is too small for values of {low} to {high} steps; at most "
-                f"{_ZERO_ALPHABET} are possible: take a larger step, or store the tensor Raw"
-            )
-        # The decoder subtracts the code that stands for zero, which must exist.
-        low, high = min(low, 0), max(high, 0)
+        steps = grid_steps(self.step)
+        scaled = in_steps(weight, steps)
+        found = find_thresholds(sorted_sample(scaled), self.strength)
+        check_range(int(found.codes[0]), int(found.codes[-1]))
+        low, high = min(int(found.codes[0]), 0), max(int(found.codes[-1]), 0)
         levels = torch.empty(scaled.shape, dtype=code_dtype(high - low + 1))
         edges = torch.from_numpy(found.edges).float()
         offsets = torch.from_numpy(found.codes - low).to(levels.dtype)
@@ -161,4 +141,4 @@ class RateDistortion:
         for start in range(0, source.numel(), CHUNK):
             index = torch.bucketize(source[start : start + CHUNK], edges, out_int32=True)
             target[start : start + CHUNK] = offsets[index]
-        return Codes(levels, high - low + 1), -low
+        return on_grid(weight, steps, levels, low, high)

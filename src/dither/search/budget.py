@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,11 @@ SLACK_NBYTES = 64
 
 _AIM = 0.9985
 _ENOUGH = 0.995
-_ATTEMPTS = 10
-_BISECTIONS = 6
-_LANDINGS = 4
+_PASSES = 4
+_CLOSE = 0.02
+"""Share of the budget by which a pass may miss for single tensors to make up for it."""
+_TOUCHES = 12
+_MOST_CHANGE = 0.08
 
 
 class BudgetSearch:
@@ -56,104 +59,80 @@ class BudgetSearch:
         Raises:
             BudgetError: no choice of options fits; it names the smallest size that does.
         """
-        best: dict[str, CodedTensor] | None = None
-        best_nbytes = 0
-        chosen: dict[str, Option] = {}
-        ladders, target = dict(self._ladders), budget * _AIM
-        index: float = self._guess_index()
-        margin, kept = budget * (1 - _AIM), chosen
-        for attempt in range(_ATTEMPTS):
-            last, chosen = chosen, allocate(ladders, target - index)
-            if chosen == last:
+        ladders, index = self._ladders, self._guess_index()
+        size = 0
+        for attempt in range(_PASSES):
+            chosen = allocate(ladders, budget * _AIM - index)
+            if chosen == self._chosen:
                 break
             size = self._encode(chosen, f"encoding, pass {attempt + 1}")
-            index = size - sum(tensor.nbytes for tensor in self._coded.values())
+            index = size - self._payload()
+            if _full(size, budget) or (attempt and abs(size - budget) < _CLOSE * budget):
+                break
             ladders = self._corrected()
-            if best_nbytes < size <= budget:
-                best, best_nbytes, kept = dict(self._coded), size, chosen
-            if best is not None and (
-                best_nbytes >= _ENOUGH * budget or best_nbytes >= budget - SLACK_NBYTES
-            ):
-                return best
-            if size > budget:
-                margin *= 2
-                target = budget - margin
-            else:
-                margin /= 2
-                target = budget - margin
-        if best is None:
-            return self._shrink(budget)
-        self._chosen, self._coded = kept, best
-        return self._land(budget, best_nbytes)
+        size = self._touch_up(budget, size)
+        if size > budget:
+            size = self._touch_up(budget, self._shrink(budget))
+        return self._coded
 
-    def _shrink(self, budget: int) -> dict[str, CodedTensor]:
-        """Take bytes away until the file fits: the last resort, for budgets near the least."""
-        target = sum(tensor.nbytes for tensor in self._coded.values())
+    def _shrink(self, budget: int) -> int:
+        """Take bytes away until the file fits: for budgets near the least."""
+        target = float(self._payload())
+        size = packed_nbytes(self._coded, self._aliases, self._metadata)
         while True:
             ladders = self._corrected()
             least = sum(ladder.options[0].nbytes for ladder in ladders.values())
+            target = max(least, target - max(1.25 * (size - budget), 16))
             chosen = allocate(ladders, target)
-            size = self._encode(chosen, "fitting")
-            if size <= budget:
-                return self._land(budget, size)
-            if target <= least:
+            if chosen == self._chosen and target <= least:
                 raise BudgetError(
                     f"a file of {budget} bytes is impossible: these tensors take at least {size} "
                     f"bytes, their names and shapes included; ask for {size} bytes or more",
                     smallest=size,
                 )
-            target = max(least, target - max(1.25 * (size - budget), 16))
+            size = self._encode(chosen, "fitting")
+            if size <= budget:
+                return size
 
-    def _land(self, budget: int, size: int) -> dict[str, CodedTensor]:
-        """Fill what is left by steps between two options of single tensors."""
-        tried: set[str] = set()
-        for _ in range(_LANDINGS):
-            gap = budget - size
-            if size >= _ENOUGH * budget or gap <= SLACK_NBYTES:
-                break
-            name = self._roomiest(tried, gap)
+    def _touch_up(self, budget: int, size: int) -> int:
+        """Bring a file that is nearly right to its budget by the steps of single tensors.
+
+        Each time, the smallest tensor for which the change is small takes it on; a change that
+        does not bring the file nearer is taken back.
+        """
+        stuck: set[str] = set()
+        for _ in range(_TOUCHES):
+            gap = round(budget * (1 - (1 - _ENOUGH) / 4)) - size
+            name = None if _full(size, budget) else self._pick(abs(gap), stuck)
             if name is None:
                 break
-            tried.add(name)
-            size = self._bisect(name, budget, size)
-        return self._coded
-
-    def _roomiest(self, tried: set[str], gap: int) -> str | None:
-        """The tensor whose next finer step takes the most, but no more than a few gaps."""
-        room = {
-            name: self._finer(name).nbytes - option.nbytes
-            for name, option in self._chosen.items()
-            if name not in tried and self._finer(name).step is not None
-        }
-        return max(room, key=lambda name: room[name], default=None) if gap > 0 else None
-
-    def _finer(self, name: str) -> Option:
-        """The next option of a tensor that takes more bytes, or its present one."""
-        now = self._chosen[name]
-        for option in self._ladders[name].options:
-            if now.step is not None and option.step is not None and option.step < now.step:
-                return option
-        return Option(now.nbytes, now.loss)
-
-    def _bisect(self, name: str, budget: int, size: int) -> int:
-        now = self._chosen[name]
-        if now.step is None:
-            return size
-        coarse, fine = now.step, (self._finer(name).step or now.step) * 0.97
-        for _ in range(_BISECTIONS):
-            middle = (coarse * fine) ** 0.5
-            before = self._coded[name]
-            option = Option(now.nbytes, now.loss, step=middle)
-            self._coded[name] = _encode(self._tensors[name], option)
+            before, option = self._coded[name], self._chosen[name]
+            # One octave of the step is one bit for each value, and less where codes are few.
+            bits = 8 * gap / max(self._tensors[name].value.numel(), 1)
+            changed = Option(option.nbytes, option.loss, step=(option.step or 1.0) * 2.0**-bits)
+            self._coded[name] = _encode(self._tensors[name], changed)
             measured = packed_nbytes(self._coded, self._aliases, self._metadata)
-            if size <= measured <= budget:
-                size, coarse = measured, middle
-                self._chosen[name] = option
+            if _miss(measured, budget) < _miss(size, budget):
+                size, self._chosen[name] = measured, changed
             else:
-                self._coded[name], fine = before, middle
-            if size >= _ENOUGH * budget:
-                break
+                self._coded[name] = before
+                stuck.add(name)
         return size
+
+    def _pick(self, gap: int, stuck: set[str]) -> str | None:
+        """The smallest tensor on a grid to which the gap is little, or else the largest."""
+        grids = {
+            name: self._coded[name].nbytes
+            for name, option in self._chosen.items()
+            if option.step is not None and name not in stuck
+        }
+        roomy = [name for name, nbytes in grids.items() if nbytes * _MOST_CHANGE >= gap]
+        if roomy:
+            return min(roomy, key=lambda name: grids[name])
+        return max(grids, key=lambda name: grids[name], default=None)
+
+    def _payload(self) -> int:
+        return sum(tensor.nbytes for tensor in self._coded.values())
 
     def _encode(self, chosen: dict[str, Option], stage: str) -> int:
         """Code what changed; returns the exact size of the archive."""
@@ -178,7 +157,8 @@ class BudgetSearch:
         step = self._chosen[name].step
         if step is None:
             return float(self._coded[name].nbytes)
-        return next(o.nbytes for o in self._ladders[name].options if o.step == step)
+        grids = (option for option in self._ladders[name].options if option.step is not None)
+        return min(grids, key=lambda o: abs(math.log2((o.step or 1.0) / step))).nbytes
 
     def _guess_index(self) -> float:
         """Bytes of the index before any tensor was coded."""
@@ -198,5 +178,15 @@ class BudgetSearch:
         return done
 
 
+def _full(size: int, budget: int) -> bool:
+    """Whether a file meets its budget so well that more passes are not worth their time."""
+    return size <= budget and (size >= _ENOUGH * budget or size >= budget - SLACK_NBYTES)
+
+
+def _miss(size: int, budget: int) -> float:
+    """How far a file is from its budget; too large is worse than any that fits."""
+    return float(budget - size) if size <= budget else float(budget + size)
+
+
 def _encode(tensor: Weighted, option: Option) -> CodedTensor:
-    return code(option.encoder(tensor).encode(tensor.value))
+    return code(option.encode(tensor))

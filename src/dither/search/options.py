@@ -9,15 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dither.core import Encoder
-from dither.encoders.rdo import (
-    STRENGTH,
-    Floats,
-    RateDistortion,
-    count,
-    find_thresholds,
-    sorted_sample,
-)
+from dither.core import Encoded, Stats
+from dither.encoders.gptq import GPTQ
+from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
 from dither.formats import Raw
 
 _SAMPLE = 1 << 15
@@ -40,11 +34,13 @@ class Weighted:
         sensitivity: loss for each unit of squared error.
         rows: where rows (first axis) differ, each row's step relative to the tensor's; the
             sensitivity is then that of a row whose relative step is 1.
+        gram: second moments of the inputs, for error feedback: see :class:`GPTQ`.
     """
 
     value: Tensor
     sensitivity: float
     rows: Tensor | None = None
+    gram: Tensor | None = None
 
     def relative(self) -> Tensor:
         """The values in relative steps: an error counts alike everywhere."""
@@ -66,12 +62,12 @@ class Option:
     step: float | None = None
     dtype: torch.dtype | None = None
 
-    def encoder(self, tensor: Weighted) -> Encoder:
-        """What carries it out."""
+    def encode(self, tensor: Weighted) -> Encoded:
+        """Carry it out."""
         if self.step is None:
-            return Raw(self.dtype)
+            return Raw(self.dtype).encode(tensor.value)
         steps = self.step if tensor.rows is None else self.step * tensor.rows
-        return RateDistortion(steps)
+        return GPTQ(steps).encode(tensor.value, Stats(gram=tensor.gram))
 
 
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ def _density(numel: int) -> tuple[int, int]:
 def _predict(sample: Floats, step: float, numel: int) -> tuple[float, float]:
     """Bytes and squared error of a tensor of ``numel`` values from a sorted sample of it."""
     scaled = sample / step
-    found = find_thresholds(scaled, STRENGTH)
+    found = find_thresholds(scaled, 0.0)
     counts = count(scaled, found.edges)
     ratio = numel / len(sample)
     used = counts > 0

@@ -1,0 +1,56 @@
+"""The unbounded entropy-coded grid, as encoders fill it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dither.core import Codes, Encoded, SpecError, code_dtype
+from dither.formats import Affine
+
+ZERO_ALPHABET = 1 << 24
+
+
+def grid_steps(step: float | Tensor) -> Tensor:
+    """Steps as a file stores them, bfloat16: one for the tensor, ``(1,)``, or one for each row.
+
+    Raises:
+        SpecError: a step is not positive, or becomes so in bfloat16.
+    """
+    steps = torch.as_tensor(step, dtype=torch.float32).to(torch.bfloat16)
+    if steps.ndim > 1 or not bool((steps > 0).all()) or not bool(steps.isfinite().all()):
+        raise SpecError(f"a step is a positive number, or one for each row, not {step}")
+    return steps.reshape(-1)
+
+
+def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
+    """The weight divided by its steps, in float32."""
+    shape = [-1] + [1] * (weight.ndim - 1) if len(steps) > 1 else [1] * weight.ndim
+    return weight.detach().float() / steps.float().reshape(shape)
+
+
+def check_range(low: int, high: int) -> None:
+    """Refuse codes that no alphabet holds."""
+    if max(high, 0) - min(low, 0) >= ZERO_ALPHABET:
+        raise SpecError(
+            f"a step is too small for values of {low} to {high} steps; at most {ZERO_ALPHABET} "
+            "are possible: take a larger step, or store the tensor Raw"
+        )
+
+
+def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) -> Encoded:
+    """The encoding of ``weight`` whose codes are ``levels``, counted from ``low`` steps.
+
+    Args:
+        weight: gives shape and type.
+        steps: from :func:`grid_steps`.
+        levels: integers ``0 .. high - low``, of the weight's shape; zero steps is ``-low``.
+        low: the lowest code in steps, at most 0.
+        high: the highest, at least 0.
+    """
+    axis = 0 if len(steps) > 1 else None
+    grid = Affine(bits=None, axis=axis, scale_dtype=torch.bfloat16)
+    size = high - low + 1
+    zero = Codes(torch.tensor([-low]), ZERO_ALPHABET)
+    codes = {"levels": Codes(levels.to(code_dtype(size)), size), "zero": zero}
+    return Encoded(grid, tuple(weight.shape), weight.dtype, codes, {"scale": steps})
