@@ -201,6 +201,8 @@ class Archive(Mapping[str, Tensor]):
             raise _damaged(entry, part, str(error)) from error
         if dtype == torch.bool and data.size and int(data.max()) > 1:
             raise _damaged(entry, part, "a truth value is neither 0 nor 1")
+        if not nbytes:
+            return torch.empty(part.shape, dtype=dtype)
         return torch.from_numpy(data).view(dtype).reshape(part.shape)
 
     def _payload(self, entry: Entry, part: Part) -> bytes:
