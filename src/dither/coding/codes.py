@@ -55,7 +55,8 @@ def encode_codes(values: NDArray[Any], alphabet: int) -> tuple[str, bytes]:
     flat = checked(values, alphabet)
     if alphabet == 1 or flat.size == 0:
         return "bits", b""
-    return smaller(plan_part(flat, values.shape, alphabet), flat, values.shape, alphabet)
+    plan = plan_part(flat, values.shape, alphabet, is_thorough=True)
+    return smaller(plan, flat, values.shape, alphabet)
 
 
 def decode_codes(

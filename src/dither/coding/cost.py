@@ -50,7 +50,8 @@ def estimate_nbytes(values: NDArray[Any], alphabet: int) -> float:
     flat = checked(values, alphabet)
     if alphabet == 1 or flat.size == 0:
         return 0.0
-    return _predicted(plan_part(flat, values.shape, alphabet), flat.size, alphabet)
+    plan = plan_part(flat, values.shape, alphabet, is_thorough=False)
+    return _predicted(plan, flat.size, alphabet)
 
 
 def estimate_from_counts(counts: NDArray[Any]) -> float:

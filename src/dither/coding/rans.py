@@ -293,7 +293,7 @@ def _decode_rows(
     for begin in range(0, len(out), block):
         piece = out[begin : begin + block].reshape(-1, lanes)
         if contexts is not None:
-            table_of = contexts[begin : begin + block].astype(np.intp) << precision
+            table_of = contexts[begin : begin + piece.size].astype(np.intp) << precision
             table_of = table_of.reshape(-1, lanes)
         for row in range(len(piece)):
             slot = np.bitwise_and(state, slot_mask, out=slots[row])

@@ -1,0 +1,76 @@
+"""Better classes for contexts, found as k-means finds centres: tables and classes in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dither.coding.contexts import Contexts
+
+_MOST = 1 << 23
+"""The most counts kept at a time; an axis that needs more stays as it is."""
+
+Floats = NDArray[np.float64]
+
+
+def _lengths(histograms: NDArray[np.int64]) -> Floats:
+    """Bits of each symbol in each context; a symbol new to a context is paid for by all."""
+    everything = histograms.sum(axis=0)
+    shares = histograms + 4.0 * (everything + 0.1) / (everything.sum() + 1)
+    return np.asarray(np.log2(shares.sum(axis=1, keepdims=True)) - np.log2(shares))
+
+
+def _sums(classes: Mapping[int, NDArray[np.uint8]], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    total = np.zeros(shape, np.uint8)
+    for axis, found in classes.items():
+        total += found.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return total
+
+
+def _reassign(
+    contexts: Contexts, axis: int, symbols: NDArray[Any], lengths: Floats
+) -> NDArray[np.uint8] | None:
+    """The classes of one axis that take the fewest bits, the others held fixed."""
+    shape, (tables, count) = symbols.shape, lengths.shape
+    old = contexts.classes[axis]
+    others = _sums({a: c for a, c in contexts.classes.items() if a != axis}, shape)
+    kinds, highest = int(others.max()) + 1, int(old.max())
+    if shape[axis] * kinds * count > _MOST:
+        return None
+    places = np.arange(shape[axis], dtype=np.int32)
+    joint = others.astype(np.int32)
+    joint += (places * kinds).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    joint *= count
+    joint += symbols
+    found = np.bincount(joint.reshape(-1), minlength=shape[axis] * kinds * count)
+    found = found.reshape(shape[axis], -1).astype(np.float64)
+    usage = np.bincount(old, minlength=highest + 1) + 0.5
+    reached = np.arange(highest + 1)[:, None] + np.arange(kinds) - contexts.offset
+    prices = lengths[np.clip(reached, 0, tables - 1)].reshape(highest + 1, -1)
+    bits = found @ prices.T - np.log2(usage / usage.sum())
+    return np.asarray(bits.argmin(axis=1), np.uint8)
+
+
+def refine(contexts: Contexts, symbols: NDArray[Any], count: int, rounds: int = 2) -> Contexts:
+    """Contexts of the same form in which symbols take fewer bits, as far as a few rounds go.
+
+    Args:
+        contexts: where to begin.
+        symbols: shaped like the part.
+        count: size of the alphabet.
+        rounds: how often every axis is looked at.
+    """
+    for _ in range(rounds):
+        for axis in contexts.classes:
+            which = contexts.of(symbols.shape).astype(np.int32) * np.int32(count)
+            which += symbols.reshape(-1)
+            histograms = np.bincount(which, minlength=contexts.tables * count)
+            lengths = _lengths(histograms.reshape(-1, count))
+            classes = _reassign(contexts, axis, symbols, lengths)
+            if classes is not None:
+                chosen = {**contexts.classes, axis: classes}
+                contexts = Contexts(chosen, contexts.offset, contexts.tables)
+    return contexts
