@@ -17,7 +17,7 @@ def width(alphabet: int) -> int:
 
 
 def root(exponent: int, times: int) -> int:
-    value = 2**exponent
+    value: int = 1 << exponent
     for _ in range(times):
         value = math.isqrt(value)
     return value
@@ -46,7 +46,7 @@ class Bits:
 
     def gamma(self) -> int:
         low = self.zeros()
-        return 2**low + self.u(low)
+        return (1 << low) + self.u(low)
 
     def rice(self, k: int) -> int:
         return (self.zeros() << k) + self.u(k)

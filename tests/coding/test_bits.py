@@ -63,11 +63,10 @@ def test_heads(sequence: list[tuple[str, int, int]]) -> None:
     assert len(data) == (len(writer) + 7) // 8
     reader = BitReader(memoryview(data + b"end"))
     for kind, value, width in sequence:
-        found = {
-            "write": lambda w=width: reader.read(w),
-            "gamma": reader.gamma,
-            "rice": lambda w=width: reader.rice(w, 600),
-        }[kind]()
+        if kind == "write":
+            found = reader.read(width)
+        else:
+            found = reader.gamma() if kind == "gamma" else reader.rice(width, 600)
         assert found == value
     assert bytes(reader.finish()) == b"end"
 

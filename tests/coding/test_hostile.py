@@ -76,7 +76,7 @@ def test_bit_flips(name: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 @given(payload=st.binary(max_size=80))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 def test_noise(name: str, payload: bytes) -> None:
     attempt(name, payload)
     attempt(name, payload, "bits")
