@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
@@ -18,8 +20,10 @@ from typer.testing import CliRunner, Result
 import dither
 from dither.archive import Archive, load, write
 from dither.checkpoint import read_checkpoint
-from dither.cli import app
+from dither.cli import app, console
 from dither.cli.compare import compare
+from dither.cli.console import Printer, user_errors
+from dither.core import ArchiveError, BudgetError
 from dither.formats import Affine, Raw
 from dither.model import collect
 
@@ -100,6 +104,68 @@ def test_python_m_dither() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "dither: there is no file or folder 'none.pt'; check the path\n"
+
+
+def test_progress_shows_what_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(console, "_PATIENCE", 0.05)
+    with Printer(as_json=False, quiet=False).progress("reading") as advance:
+        time.sleep(0.3)
+        advance("encoding", 0.5)
+        time.sleep(0.3)
+    shown = capsys.readouterr()
+    assert "reading" in shown.err
+    assert "encoding" in shown.err
+    assert shown.out == ""
+    for flags in ((True, False), (False, True)):
+        with Printer(*flags).progress("reading") as advance:
+            time.sleep(0.1)
+            advance("encoding", 1.0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            BudgetError("too small", smallest=1234),
+            "too small (the smallest possible is 1234 bytes)",
+        ),
+        (BudgetError("at least 1234 bytes", smallest=1234), "at least 1234 bytes"),
+        (ArchiveError("beyond max_nbytes=5"), "(on the command line: --max-size)"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: 9 bytes"), "not enough memory"),
+        (PermissionError(13, "Permission denied", "a.dither"), "Permission denied: a.dither"),
+    ],
+)
+def test_errors_of_the_user(
+    error: Exception, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as end, user_errors():
+        raise error
+    assert end.value.exit_code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_errors_of_ours_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), user_errors():
+        raise ZeroDivisionError
+
+
+def test_a_reader_that_stops_early() -> None:
+    write("many.dither", {f"tensor {i}": Raw().encode(torch.ones(1)) for i in range(5000)})
+    with subprocess.Popen(
+        [sys.executable, "-m", "dither", "inspect", "many.dither"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 # --- compress ------------------------------------------------------------------------------------
