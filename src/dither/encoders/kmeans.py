@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.importance import importance_of, weighted_error
-from dither.encoders.lloyd import lloyd_scalar, lloyd_vectors, spread_start
+from dither.encoders.lloyd import SortedValues, lloyd_scalar, lloyd_vectors, spread_start
 from dither.formats import Codebook, Product
 from dither.formats.matching import distance_terms, nearest_by_terms, point_terms
 from dither.formats.settings import check_choice, check_count, check_kind
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 STARTS = ("quantile", "kmeans++")
 BACKENDS = ("auto", "torch", "faiss")
 
+SAMPLE = 1 << 20
+"""Weights that a scalar codebook is fitted to, at most: evenly spaced in memory."""
+
 
 @dataclass(frozen=True)
 class KMeans:
@@ -32,12 +35,14 @@ class KMeans:
     keeps the scales that its format chooses and minimises the error of the weights, not of the
     scaled weights. A cluster without weights takes over half of the costliest one. The result is
     rounded to the format's types, its codes are the nearest, and it is never worse than the start.
+    A codebook for more than 2**20 weights is fitted to about that many of them.
 
     Attributes:
         format: a Codebook or a Product.
         iterations: of Lloyd's algorithm, 0 or more.
-        start: ``"quantile"`` (quantiles of the weights, or real blocks spread over the order of
-            their lengths) or ``"kmeans++"`` (Arthur and Vassilvitskii 2007).
+        start: ``"quantile"`` (for a codebook the better result of two starts: quantiles, and
+            points as dense as the cube root of the density; for a product real blocks spread over
+            the order of their lengths) or ``"kmeans++"`` (Arthur and Vassilvitskii 2007).
         seed: of the random choices; the same seed gives the same result on the same machine.
         backend: ``"torch"``, ``"faiss"`` (blocks on CPU with equal importance within a block
             only), or ``"auto"``: faiss where it is installed and can do it.
@@ -89,20 +94,30 @@ class KMeans:
         self, fmt: Codebook, weight: Tensor, importance: Tensor | None, first: Encoded
     ) -> Encoded:
         scales = {name: first.params[name] for name in ("scale", "offset") if name in first.params}
-        values = fmt.scaled(weight, scales)
-        cost = None if importance is None else importance.reshape(-1).to(torch.float64)
+        stride = (weight.numel() // SAMPLE) | 1  # odd: no common period with rows
+        values = fmt.scaled(weight, scales, stride)
+        cost = None if importance is None else importance.reshape(-1)[::stride].to(torch.float64)
         if fmt.bucket is not None:  # an error of one scaled unit costs its bucket's scale squared
-            square = scales["scale"].to(torch.float64).square_()
-            each = square.repeat_interleave(fmt.bucket)[: weight.numel()]
+            at = torch.arange(0, weight.numel(), stride, device=weight.device) // fmt.bucket
+            each = scales["scale"].to(torch.float64).square()[at]
             cost = each if cost is None else cost * each
-        points = first.params["points"].to(torch.float64)
-        if points.numel() < fmt.points:  # all distinct values are points already
+        if cost is not None and not bool((cost > 0).any()):  # all buckets are constant
             return first
+        ordered = SortedValues.of(values, cost)
+        if bool((ordered.values.diff() > 0).sum() < fmt.points):  # a point for each value
+            return fmt.assign(
+                weight, {"points": ordered.values.unique() + ordered.middle, **scales}
+            )
         if self.start == "kmeans++":
-            points = spread_start(
-                values.unsqueeze(1), fmt.points, cost, self._generator(weight.device)
-            ).squeeze(1)
-        points = lloyd_scalar(values, points, self.iterations, cost)
+            chooser = self._generator(weight.device)
+            starts = [spread_start(values.unsqueeze(1), fmt.points, cost, chooser).squeeze(1)]
+        else:  # iterations are cheap once the values are in order: take the better of two starts
+            starts = [
+                start + ordered.middle
+                for start in (ordered.quantiles(fmt.points), ordered.companded(fmt.points))
+            ]
+        found = [lloyd_scalar(ordered, start, self.iterations) for start in starts]
+        points = min(found, key=lambda result: result[1])[0]
         return fmt.assign(weight, {"points": points, **scales})
 
     def _vectors(

@@ -11,13 +11,14 @@ from torch import Tensor
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.importance import importance_of
 from dither.formats import Affine
-from dither.formats.grouping import Grouping
+from dither.formats.grouping import Grouping, rows_of
 from dither.formats.rounding import require_floating
 from dither.formats.settings import check_choice, check_kind, check_number
 
 METHODS = ("minmax", "percentile", "mse")
 
 _COARSE = [2.0 ** (-step / 4) for step in range(25)]
+_SCALES = 1 << 12
 _FINE = [2.0 ** (step / 16) for step in (-3, -2, -1, 1, 2, 3)]
 
 
@@ -74,7 +75,21 @@ class Ranges:
         low, high = grouping.bounds(weight)
         if self.method == "minmax" or not weight.numel():
             return self.format.cover(low, high)
-        return self._least_squares(weight, importance_of(stats, weight), low, high)
+        importance = importance_of(stats, weight)
+        rows, columns = rows_of(tuple(weight.shape))
+        if self.format.group is None or rows == 1:
+            return self._least_squares(weight, importance, low, high)
+        # Many scales: a few rows at a time, which are independent, keep the trials small.
+        step = max(1, _SCALES // grouping.groups_per_row)
+        parts = [weight.reshape(rows, columns), low.view(rows, -1), high.view(rows, -1)]
+        parts += [] if importance is None else [importance.reshape(rows, columns)]
+        found = [
+            self._least_squares(
+                some[0], some[3] if len(some) > 3 else None, some[1].flatten(), some[2].flatten()
+            )
+            for some in zip(*(part.split(step) for part in parts), strict=True)
+        ]
+        return {name: torch.cat([params[name] for params in found]) for name in found[0]}
 
     def _least_squares(
         self, weight: Tensor, importance: Tensor | None, low: Tensor, high: Tensor
@@ -105,9 +120,9 @@ class Ranges:
         attempt([(down * ratio, up * ratio) for ratio in _COARSE])
         attempt([(down * ratio, up * ratio) for ratio in _FINE])
         if self.format.grid != "symmetric":
-            for _ in range(2):
-                attempt([((down * ratio).clamp(max=1), up) for ratio in _FINE])
-                attempt([(down, (up * ratio).clamp(max=1)) for ratio in _FINE])
+            for ratios in (_COARSE, _FINE, _FINE):
+                attempt([((down * ratio).clamp(max=1), up) for ratio in ratios])
+                attempt([(down, (up * ratio).clamp(max=1)) for ratio in ratios])
         return self.format.cover(middle - below * down, middle + above * up)
 
     def _errors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -116,18 +116,19 @@ class Mixed(Format):
             name: require_held(self, ends, name, 1).to(flat.device, torch.float32, copy=True)
             for name in sorted(names)
         }
-        width = held["high"] - held["low"] if self.grid == "endpoint" else held["range"]
-        if not all(bool(end.isfinite().all()) for end in (*held.values(), width)):
+        span = held["high"] - held["low"] if self.grid == "endpoint" else held["range"]
+        if not all(bool(end.isfinite().all()) for end in (*held.values(), span)):
             raise SpecError(
                 f"{self!r}: the range is not finite in float32; repair the weight, or use Raw()"
             )
         parts = {"bits": Codes(bits, WIDEST + 1)}
-        for width in self._widths(bits):
-            chosen = flat[self._mask(bits, width, flat.numel())]
-            grid = self._grid(held, width)
-            codes = torch.empty(chosen.shape, dtype=code_dtype(1 << width), device=flat.device)
-            for part, out in zip(chosen.split(CHUNK), codes.split(CHUNK), strict=True):
-                out.copy_(grid.nearest(part, weight.dtype))
+        for width, count in self._counts(bits, flat.numel()).items():
+            grid, done = self._grid(held, width), 0
+            codes = torch.empty(count, dtype=code_dtype(1 << width), device=flat.device)
+            for box, mask in self._walk(flat, bits, width):
+                chosen = box[mask]
+                codes[done : done + len(chosen)] = grid.nearest(chosen, weight.dtype)
+                done += len(chosen)
             parts[f"levels{width}"] = Codes(codes, 1 << width)
         return Encoded(self, shape, weight.dtype, parts, held)
 
@@ -135,13 +136,14 @@ class Mixed(Format):
         """Per width one float32 multiply and, for endpoint, one float32 add."""
         bits = encoded.codes["bits"].values
         out = torch.zeros(encoded.numel, dtype=encoded.dtype, device=bits.device)
-        for width in self._widths(bits):
-            grid = self._grid(encoded.params, width)
+        for width in self._counts(bits, encoded.numel):
+            grid, done = self._grid(encoded.params, width), 0
             levels = encoded.codes[f"levels{width}"].values
-            values = torch.empty(levels.shape, dtype=encoded.dtype, device=bits.device)
-            for part, codes in zip(values.split(CHUNK), levels.split(CHUNK), strict=True):
-                part.copy_(restore(grid.values(codes), encoded.dtype))
-            out[self._mask(bits, width, encoded.numel)] = values
+            for box, mask in self._walk(out, bits, width):
+                count = int(mask.sum())
+                values = grid.values(levels[done : done + count])
+                box[mask] = restore(values, encoded.dtype)
+                done += count
         return out.view(encoded.shape)
 
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
@@ -158,22 +160,28 @@ class Mixed(Format):
         bits = encoded.codes["bits"].values
         if groups and int(bits.max()) > WIDEST:
             raise SpecError(f"a group of format 'mixed' has {int(bits.max())} bits; 16 is the most")
-        counts = torch.bincount(bits.to(torch.int64), minlength=WIDEST + 1) * self.group
-        if groups:
-            counts[int(bits[-1])] -= groups * self.group - encoded.numel
-        used = [width for width in range(1, WIDEST + 1) if int(counts[width])]
+        counts = self._counts(bits, encoded.numel)
         params = {"low", "high"} if self.grid == "endpoint" else {"range"}
-        expect_parts(encoded, {"bits", *(f"levels{width}" for width in used)}, params)
-        for width in used:
-            expect_codes(encoded, f"levels{width}", (int(counts[width]),), 1 << width)
+        expect_parts(encoded, {"bits", *(f"levels{width}" for width in counts)}, params)
+        for width, count in counts.items():
+            expect_codes(encoded, f"levels{width}", (count,), 1 << width)
         for name in params:
             expect_param(encoded, name, (1,), torch.float32)
 
-    def _widths(self, bits: Tensor) -> list[int]:
-        return [width for width in bits.unique().tolist() if width]
+    def _counts(self, bits: Tensor, numel: int) -> dict[int, int]:
+        """Weights of each width in use, 0 bits left out."""
+        counts = torch.bincount(bits.to(torch.int64), minlength=WIDEST + 1) * self.group
+        if numel:
+            counts[int(bits[-1])] -= len(bits) * self.group - numel
+        return {width: count for width, count in enumerate(counts.tolist()) if width and count}
 
-    def _mask(self, bits: Tensor, width: int, numel: int) -> Tensor:
-        return (bits == width).repeat_interleave(self.group)[:numel]
+    def _walk(self, flat: Tensor, bits: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs of whole groups of a flat tensor, each with the mask of the weights of a width."""
+        groups = max(1, CHUNK // self.group)
+        for box, own in zip(flat.split(groups * self.group), bits.split(groups), strict=True):
+            hit = own == width
+            if bool(hit.any()):
+                yield box, hit.unsqueeze(1).expand(-1, self.group).reshape(-1)[: len(box)]
 
     def _grid(self, held: Mapping[str, Tensor], width: int) -> Grid:
         """The grid of one width; its step is rounded to float32 once."""
