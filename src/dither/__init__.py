@@ -1,23 +1,27 @@
 """Name the bytes, keep the model: compress neural networks to a byte budget."""
 
-from dither.archive import Archive, Loaded, load, load_into, verify
-from dither.core import (
-    ArchiveError,
-    BudgetError,
-    CheckpointError,
-    DitherError,
-    Encoded,
-    Encoder,
-    Format,
-    SpecError,
-    Stats,
-)
-from dither.formats import Affine, Codebook, Mixed, Product, Raw
-from dither.search import compress
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dither.archive import Archive, Loaded, load, load_into, verify
+    from dither.core import (
+        ArchiveError,
+        BudgetError,
+        CheckpointError,
+        DitherError,
+        Encoded,
+        Encoder,
+        Format,
+        SpecError,
+        Stats,
+    )
+    from dither.formats import Affine, Codebook, Mixed, Product, Raw
+    from dither.search import compress
+
+    open = Archive.open
 
 __version__ = "0.1.0"
-
-open = Archive.open
 
 __all__ = [
     "Affine",
@@ -42,3 +46,21 @@ __all__ = [
     "open",
     "verify",
 ]
+
+_ROOMS = ("core", "formats", "archive", "search")
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use: torch takes seconds, `dither --help` needs none."""
+    if name == "open":
+        return import_module("dither.archive").Archive.open
+    for room in _ROOMS if name in __all__ else ():
+        module = import_module(f"dither.{room}")
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"module 'dither' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

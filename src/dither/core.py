@@ -247,7 +247,7 @@ class Format(ABC):
                 raise SpecError(
                     f"format {cls.name!r} has no setting {name!r}; known are {', '.join(known)}"
                 )
-            is_dtype = "dtype" in str(known[name].type)
+            is_dtype = "dtype" in str(known[name].type) and isinstance(value, str)
             settings[name] = DTYPES.get(value, value) if is_dtype else value
         try:
             return cls(**settings)

@@ -48,7 +48,8 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     seen: dict[tuple[object, ...], str] = {}
     for name, value in state.items():
         _check(name, value)
-        tensor = value.detach()
+        # A conjugate view shares memory with numbers that differ.
+        tensor = value.detach().resolve_conj().resolve_neg()
         place = (
             tensor.device,
             tensor.data_ptr(),

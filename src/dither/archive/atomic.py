@@ -14,13 +14,15 @@ from typing import BinaryIO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; rename it to ``path`` when the block succeeds.
 
-    Until then an existing file stays as it was, whatever happens: an exception removes the
+    A symbolic link is followed. Until then an existing file stays as it was, whatever happens: an exception removes the
     temporary file, a killed process leaves it behind under a name of its own.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{target} is no regular file: write to a file's path")
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:

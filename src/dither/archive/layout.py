@@ -209,7 +209,7 @@ def unpack_index(file_head: bytes, packed: bytes, tail: bytes, parts_end: int) -
     if len(text) != raw or not inflater.eof or inflater.unused_data:
         raise ArchiveError(f"the archive's index is damaged: it does not unpack to {raw} bytes")
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"the archive's index is damaged: {error}") from error
     return _Parser(parts_end).index(document)
@@ -287,6 +287,17 @@ class _Parser:
         crc = _count(next(crcs, None), 0xFFFFFFFF, f"checksum of {where}")
         offset, self.offset = self.offset, self.offset + length
         return Part(name, codec, own, alphabet, dtype, length, crc, offset)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a field stands twice")
+    return table
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _columns(value: object, what: str, names: tuple[str, ...]) -> dict[str, list[Any]]:

@@ -89,7 +89,8 @@ def load_into(
         with Archive.open(source, max_nbytes) as archive:
             return load_into(model, archive, strict=strict)
     state = model.state_dict(keep_vars=True)
-    shapes = {name: source.entries[source.aliases.get(name, name)].shape for name in source}
+    entries, aliases = source.entries, source.aliases
+    shapes = {name: entries[aliases.get(name, name)].shape for name in source}
     mismatched = {
         name: f"{name} (archive {shapes[name]}, model {tuple(state[name].shape)})"
         for name in source

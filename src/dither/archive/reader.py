@@ -53,7 +53,11 @@ class Archive(Mapping[str, Tensor]):
         self.max_nbytes = max(LEAST_LIMIT, LIMIT_RATIO * source.size)
         if max_nbytes is not None:
             self.max_nbytes = max_nbytes
-        index = _read_index(source)
+        try:
+            index = _read_index(source)
+        except BaseException:
+            source.close()
+            raise
         self._index = index
         self._entries = {entry.name: entry for entry in index.entries}
 
@@ -177,6 +181,12 @@ class Archive(Mapping[str, Tensor]):
     def to_bytes(self) -> bytes:
         """The archive as it stands in its file."""
         return self._source.read(0, self.nbytes)
+
+    def __eq__(self, other: object) -> bool:
+        """Archives are equal when they are the same object: compare their tensors."""
+        return self is other
+
+    __hash__ = object.__hash__
 
     def __str__(self) -> str:
         """A table: one line for each tensor and the sums."""

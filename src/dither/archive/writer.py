@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,13 @@ from dither.archive.reader import Archive
 from dither.coding import crc32, encode_array, encode_codes
 from dither.core import ArchiveError, Codes, Encoded, Format, dtype_name
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
+
+class Writable(Protocol):
+    """Anything with a ``write``; it need not be seekable."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take all of ``data``."""
+        ...
 
 
 class CodedPart(NamedTuple):
@@ -60,7 +65,7 @@ class ArchiveWriter:
     True
     """
 
-    def __init__(self, stream: BinaryIO | io.RawIOBase) -> None:
+    def __init__(self, stream: Writable) -> None:
         self._stream = stream
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
@@ -166,11 +171,11 @@ def write(
         return _write_all(ArchiveWriter(file), tensors, aliases, metadata)
 
 
-class _Sink(io.RawIOBase):
+class _Sink:
     """A stream that keeps nothing."""
 
-    def write(self, data: Buffer) -> int:
-        return memoryview(data).nbytes
+    def write(self, data: bytes, /) -> None:
+        pass
 
 
 def _write_all(

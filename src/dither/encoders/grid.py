@@ -12,15 +12,18 @@ ZERO_ALPHABET = 1 << 24
 
 
 def grid_steps(step: float | Tensor) -> Tensor:
-    """Steps as a file stores them, bfloat16: one for the tensor, ``(1,)``, or one for each row.
+    """Steps as a file stores them: one for the tensor, ``(1,)``, or one for each row.
+
+    bfloat16 where that holds them exactly, else float32.
 
     Raises:
-        SpecError: a step is not positive, or becomes so in bfloat16.
+        SpecError: a step is not positive and finite in float32.
     """
-    steps = torch.as_tensor(step, dtype=torch.float32).to(torch.bfloat16)
-    if steps.ndim > 1 or not bool((steps > 0).all()) or not bool(steps.isfinite().all()):
+    steps = torch.as_tensor(step, dtype=torch.float32).reshape(-1)
+    if not bool((steps > 0).all()) or not bool(steps.isfinite().all()):
         raise SpecError(f"a step is a positive number, or one for each row, not {step}")
-    return steps.reshape(-1)
+    short = steps.to(torch.bfloat16)
+    return short if bool((short.float() == steps).all()) else steps
 
 
 def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) 
         high: the highest, at least 0.
     """
     axis = 0 if len(steps) > 1 else None
-    grid = Affine(bits=None, axis=axis, scale_dtype=torch.bfloat16)
+    grid = Affine(bits=None, axis=axis, scale_dtype=steps.dtype)
     size = high - low + 1
     zero = Codes(torch.tensor([-low]), ZERO_ALPHABET)
     codes = {"levels": Codes(levels.to(code_dtype(size)), size), "zero": zero}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+
 from dither.archive import CodedTensor, code, packed_nbytes
 from dither.core import BudgetError
 from dither.search.allocate import allocate
-from dither.search.options import Ladder, Option, Weighted, build_ladder
+from dither.search.options import GRID_INDEX_NBYTES, Ladder, Option, Weighted, build_ladder
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,8 +29,13 @@ _ENOUGH = 0.995
 _PASSES = 4
 _CLOSE = 0.02
 """Share of the budget by which a pass may miss for single tensors to make up for it."""
-_TOUCHES = 12
+_TOUCHES = 24
+_BRACKETINGS = 8
 _MOST_CHANGE = 0.08
+_MOST_COARSER = 0.5
+_MOST_FINER = 3.0
+_FINE_STEPS = 1 << 12
+"""Payloads from this size on may spend two bytes more on an exact step."""
 
 
 class BudgetSearch:
@@ -52,6 +58,7 @@ class BudgetSearch:
         self._ladders = self._map("predicting", build_ladder, tensors)
         self._chosen: dict[str, Option] = {}
         self._coded: dict[str, CodedTensor] = {}
+        self._known: dict[str, dict[float, float]] = {name: {} for name in tensors}
 
     def run(self, budget: int) -> dict[str, CodedTensor]:
         """Coded tensors whose archive takes at most ``budget`` bytes.
@@ -63,10 +70,10 @@ class BudgetSearch:
         size = 0
         for attempt in range(_PASSES):
             chosen = allocate(ladders, budget * _AIM - index)
-            if chosen == self._chosen:
+            if attempt and chosen == self._chosen:
                 break
             size = self._encode(chosen, f"encoding, pass {attempt + 1}")
-            index = size - self._payload()
+            index = size - self._spent()
             if _full(size, budget) or (attempt and abs(size - budget) < _CLOSE * budget):
                 break
             ladders = self._corrected()
@@ -77,7 +84,7 @@ class BudgetSearch:
 
     def _shrink(self, budget: int) -> int:
         """Take bytes away until the file fits: for budgets near the least."""
-        target = float(self._payload())
+        target = self._spent()
         size = packed_nbytes(self._coded, self._aliases, self._metadata)
         while True:
             ladders = self._corrected()
@@ -97,42 +104,70 @@ class BudgetSearch:
     def _touch_up(self, budget: int, size: int) -> int:
         """Bring a file that is nearly right to its budget by the steps of single tensors.
 
-        Each time, the smallest tensor for which the change is small takes it on; a change that
-        does not bring the file nearer is taken back.
+        Each time, the smallest tensor for which the change is small takes it on.
         """
-        stuck: set[str] = set()
-        for _ in range(_TOUCHES):
-            gap = round(budget * (1 - (1 - _ENOUGH) / 4)) - size
-            name = None if _full(size, budget) else self._pick(abs(gap), stuck)
+        tried: set[str] = set()
+        while not _full(size, budget) and len(tried) < _TOUCHES:
+            name = self._pick(abs(_goal(budget) - size), tried)
             if name is None:
                 break
-            before, option = self._coded[name], self._chosen[name]
-            # One octave of the step is one bit for each value, and less where codes are few.
-            bits = 8 * gap / max(self._tensors[name].value.numel(), 1)
-            changed = Option(option.nbytes, option.loss, step=(option.step or 1.0) * 2.0**-bits)
-            self._coded[name] = _encode(self._tensors[name], changed)
-            measured = packed_nbytes(self._coded, self._aliases, self._metadata)
-            if _miss(measured, budget) < _miss(size, budget):
-                size, self._chosen[name] = measured, changed
-            else:
-                self._coded[name] = before
-                stuck.add(name)
+            tried.add(name)
+            size = self._fit(name, budget, size)
         return size
 
-    def _pick(self, gap: int, stuck: set[str]) -> str | None:
+    def _pick(self, gap: int, tried: set[str]) -> str | None:
         """The smallest tensor on a grid to which the gap is little, or else the largest."""
         grids = {
             name: self._coded[name].nbytes
             for name, option in self._chosen.items()
-            if option.step is not None and name not in stuck
+            if option.step is not None and option.loss > 0 and name not in tried
         }
         roomy = [name for name, nbytes in grids.items() if nbytes * _MOST_CHANGE >= gap]
         if roomy:
             return min(roomy, key=lambda name: grids[name])
         return max(grids, key=lambda name: grids[name], default=None)
 
-    def _payload(self) -> int:
-        return sum(tensor.nbytes for tensor in self._coded.values())
+    def _fit(self, name: str, budget: int, size: int) -> int:
+        """Search for the step of one tensor at which the file fills its budget; its new size.
+
+        Positions are octaves finer than now; sizes at either side of the goal enclose it.
+        """
+        tensor, option, goal = self._tensors[name], self._chosen[name], _goal(budget)
+        best = (size, self._coded[name], option)
+        under, over = ((0.0, size), None) if size <= goal else (None, (0.0, size))
+        # One octave of the step is one bit for each value, and less where codes are few.
+        position = 8 * (goal - size) / tensor.value.numel()
+        for _ in range(_BRACKETINGS):
+            position = min(max(position, -_MOST_COARSER), _MOST_FINER)
+            step = (option.step or 1.0) * 2.0**-position
+            if best[1].nbytes < _FINE_STEPS or tensor.rows is not None:
+                step = float(torch.tensor(step).bfloat16())
+            changed = Option(option.nbytes, option.loss, step=step)
+            self._coded[name] = _encode(tensor, changed)
+            measured = packed_nbytes(self._coded, self._aliases, self._metadata)
+            if _miss(measured, budget) < _miss(best[0], budget):
+                best = (measured, self._coded[name], changed)
+            if _full(best[0], budget):
+                break
+            if measured <= goal:
+                under = (position, measured)
+            else:
+                over = (position, measured)
+            if under and over:
+                share = (goal - under[1]) / max(over[1] - under[1], 1)
+                position = under[0] + min(max(share, 0.15), 0.85) * (over[0] - under[0])
+            else:
+                position = position * 2 or 0.01
+        size, self._coded[name], self._chosen[name] = best
+        return size
+
+    def _spent(self) -> float:
+        """Bytes that depend on the options: payloads, and what grids add to the index."""
+        return sum(self._measured(name) for name in self._coded)
+
+    def _measured(self, name: str) -> float:
+        on_grid = self._chosen[name].step is not None
+        return self._coded[name].nbytes + (GRID_INDEX_NBYTES if on_grid else 0.0)
 
     def _encode(self, chosen: dict[str, Option], stage: str) -> int:
         """Code what changed; returns the exact size of the archive."""
@@ -144,21 +179,16 @@ class BudgetSearch:
         self._coded |= self._map(stage, lambda item: _encode(*item), changed)
         self._coded = {name: self._coded[name] for name in self._tensors}
         self._chosen = dict(chosen)
+        for name in changed:
+            if (step := chosen[name].step) is not None:
+                self._known[name][step] = self._measured(name)
         return packed_nbytes(self._coded, self._aliases, self._metadata)
 
     def _corrected(self) -> dict[str, Ladder]:
-        """The ladders with predictions scaled to what was measured."""
+        """The ladders with predictions corrected by all that was measured."""
         return {
-            name: ladder.scaled(self._coded[name].nbytes / max(self._predicted(name), 1.0))
-            for name, ladder in self._ladders.items()
+            name: ladder.corrected(self._known[name]) for name, ladder in self._ladders.items()
         }
-
-    def _predicted(self, name: str) -> float:
-        step = self._chosen[name].step
-        if step is None:
-            return float(self._coded[name].nbytes)
-        grids = (option for option in self._ladders[name].options if option.step is not None)
-        return min(grids, key=lambda o: abs(math.log2((o.step or 1.0) / step))).nbytes
 
     def _guess_index(self) -> float:
         """Bytes of the index before any tensor was coded."""
@@ -181,6 +211,11 @@ class BudgetSearch:
 def _full(size: int, budget: int) -> bool:
     """Whether a file meets its budget so well that more passes are not worth their time."""
     return size <= budget and (size >= _ENOUGH * budget or size >= budget - SLACK_NBYTES)
+
+
+def _goal(budget: int) -> int:
+    """What single tensors aim at: a little less than all."""
+    return budget - max(round(budget * (1 - _ENOUGH) / 4), SLACK_NBYTES // 4)
 
 
 def _miss(size: int, budget: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from dither.archive import Archive, pack
 from dither.core import BudgetError, SpecError
-from dither.model import collect
+from dither.model import Tensors, collect
 from dither.search.budget import BudgetSearch, Progress
 from dither.search.options import Weighted
 from dither.search.sensitivity import Sensitivity, data_free
@@ -56,12 +57,18 @@ def compress(
     tensors = collect(source)
     if (size is None) == (bits is None):
         raise BudgetError('say either size (such as "9MB") or bits (such as 3.2), not both')
-    values = sum(value.numel() for value in tensors.values.values())
-    budget = parse_size(size if size is not None else int((bits or 0) * values / 8), tensors.nbytes)
+    budget = _bits_budget(bits, tensors) if size is None else parse_size(size, tensors.nbytes)
     weighted = _weigh(tensors.values, sensitivity)
     stored = dict(metadata or {})
     search = BudgetSearch(weighted, tensors.aliases, stored, progress or _silent)
     return pack(search.run(budget), tensors.aliases, stored)
+
+
+def _bits_budget(bits: float | None, tensors: Tensors) -> int:
+    values = sum(value.numel() for value in tensors.values.values())
+    if bits is None or not math.isfinite(bits) or bits <= 0:
+        raise BudgetError(f"bits is a positive number of bits for each value, not {bits!r}")
+    return math.ceil(bits * values / 8)
 
 
 def _weigh(values: Mapping[str, Tensor], sensitivity: Sensitivity) -> dict[str, Weighted]:

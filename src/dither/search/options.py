@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,12 +16,17 @@ from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
 from dither.formats import Raw
 
 _SAMPLE = 1 << 15
-_COARSEST = 4.0
-"""The coarsest step, in root mean squares (or twice the largest value, where that is less)."""
+GRID_INDEX_NBYTES = 11.0
+"""Bytes in the index for the parts of a grid over those of raw values, about."""
 
-_GRID_OVERHEAD = 16.0
-"""Bytes in the index for a grid's zero point and step, about."""
+_GRID_NBYTES = GRID_INDEX_NBYTES + 5.0
+"""The same and the payloads of zero point and step."""
+_DAMPING = 32.0
+_MOST_EXACT = 1 << 15
+_COARSEST = 4.0
+"""The coarsest step in root mean squares, short of dropping a tensor altogether."""
 _LARGEST_HALF = 65504.0
+_LEAST_HALF = 2.0**-8
 _LEAST = 1e-30
 """Weights below this lie where float32 itself is coarse; they are stored as they are."""
 
@@ -66,7 +72,9 @@ class Option:
         """Carry it out."""
         if self.step is None:
             return Raw(self.dtype).encode(tensor.value)
-        steps = self.step if tensor.rows is None else self.step * tensor.rows
+        steps = torch.tensor([self.step])
+        if tensor.rows is not None:
+            steps = (self.step * tensor.rows).bfloat16().float()
         return GPTQ(steps).encode(tensor.value, Stats(gram=tensor.gram))
 
 
@@ -76,16 +84,32 @@ class Ladder:
 
     options: tuple[Option, ...]
 
-    def scaled(self, ratio: float) -> Ladder:
-        """The same with the bytes of every grid corrected by a measured ratio."""
-        return Ladder(
-            _convex(
-                [
-                    option if option.step is None else replace(option, nbytes=option.nbytes * ratio)
-                    for option in self.options
-                ]
-            )
-        )
+    def predict(self, step: float) -> float:
+        """Predicted bytes of the grid whose step is nearest."""
+        grids = (option for option in self.options if option.step is not None)
+        return min(grids, key=lambda o: abs(math.log2((o.step or step) / step))).nbytes
+
+    def corrected(self, measured: Mapping[float, float]) -> Ladder:
+        """The same with the bytes of grids corrected by what some of them turned out to take.
+
+        Args:
+            measured: bytes by step. Between measured steps the correction is interpolated.
+        """
+        if not measured:
+            return self
+        steps = sorted(measured)
+        known = [math.log2(step) for step in steps]
+        ratios = [
+            (measured[step] + _DAMPING) / (self.predict(step) + _DAMPING) for step in steps
+        ]
+
+        def correct(option: Option) -> Option:
+            if option.step is None:
+                return option
+            ratio = float(np.interp(math.log2(option.step), known, ratios))
+            return replace(option, nbytes=(option.nbytes + _DAMPING) * ratio - _DAMPING)
+
+        return Ladder(_convex([correct(option) for option in self.options]))
 
 
 def build_ladder(tensor: Weighted) -> Ladder:
@@ -93,7 +117,7 @@ def build_ladder(tensor: Weighted) -> Ladder:
     options = [Option(_raw_nbytes(tensor.value), 0.0)]
     if can_quantize(tensor.value):
         sample = sorted_sample(tensor.relative(), _SAMPLE)
-        options += _half(tensor) + _grids(tensor, sample)
+        options += _half(tensor) + _grids(tensor, sample) + _exact(tensor)
     return Ladder(_convex(options))
 
 
@@ -106,17 +130,21 @@ def can_quantize(value: Tensor) -> bool:
 
 
 def half_step(value: Tensor) -> float:
-    """The step whose root mean square error is that of rounding the values to float16."""
+    """The step whose root mean square error is that of float16, whatever the values' magnitude."""
     flat = value.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)].float()
-    error = float((sample - sample.half().float()).square().mean().sqrt())
-    least = float(sample.square().mean().sqrt()) * 2.0**-13
-    return math.sqrt(12) * (max(error, least) if math.isfinite(error) else least)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.float64)
+    rms = float(sample.square().mean().sqrt())
+    if rms == 0:
+        return float(flat.abs().max()) * 2.0**-11
+    # A power of two brings them to where float16 is neither too small nor too large.
+    unit = 2.0 ** round(math.log2(rms))
+    error = float(((sample / unit).half().double() * unit - sample).square().mean().sqrt())
+    return math.sqrt(12) * max(error if math.isfinite(error) else 0.0, rms * 2.0**-13)
 
 
 def _half(tensor: Weighted) -> list[Option]:
     value = tensor.value
-    if value.element_size() <= 2 or float(value.abs().max()) > _LARGEST_HALF:
+    if value.element_size() <= 2 or not _LEAST_HALF < float(value.abs().max()) < _LARGEST_HALF:
         return []
     error = half_step(value) ** 2 / 12
     if tensor.rows is not None:
@@ -130,7 +158,8 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     """Options with ever finer steps, down to the accuracy of float16."""
     numel = tensor.value.numel()
     rms = math.sqrt(float(np.square(sample).mean()))
-    coarsest = min(_COARSEST * rms, 2 * max(-sample[0], sample[-1]))
+    nothing = 2.01 * max(-sample[0], sample[-1])  # all codes are 0
+    coarsest = min(_COARSEST * rms, nothing)
     finest = min(half_step(tensor.value), coarsest / 2)
     per_octave, between = _density(numel)
     octaves = math.log2(coarsest / finest)
@@ -138,14 +167,35 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     predicted = [_predict(sample, 2.0**knot, numel) for knot in knots]
     fine = np.linspace(knots[0], knots[-1], 1 + (len(knots) - 1) * between)[::-1]
     nbytes = np.interp(fine, knots[::-1], [p[0] for p in predicted][::-1])
-    loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
-    overhead = _GRID_OVERHEAD
+    errors = [_amplified(error, numel * rms * rms) for _, error in predicted]
+    loss = np.exp2(np.interp(fine, knots[::-1], np.log2(errors)[::-1]))
+    overhead = _GRID_NBYTES
     if tensor.rows is not None:
         overhead += _raw_nbytes(tensor.rows.to(torch.bfloat16))
-    return [
-        Option(overhead + size, tensor.sensitivity * error, step=2.0**log_step)
+    options = [
+        Option(overhead + size, tensor.sensitivity * error, step=_short(2.0**log_step))
         for log_step, size, error in zip(fine, nbytes, loss, strict=True)
     ]
+    gone = tensor.sensitivity * _amplified(numel * rms * rms, numel * rms * rms)
+    return [Option(overhead, gone, step=_short(nothing)), *options]
+
+
+def _exact(tensor: Weighted) -> list[Option]:
+    """The grid that loses nothing, where the values are few multiples of the smallest one.
+
+    So are masks, signs, and weights that somebody has rounded already.
+    """
+    flat = tensor.value.detach().reshape(-1).float()
+    if tensor.rows is not None or flat.numel() < 2:
+        return []
+    for part in (flat[: 1 << 12], flat):
+        magnitudes = part.abs()
+        step = float(magnitudes[magnitudes > 0].min()) if bool(magnitudes.any()) else 1.0
+        codes = part / step
+        if float(codes.abs().max()) > _MOST_EXACT or not bool((codes.round() * step == part).all()):
+            return []
+    counts = np.bincount((codes - codes.min()).long().cpu().numpy())
+    return [Option(_GRID_NBYTES + _coded_nbytes(counts.astype(np.float64)), 0.0, step=step)]
 
 
 def _density(numel: int) -> tuple[int, int]:
@@ -153,6 +203,19 @@ def _density(numel: int) -> tuple[int, int]:
     if numel >= 1 << 12:
         return 4, 8
     return (2, 2) if numel >= 1 << 6 else (1, 1)
+
+
+def _amplified(error: float, energy: float) -> float:
+    """The squared error as the next layers see it, which scale what is left to full strength."""
+    import os
+    c=float(os.environ.get("AMP","0"))
+    lost = min(error / energy, 1.0)
+    return error / max(1 - c*lost, 1e-3)
+
+
+def _short(step: float) -> float:
+    """A step that takes two bytes in the file."""
+    return float(torch.tensor(step).bfloat16())
 
 
 def _predict(sample: Floats, step: float, numel: int) -> tuple[float, float]:

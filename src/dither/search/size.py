@@ -16,7 +16,7 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
-_PATTERN = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*|\.[0-9]+)\s*([a-z%]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*([0-9][0-9_]{0,30}\.?[0-9]{0,30}|\.[0-9]{1,30})\s*([a-z%]*)\s*", re.IGNORECASE)
 
 
 def parse_size(size: int | str, original_nbytes: int) -> int:
@@ -50,7 +50,7 @@ def _parse(text: str, original_nbytes: int) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise BudgetError(f"{text!r} is no size; {_EXAMPLES}")
-    number, unit = float(match[1].replace("_", "").replace(",", "")), match[2].lower()
+    number, unit = float(match[1].replace("_", "")), match[2].lower()
     if unit == "%":
         return int(number / 100 * original_nbytes)
     if unit == "x":
