@@ -165,7 +165,7 @@ def run(count: int, seed: int) -> tuple[Counter[str], list[str]]:
     outcomes: Counter[str] = Counter()
     failures = []
     for i in range(count):
-        chance = random.Random(f"{seed}/{i}")
+        chance = random.Random(f"{seed}/{i}")  # noqa: S311 - repeatable, not secret
         which = chance.randrange(len(originals))
         mutate = chance.choice(PLAIN + REPAIRED)
         data = mutate(originals[which], chance)
@@ -191,31 +191,31 @@ def _close(payloads: bytes, index: dict[str, Any]) -> bytes:
     return payloads + packed + TAIL.pack(len(packed), len(text), crc, b"htid")
 
 
-def _edit(value: Any, chance: random.Random) -> None:
+def _edit(value: dict[str, Any] | list[Any], chance: random.Random) -> None:
     """Walk to a random place of a JSON value and change it."""
+    place: Any = value  # a list or an object, whose keys differ in type
     while True:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
         if not keys:
             return
-        key = chance.choice(list(keys))
-        if isinstance(value[key], dict | list) and value[key] and chance.random() < 0.9:
-            value = value[key]
-            continue
-        break
+        key = chance.choice(keys)
+        if not (isinstance(place[key], dict | list) and place[key] and chance.random() < 0.9):
+            break
+        place = place[key]
     kind = chance.randrange(8)
     if kind == 0:
-        del value[key]
-    elif kind == 1 and isinstance(value, list):
-        value.insert(key, value[key])
-    elif isinstance(value[key], int) and kind < 6:
-        value[key] = chance.choice(
-            [value[key] + 1, value[key] - 1, value[key] * 2, 0, 1, -1, 2**31, 2**45, 10**30, 255]
+        del place[key]
+    elif kind == 1 and isinstance(place, list):
+        place.insert(key, place[key])
+    elif isinstance(place[key], int) and kind < 6:
+        place[key] = chance.choice(
+            [place[key] + 1, place[key] - 1, place[key] * 2, 0, 1, -1, 2**31, 2**45, 10**30, 255]
         )
-    elif isinstance(value[key], str) and kind < 6:
+    elif isinstance(place[key], str) and kind < 6:
         other = chance.choice(["", "rans", "bits", "raw", "levels", "float64", "bool", "ff", "☃"])
-        value[key] = other if kind < 4 else value[key][:-2] + "07"
+        place[key] = other if kind < 4 else place[key][:-2] + "07"
     else:
-        value[key] = chance.choice([None, True, 1.5, "x", [], {}, [[]], 7, float("inf")])
+        place[key] = chance.choice([None, True, 1.5, "x", [], {}, [[]], 7, float("inf")])
 
 
 def main() -> int:

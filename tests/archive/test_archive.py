@@ -171,7 +171,7 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(OSError, match="disk full"):
         archive.save(path)
     assert path.read_bytes() == b"precious"
-    assert os.listdir(tmp_path) == ["a.dither"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.dither"]
     monkeypatch.undo()
     archive.save(path)
     assert path.read_bytes() == archive.to_bytes()

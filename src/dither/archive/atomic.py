@@ -14,8 +14,8 @@ from typing import BinaryIO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; rename it to ``path`` when the block succeeds.
 
-    A symbolic link is followed. Until then an existing file stays as it was, whatever happens: an exception removes the
-    temporary file, a killed process leaves it behind under a name of its own.
+    A symbolic link is followed. Until then an existing file stays as it was, whatever happens: an
+    exception removes the temporary file, a killed process leaves it under a name of its own.
 
     Raises:
         OSError: the folder cannot be written to.

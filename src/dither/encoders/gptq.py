@@ -88,7 +88,7 @@ def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
     # With H = U U', U upper: the inverse of the Cholesky factor that GPTQ takes from H's inverse.
     upper = factor.flip(0, 1)
     inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).double(), upper=True)
-    spread = inverse / inverse.diagonal()[:, None]
+    spread: Tensor = inverse / inverse.diagonal()[:, None]
     return spread.triu(1).float()
 
 

@@ -19,8 +19,8 @@ from dither.coding import code_lengths
 from dither.core import Encoded, Stats, code_dtype
 from dither.encoders.grid import check_range, grid_steps, in_steps, on_grid
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
 
 HIGH_RATE_STRENGTH = 0.1155
 """Lambda in squared steps for each bit, where it matches the slope of a fine grid.

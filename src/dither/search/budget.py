@@ -186,9 +186,7 @@ class BudgetSearch:
 
     def _corrected(self) -> dict[str, Ladder]:
         """The ladders with predictions corrected by all that was measured."""
-        return {
-            name: ladder.corrected(self._known[name]) for name, ladder in self._ladders.items()
-        }
+        return {name: ladder.corrected(self._known[name]) for name, ladder in self._ladders.items()}
 
     def _guess_index(self) -> float:
         """Bytes of the index before any tensor was coded."""

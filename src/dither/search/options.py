@@ -25,6 +25,10 @@ _DAMPING = 32.0
 _MOST_EXACT = 1 << 15
 _COARSEST = 4.0
 """The coarsest step in root mean squares, short of dropping a tensor altogether."""
+_COARSEST_FED = 3.0
+"""The same with error feedback, whose error then nears the tensor's own energy."""
+_LAST_RESORT = 1e4
+"""Dropping a tensor costs this many times its energy: all others get coarse before."""
 _LARGEST_HALF = 65504.0
 _LEAST_HALF = 2.0**-8
 _LEAST = 1e-30
@@ -99,9 +103,7 @@ class Ladder:
             return self
         steps = sorted(measured)
         known = [math.log2(step) for step in steps]
-        ratios = [
-            (measured[step] + _DAMPING) / (self.predict(step) + _DAMPING) for step in steps
-        ]
+        ratios = [(measured[step] + _DAMPING) / (self.predict(step) + _DAMPING) for step in steps]
 
         def correct(option: Option) -> Option:
             if option.step is None:
@@ -159,7 +161,7 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     numel = tensor.value.numel()
     rms = math.sqrt(float(np.square(sample).mean()))
     nothing = 2.01 * max(-sample[0], sample[-1])  # all codes are 0
-    coarsest = min(_COARSEST * rms, nothing)
+    coarsest = min((_COARSEST if tensor.gram is None else _COARSEST_FED) * rms, nothing)
     finest = min(half_step(tensor.value), coarsest / 2)
     per_octave, between = _density(numel)
     octaves = math.log2(coarsest / finest)
@@ -167,8 +169,11 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     predicted = [_predict(sample, 2.0**knot, numel) for knot in knots]
     fine = np.linspace(knots[0], knots[-1], 1 + (len(knots) - 1) * between)[::-1]
     nbytes = np.interp(fine, knots[::-1], [p[0] for p in predicted][::-1])
-    errors = [_amplified(error, numel * rms * rms) for _, error in predicted]
-    loss = np.exp2(np.interp(fine, knots[::-1], np.log2(errors)[::-1]))
+    if tensor.gram is not None:
+        # Fed errors spread evenly over a step, however coarse: weights do not fall to zero.
+        fed = [numel * 4.0**knot / 12 for knot in knots]
+        predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, fed, strict=True)]
+    loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
     overhead = _GRID_NBYTES
     if tensor.rows is not None:
         overhead += _raw_nbytes(tensor.rows.to(torch.bfloat16))
@@ -176,7 +181,7 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
         Option(overhead + size, tensor.sensitivity * error, step=_short(2.0**log_step))
         for log_step, size, error in zip(fine, nbytes, loss, strict=True)
     ]
-    gone = tensor.sensitivity * _amplified(numel * rms * rms, numel * rms * rms)
+    gone = tensor.sensitivity * numel * rms * rms * _LAST_RESORT
     return [Option(overhead, gone, step=_short(nothing)), *options]
 
 
@@ -203,14 +208,6 @@ def _density(numel: int) -> tuple[int, int]:
     if numel >= 1 << 12:
         return 4, 8
     return (2, 2) if numel >= 1 << 6 else (1, 1)
-
-
-def _amplified(error: float, energy: float) -> float:
-    """The squared error as the next layers see it, which scale what is left to full strength."""
-    import os
-    c=float(os.environ.get("AMP","0"))
-    lost = min(error / energy, 1.0)
-    return error / max(1 - c*lost, 1e-3)
 
 
 def _short(step: float) -> float:
@@ -250,7 +247,9 @@ def _coded_nbytes(counts: Floats) -> float:
     used = counts[counts > 0]
     total = float(used.sum())
     bits = total * math.log2(total) - float((used * np.log2(used)).sum())
-    return min(bits / 8 + 4 + 0.4 * len(used), total * math.ceil(math.log2(max(len(counts), 1))) / 8)
+    return min(
+        bits / 8 + 4 + 0.4 * len(used), total * math.ceil(math.log2(max(len(counts), 1))) / 8
+    )
 
 
 def _convex(options: list[Option]) -> tuple[Option, ...]:

@@ -62,8 +62,7 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
         if name in matrices:
             weighted[name] = _matrix(name, value)
         elif name in floats:
-            cost = unit / VECTOR_PRECISION**2 / max(_variance(value), 1e-30)
-            weighted[name] = Weighted(value, cost)
+            weighted[name] = Weighted(value, unit / VECTOR_PRECISION**2 / _spread(value))
         else:
             weighted[name] = Weighted(value, 1.0)
     return weighted
@@ -89,6 +88,18 @@ def _token_steps(value: Tensor) -> Tensor | None:
 
 def _of_size(value: Tensor) -> float:
     return float(value.numel() ** -SIZE_EXPONENT)
+
+
+def _spread(value: Tensor) -> float:
+    """The variance of a vector, or less where all are positive: then errors count by ratio.
+
+    So it is with the variances of a batch norm, whose least ones must not become 0.
+    """
+    spread = _variance(value)
+    if bool((value > 0).all()):
+        ratios = float(value.detach().double().reciprocal().square().mean())
+        spread = min(spread, 1 / ratios)
+    return max(spread, 1e-30)
 
 
 def _variance(value: Tensor) -> float:

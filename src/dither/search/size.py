@@ -16,7 +16,9 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
-_PATTERN = re.compile(r"\s*([0-9][0-9_]{0,30}\.?[0-9]{0,30}|\.[0-9]{1,30})\s*([a-z%]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(
+    r"\s*([0-9][0-9_]{0,30}\.?[0-9]{0,30}|\.[0-9]{1,30})\s*([a-z%]*)\s*", re.IGNORECASE
+)
 
 
 def parse_size(size: int | str, original_nbytes: int) -> int:
