@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,7 @@ INLINE_NBYTES = 12
 _FIELDS = {"formats", "tensors", "parts", "aliases", "metadata", "sites", "base"}
 _TENSOR = ("name", "format", "dtype", "shape", "parts")
 _PART = ("name", "codec", "shape", "holds", "data")
+_HEXADECIMAL = re.compile(r"(?:[0-9a-fA-F]{2})*")
 
 
 @dataclass(frozen=True)
@@ -278,10 +280,12 @@ class _Parser:
         else:
             alphabet = _count(holds, MAX_ALPHABET, f"alphabet of {where}", least=1)
         if isinstance(data, str):
-            try:
-                inline = bytes.fromhex(data)
-            except ValueError as error:
-                raise ArchiveError(f"payload of {where} is damaged: {error}") from error
+            if not _HEXADECIMAL.fullmatch(data):  # bytes.fromhex would take spaces, too
+                raise ArchiveError(
+                    f"payload of {where} is damaged: {data[:40]!r} is not pairs of hexadecimal "
+                    "digits"
+                )
+            inline = bytes.fromhex(data)
             return Part(name, codec, own, alphabet, dtype, len(inline), inline=inline)
         length = _count(data, self.parts_end - self.offset, f"length of {where}")
         crc = _count(next(crcs, None), 0xFFFFFFFF, f"checksum of {where}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -255,9 +255,14 @@ def plan_contexts(
     if (is_thorough or window.symbols == 2) and len(tokens) <= 4 * _SAMPLE:
         contexts = refine(contexts, tokens.reshape(shape), window.symbols)
     rows = _joint_counts(contexts, shape, tokens, window.symbols, 1)
-    # A context that never occurs is given the counts of all.
-    rows[rows.sum(axis=1) == 0] = rows.sum(axis=0)
+    # A context that never occurs is given the counts of all: its table is written, and no symbol.
+    is_empty = rows.sum(axis=1) == 0
+    rows[is_empty] = rows.sum(axis=0)
     fits = [fit_table(row, plain.head.precision, has_escape=window.escapes > 0) for row in rows]
+    fits = [
+        replace(fit, symbol_bits=0.0) if empty else fit
+        for fit, empty in zip(fits, is_empty, strict=True)
+    ]
     payloads = [
         encode_plain(classes, int(classes.max()) + 1) for classes in contexts.classes.values()
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,50 @@ def grid_steps(step: float | Tensor) -> Tensor:
 
 
 def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
-    """The weight divided by its steps, in float32."""
+    """The weight divided by its steps, in float32.
+
+    Raises:
+        SpecError: there is neither one step nor one for each row.
+    """
+    if len(steps) != 1 and tuple(weight.shape[:1]) != (len(steps),):
+        raise SpecError(
+            f"{len(steps)} steps do not fit a weight of shape {tuple(weight.shape)}; give one, or "
+            "one for each index of the first axis"
+        )
     shape = [-1] + [1] * (weight.ndim - 1) if len(steps) > 1 else [1] * weight.ndim
     return weight.detach().float() / steps.float().reshape(shape)
 
 
-def check_range(low: int, high: int) -> None:
-    """Refuse codes that no alphabet holds."""
+def code_range(weight: Tensor, low: float, high: float) -> tuple[int, int]:
+    """The lowest and the highest code of a grid, which always reaches 0.
+
+    Args:
+        weight: what is encoded, not empty.
+        low: the lowest rounded value in steps; NaN where a weight is.
+        high: the highest.
+
+    Raises:
+        SpecError: a weight is not finite, or no alphabet holds the codes.
+    """
+    if not math.isfinite(low) or not math.isfinite(high):
+        if not bool(weight.detach().float().isfinite().all()):
+            raise SpecError(
+                "a weight is not finite, or is beyond float32; repair it, or store the tensor "
+                "with Raw()"
+            )
+        raise SpecError("a step is too small for float32; take a larger step, or store with Raw()")
     if max(high, 0) - min(low, 0) >= ZERO_ALPHABET:
         raise SpecError(
-            f"a step is too small for values of {low} to {high} steps; at most {ZERO_ALPHABET} "
-            "are possible: take a larger step, or store the tensor Raw"
+            f"a step is too small for values of {low:.0f} to {high:.0f} steps; at most "
+            f"{ZERO_ALPHABET} are possible: take a larger step, or store the tensor with Raw()"
         )
+    return min(int(low), 0), max(int(high), 0)
+
+
+def highest_codes(steps: Tensor, ndim: int) -> Tensor:
+    """The most steps that float32 holds, float64, broadcastable to a weight."""
+    most = (torch.finfo(torch.float32).max / steps.double()).floor()
+    return most.reshape([-1] + [1] * (ndim - 1) if len(steps) > 1 else [1] * ndim)
 
 
 def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) -> Encoded:

@@ -9,6 +9,7 @@ read once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from dither.coding import code_lengths
 from dither.core import Encoded, Stats, code_dtype
 from dither.encoders.grid import check_range, grid_steps, in_steps, on_grid
 
-Floats = NDArray[np.floating]
-Ints = NDArray[np.integer]
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
 
 HIGH_RATE_STRENGTH = 0.1155
 """Lambda in squared steps for each bit, where it matches the slope of a fine grid.
@@ -63,7 +64,7 @@ def find_thresholds(sample: Floats, strength: float) -> Thresholds:
     The table and the thresholds depend on each other; a few passes from rounding suffice.
     """
     low, high = (int(np.rint(sample[i])) for i in (0, -1))
-    codes = np.arange(low, high + 1, dtype=np.int64)
+    codes: Ints = np.arange(low, high + 1, dtype=np.int64)
     edges: Floats = codes[:-1] + 0.5
     if strength > 0 and len(codes) <= _MOST_SYMBOLS:
         for _ in range(_PASSES):

@@ -136,13 +136,15 @@ class Mixed(Format):
         """Per width one float32 multiply and, for endpoint, one float32 add."""
         bits = encoded.codes["bits"].values
         out = torch.zeros(encoded.numel, dtype=encoded.dtype, device=bits.device)
+        # torch fills no mask of float8, so that bytes are copied.
+        cells = out.view(torch.uint8) if out.element_size() == 1 else out
         for width in self._counts(bits, encoded.numel):
             grid, done = self._grid(encoded.params, width), 0
             levels = encoded.codes[f"levels{width}"].values
-            for box, mask in self._walk(out, bits, width):
+            for box, mask in self._walk(cells, bits, width):
                 count = int(mask.sum())
                 values = grid.values(levels[done : done + count])
-                box[mask] = restore(values, encoded.dtype)
+                box[mask] = restore(values, encoded.dtype).view(box.dtype)
                 done += count
         return out.view(encoded.shape)
 

@@ -52,7 +52,7 @@ class Raw(Format):
         del params
         stored = self._stored(weight.dtype)
         values = weight.detach().to(stored, copy=True, memory_format=torch.contiguous_format)
-        if stored != weight.dtype and stored.is_floating_point:
+        if stored != weight.dtype:
             self._refuse_overflow(weight.detach(), values)
         return Encoded(self, tuple(weight.shape), weight.dtype, {}, {"values": values})
 
@@ -66,16 +66,20 @@ class Raw(Format):
         expect_param(encoded, "values", encoded.shape, self._stored(encoded.dtype))
 
     def _refuse_overflow(self, source: Tensor, values: Tensor) -> None:
-        """Raise where a finite number became infinite, NaN or (float8, by torch) saturated."""
-        info = torch.finfo(values.dtype)
-        if values.element_size() > 1:
-            lost = values.isinf() & source.isfinite()
-        else:  # a quarter of eps above the largest is rounded down to it
-            lost = (source.abs() > info.max * (1 + info.eps / 4)) & source.isfinite()
+        """Raise where a finite number became infinite, NaN or (float8, by torch) saturated.
+
+        It may do so in the stored type, or on its way back by rounding up: 65504 of float16 is
+        65536 in bfloat16.
+        """
+        info, back = torch.finfo(values.dtype), _computable(values.to(source.dtype))
+        source = _computable(source)
+        lost = source.isfinite() & ~back.isfinite()
+        if values.element_size() == 1:  # a quarter of eps above the largest is rounded down to it
+            lost |= source.isfinite() & (source.abs() > info.max * (1 + info.eps / 4))
         if bool(lost.any()):
             raise SpecError(
                 f"{self!r} cannot hold a value of {source[lost].abs().max().item():.4g} "
-                f"(largest {info.max:.4g}); use a wider type, or Raw()"
+                f"(largest {info.max:.4g}) and give it back; use a wider type, or Raw()"
             )
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
@@ -87,3 +91,10 @@ class Raw(Format):
                 f"Raw({self.dtype}) cannot stand for a tensor of {dtype}; use Raw() for it"
             )
         return self.dtype
+
+
+def _computable(values: Tensor) -> Tensor:
+    """Real numbers in a type that torch computes with: it has few operations for float8."""
+    if values.is_complex():
+        return torch.view_as_real(values.resolve_conj())
+    return values.float() if values.element_size() == 1 else values
