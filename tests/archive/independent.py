@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -756,6 +757,7 @@ def decode(data: bytes) -> dict[str, tuple[str, Shape, bytes]]:
         for _ in range(tensor["parts"]):
             part = next(rows)
             if isinstance(part["data"], str):
+                must(re.fullmatch("([0-9a-fA-F]{2})*", part["data"]), "hexadecimal digits")
                 payload = bytes.fromhex(part["data"])
             else:
                 payload = next(payloads)

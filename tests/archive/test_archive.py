@@ -1,6 +1,9 @@
 import io
+import json
 import os
+import struct
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from dither.archive.layout import HEAD, TAIL
 from dither.core import DTYPES, Encoded
 from dither.encoders.gptq import GPTQ
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
+from tests.archive import independent
 
 
 def _weight(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,6 +161,32 @@ def test_damage_is_named(change: object, error: str) -> None:
     assert callable(change)
     with pytest.raises(ArchiveError, match=error):
         Archive.from_bytes(change(data))
+
+
+def _edited(data: bytes, old: bytes, new: bytes) -> bytes:
+    """An archive whose index says something else, its checksum made good."""
+    packed = TAIL.unpack(data[-TAIL.size :])[0]
+    body, index = data[: -TAIL.size - packed], data[-TAIL.size - packed : -TAIL.size]
+    text = zlib.decompress(index)
+    assert text.count(old) == 1
+    text = text.replace(old, new)
+    index = zlib.compress(text)
+    lengths = struct.pack("<II", len(index), len(text))
+    crc = zlib.crc32(data[: HEAD.size] + index + lengths)
+    return body + index + lengths + struct.pack("<I", crc) + data[-4:]
+
+
+@pytest.mark.parametrize(
+    "text", ["01 02ab", " 0102ab", "0102ab\n", "0102a", "0102ag", "+102ab", "0102a\u0662"]
+)
+def test_payloads_in_the_index_are_hexadecimal_digits_only(text: str) -> None:
+    data = pack({"t": Raw().encode(torch.tensor([1, 2, 0xAB], dtype=torch.uint8))}).to_bytes()
+    assert Archive.from_bytes(_edited(data, b'"0102ab"', b'"0102AB"'))["t"].tolist() == [1, 2, 171]
+    damaged = _edited(data, b'"0102ab"', json.dumps(text).encode())
+    with pytest.raises(ArchiveError, match=r"tensor 't', part 'values' is damaged.*hexadecimal"):
+        Archive.from_bytes(damaged)
+    with pytest.raises(ValueError, match="hexadecimal"):
+        independent.decode(damaged)
 
 
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from dither.coding import code_lengths, encode_codes, estimate_from_counts, estimate_nbytes
 from dither.coding.fit import fit_table, written_bits
+from dither.coding.plan import plan_part
 from dither.coding.tables import Curve
 from tests.coding.samples import ALPHABETS, KINDS, Codes, arrays, entropy_nbytes, sample
 
@@ -33,6 +34,23 @@ def test_from_counts(kind: str, count: int) -> None:
     codes = sample(kind, (count,), 50, 2)
     counts = np.bincount(codes, minlength=50)
     assert estimate_from_counts(counts) == pytest.approx(estimate_nbytes(codes, 50))
+
+
+def test_contexts_that_never_occur_cost_no_symbols() -> None:
+    # Four spreads three octaves apart: between the inner two lie contexts without a symbol.
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(64, 64)) * np.repeat([0.4, 3, 24, 192], 16)[:, None]
+    codes = np.clip(np.rint(values) + 500, 0, 999).astype(np.int64)
+    payload = encode_codes(codes, 1000)[1]
+    assert len(payload) < 0.85 * len(encode_codes(codes.reshape(-1), 1000)[1])
+    check(codes, 1000)
+    plan = plan_part(codes.reshape(-1).astype(np.int16), codes.shape, 1000, is_thorough=False)
+    assert plan.head.contexts is not None
+    used = np.bincount(plan.head.contexts.of(codes.shape), minlength=len(plan.fits))
+    assert [fit.symbol_bits for fit, n in zip(plan.fits, used, strict=True) if not n] == [0.0] * (
+        int((used == 0).sum())
+    )
+    assert (used == 0).any()
 
 
 def test_nothing_costs_nothing() -> None:

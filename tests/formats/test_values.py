@@ -58,8 +58,47 @@ def test_raw_in_a_shorter_type() -> None:
         Raw(torch.float16).encode(torch.tensor([1e5]))
     with pytest.raises(SpecError, match="cannot hold"):
         Raw(torch.float8_e4m3fn).encode(torch.tensor([1e5]))
+    with pytest.raises(SpecError, match="cannot hold"):
+        Raw(torch.complex64).encode(torch.tensor([1e300j], dtype=torch.complex128))
     with pytest.raises(SpecError, match="cannot stand for"):
         Raw(torch.float16).encode(torch.arange(3))
+
+
+def test_raw_refuses_what_overflows_on_its_way_back() -> None:
+    # Both round up to 65536 in bfloat16, which float16 does not have.
+    for value in (65504.0, -65408.0):
+        with pytest.raises(SpecError, match=r"65.*give it back"):
+            Raw(torch.bfloat16).encode(torch.tensor(value, dtype=torch.float16))
+    kept = Raw(torch.bfloat16).encode(torch.tensor([65280.0, torch.inf], dtype=torch.float16))
+    assert kept.decode().tolist() == [65280.0, torch.inf]
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_raw_float8_in_a_longer_type(dtype: torch.dtype, stored: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    decoded = Raw(stored).encode(every).decode()
+    assert decoded.dtype == dtype
+    assert torch.equal(decoded.float().nan_to_num(7.0), every.float().nan_to_num(7.0))
+
+
+def test_raw_between_the_types_of_float8() -> None:
+    small = torch.tensor([0.0, -1.5, 448.0, 2.0**-6]).to(torch.float8_e4m3fn)
+    decoded = Raw(torch.float8_e5m2).encode(small).decode()
+    assert decoded.float().tolist() == small.float().tolist()
+    with pytest.raises(SpecError, match=r"cannot hold a value of 5\.734e"):
+        Raw(torch.float8_e4m3fn).encode(torch.tensor([57344.0]).to(torch.float8_e5m2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("grid", ["endpoint", "symmetric"])
+def test_mixed_float8_with_one_value_of_a_width(dtype: torch.dtype, grid: str) -> None:
+    weight = torch.tensor([-2.0, 1.5, 0.25]).to(dtype)
+    encoded = Mixed(1, grid).assign(weight, {"bits": torch.tensor([8, 4, 0])})
+    decoded = encoded.decode().float()
+    assert decoded[0] == pytest.approx(-2, abs=0.01)
+    assert decoded[1] == pytest.approx(1.5, abs=0.2)
+    assert decoded[2] == 0
 
 
 # --- Affine ---------------------------------------------------------------------------------------

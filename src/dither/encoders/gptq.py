@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
-from dither.encoders.grid import check_range, grid_steps, in_steps, on_grid
+from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
 
 _BLOCK = 64
 
@@ -43,27 +43,39 @@ class GPTQ:
         """Codes in ``Affine(bits=None)``; rounded to nearest where ``stats`` holds no Gram matrix.
 
         Args:
-            weight: floating point, finite, not empty.
+            weight: floating point, finite; with a Gram matrix, at least one axis.
             stats: ``gram``, ``(inputs, inputs)``, positive definite once damped; a smaller one
                 holds for each group of as many consecutive inputs.
 
         Raises:
-            SpecError: the step or the Gram matrix does not fit.
+            SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
         steps = grid_steps(self.step)
         scaled = in_steps(weight, steps)
+        if not weight.numel():
+            return on_grid(weight, steps, scaled, 0, 0)
         if stats is None or stats.gram is None:
             rounded = scaled.round()
         else:
+            gram = _square(stats.gram, weight)
             inputs = scaled.reshape(len(scaled), -1).T.contiguous()
-            spread = feedback(stats.gram, self.damping)
-            for group in inputs.split(len(spread)):
-                feed_errors(group, spread[: len(group), : len(group)])
+            spread = feedback(gram, self.damping)
+            for group in inputs.split(len(gram)):
+                if len(group) < len(gram):  # of a part of the inputs, not a part of the spread
+                    spread = feedback(gram[: len(group), : len(group)], self.damping)
+                feed_errors(group, spread)
             rounded = inputs.T.reshape(weight.shape)
-        low, high = (int(x) for x in torch.aminmax(rounded))
-        check_range(low, high)
-        low, high = min(low, 0), max(high, 0)
+        low, high = code_range(weight, *(float(end) for end in torch.aminmax(rounded)))
         return on_grid(weight, steps, rounded.sub_(low), low, high)
+
+
+def _square(gram: Tensor, weight: Tensor) -> Tensor:
+    """The Gram matrix, refused where it is none or the weight has no inputs."""
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
+        raise SpecError(f"a Gram matrix is (inputs, inputs), not of shape {tuple(gram.shape)}")
+    if weight.ndim == 0:
+        raise SpecError("a single number has no inputs; encode it without a Gram matrix")
+    return gram
 
 
 def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:

@@ -39,8 +39,12 @@ def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
             f"{len(steps)} steps do not fit a weight of shape {tuple(weight.shape)}; give one, or "
             "one for each index of the first axis"
         )
-    shape = [-1] + [1] * (weight.ndim - 1) if len(steps) > 1 else [1] * weight.ndim
-    return weight.detach().float() / steps.float().reshape(shape)
+    return weight.detach().float() / _along(steps.float(), weight.ndim)
+
+
+def _along(steps: Tensor, ndim: int) -> Tensor:
+    """Steps as they broadcast to a weight."""
+    return steps.reshape([-1] + [1] * (ndim - 1) if len(steps) > 1 else [1] * ndim)
 
 
 def code_range(weight: Tensor, low: float, high: float) -> tuple[int, int]:
@@ -69,12 +73,6 @@ def code_range(weight: Tensor, low: float, high: float) -> tuple[int, int]:
     return min(int(low), 0), max(int(high), 0)
 
 
-def highest_codes(steps: Tensor, ndim: int) -> Tensor:
-    """The most steps that float32 holds, float64, broadcastable to a weight."""
-    most = (torch.finfo(torch.float32).max / steps.double()).floor()
-    return most.reshape([-1] + [1] * (ndim - 1) if len(steps) > 1 else [1] * ndim)
-
-
 def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) -> Encoded:
     """The encoding of ``weight`` whose codes are ``levels``, counted from ``low`` steps.
 
@@ -84,10 +82,16 @@ def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) 
         levels: integers ``0 .. high - low``, of the weight's shape; zero steps is ``-low``.
         low: the lowest code in steps, at most 0.
         high: the highest, at least 0.
+
+    A value that would be rounded beyond float32 takes the last code that is not.
     """
     axis = 0 if len(steps) > 1 else None
     grid = Affine(bits=None, axis=axis, scale_dtype=steps.dtype)
     size = high - low + 1
+    largest = torch.finfo(torch.float32).max
+    if levels.numel() and max(-low, high) * float(steps.max()) > largest:
+        most = _along((largest / steps.double()).floor(), weight.ndim)
+        levels = torch.maximum(torch.minimum(levels.double() + low, most), -most) - low
     zero = Codes(torch.tensor([-low]), ZERO_ALPHABET)
     codes = {"levels": Codes(levels.to(code_dtype(size)), size), "zero": zero}
     return Encoded(grid, tuple(weight.shape), weight.dtype, codes, {"scale": steps})

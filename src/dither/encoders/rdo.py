@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, Stats, code_dtype
-from dither.encoders.grid import check_range, grid_steps, in_steps, on_grid
+from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -124,17 +124,21 @@ class RateDistortion:
         """Codes in ``Affine(bits=None)``, per tensor or, for a step per row, ``axis=0``.
 
         Args:
-            weight: floating point, finite, not empty.
+            weight: floating point, finite.
             stats: not used; the step already says what an error costs.
 
         Raises:
-            SpecError: a step is not positive, or so small that the codes leave the alphabet.
+            SpecError: a step is not positive, or so small that the codes leave the alphabet; a
+                weight is not finite.
         """
         steps = grid_steps(self.step)
         scaled = in_steps(weight, steps)
-        found = find_thresholds(sorted_sample(scaled), self.strength)
-        check_range(int(found.codes[0]), int(found.codes[-1]))
-        low, high = min(int(found.codes[0]), 0), max(int(found.codes[-1]), 0)
+        if not weight.numel():
+            return on_grid(weight, steps, scaled, 0, 0)
+        sample = sorted_sample(scaled)
+        code_range(weight, *(float(np.rint(sample[i])) for i in (0, -1)))
+        found = find_thresholds(sample, self.strength)
+        low, high = code_range(weight, float(found.codes[0]), float(found.codes[-1]))
         levels = torch.empty(scaled.shape, dtype=code_dtype(high - low + 1))
         edges = torch.from_numpy(found.edges).float()
         offsets = torch.from_numpy(found.codes - low).to(levels.dtype)
