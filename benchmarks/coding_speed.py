@@ -1,6 +1,6 @@
 """Speed of our rANS coder beside constriction's, in one process.
 
-    python benchmarks/coding_speed.py --symbols 20000000 --json coding_speed.json
+    python -m benchmarks.coding_speed --symbols 20000000 --json coding_speed.json
 
 Repeats are interleaved, so that both coders meet the same load; compare the ratios, which are
 medians of the ratios within each repeat, and not the speeds. constriction is optional
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.environment import describe
 from dither.coding import decode_codes, encode_codes
 
 try:
@@ -99,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if constriction is None:
         print("constriction is not installed (pip install constriction): ours only, no ratios")
-    count = int(arguments.symbols)
+    count, start = int(arguments.symbols), time.monotonic()
     rows = {}
     for name, (alphabet, scale) in SOURCES.items():
         rows[name] = measure(count, alphabet, scale, arguments.repeats)
@@ -107,8 +108,10 @@ def main() -> None:
         for key, value in rows[name].items():
             print(f"  {key:20} {value:10.3f}")
     if arguments.json:
+        head = describe() | {"seconds": round(time.monotonic() - start, 1)}
         result = {"symbols": count, "repeats": arguments.repeats, "sources": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(head | result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.environment import describe
 from dither import encoders, formats
 from dither.encoders.importance import weighted_error
 from dither.encoders.lloyd import lloyd_vectors
@@ -112,12 +114,14 @@ def main() -> None:
         ("repeats", 9),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args()
+    start = time.monotonic()
     result = measure(options)
     if options.json:
-        print(json.dumps(result))
-        return
+        head = describe() | {"seconds": round(time.monotonic() - start, 1)}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.rows} x {options.columns}, block {options.block}, {options.points} points,")
     print(
         f"{options.iterations} iterations, {options.threads} thread(s), best of {options.repeats}"

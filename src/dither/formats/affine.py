@@ -28,6 +28,9 @@ from dither.formats.settings import check_choice, check_count, check_restored
 GRIDS = ("symmetric", "asymmetric", "endpoint")
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+DECODE_CHUNK = 1 << 15
+"""Weights decoded at once: within the cache, and too few for torch to split among threads."""
+
 
 @dataclass(frozen=True)
 class Affine(Format):
@@ -183,9 +186,13 @@ class Affine(Format):
         out = torch.empty(encoded.shape, dtype=encoded.dtype, device=levels.device)
         names = list(held)
         shared = [held[name] for name in names]
-        for (box, codes), parts in self.grouping(encoded.shape).walk([out, levels], shared):
+        boxes = self.grouping(encoded.shape).walk([out, levels], shared, DECODE_CHUNK)
+        for (box, codes), parts in boxes:
             grid = self.line(dict(zip(names, parts, strict=True)))
-            box.copy_(restore(grid.values(codes), encoded.dtype))
+            if box.dtype == torch.float32:
+                _fill(box, codes, grid)
+            else:
+                box.copy_(restore(grid.values(codes), encoded.dtype))
         return out
 
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
@@ -261,3 +268,16 @@ class Affine(Format):
             )
         zero = torch.full((1,), -least, dtype=torch.int32, device=steps.device)
         return {"levels": Codes(steps.sub_(least), alphabet), "zero": Codes(zero, MAX_ALPHABET)}
+
+
+def _fill(box: Tensor, codes: Tensor, grid: Grid) -> None:
+    """``grid.values`` without temporary copies.
+
+    Float32 holds the codes, the zeros and their differences exactly: none exceeds 2**24.
+    """
+    box.copy_(codes)
+    if grid.stride != 1:
+        box.mul_(grid.stride)
+    box.sub_(grid.zero).mul_(grid.scale)
+    if grid.offset is not None:
+        box.add_(grid.offset)
