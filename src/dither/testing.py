@@ -70,8 +70,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal in type, shape and every bit."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    raw = [tensor.contiguous().cpu().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(raw[0], raw[1])
+    return torch.equal(_bytes_of(one), _bytes_of(other))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    # A copy, because a single value may have a stride of 0, of which there is no view as bytes.
+    flat = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
@@ -89,7 +94,7 @@ def fingerprint(tensor: Tensor) -> str:
     >>> fingerprint(torch.tensor([1.0]))[:16]
     'bb39dac711489797'
     """
-    raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = _bytes_of(tensor).numpy().tobytes()
     head = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode()
     return hashlib.sha256(head + raw).hexdigest()
 

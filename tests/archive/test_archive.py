@@ -76,6 +76,13 @@ def test_raw_tensors_of_every_type_shape_and_name(kind: str, shape: list[int], n
     assert again.reshape(-1).view(torch.uint8).tolist() == data.tolist()
 
 
+def test_a_part_may_be_one_expanded_value() -> None:
+    value = torch.tensor(3.5).expand(1)
+    assert value.stride() == (0,)
+    encoded = Encoded(Raw(), (1,), torch.float32, {}, {"values": value})
+    assert pack({"one": encoded})["one"].tolist() == [3.5]
+
+
 def test_a_tensor_is_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.dither"
     write(path, _tensors())

@@ -6,12 +6,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dither.core import Format, SpecError
+from dither.archive import Archive, pack
+from dither.core import Encoded, Format, SpecError
 from dither.formats import FORMATS, Affine, Codebook, Mixed, Product, Raw
-from dither.testing import awkward_weights, check_format, check_idempotent
+from dither.testing import (
+    awkward_weights,
+    check_format,
+    check_idempotent,
+    check_round_trip,
+    check_size,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
+OVERHEAD = 700
+"""Bytes of a file with one tensor over its payloads: the index, with up to 18 parts."""
 
 FORMATS_TO_TEST = [
     Raw(),
@@ -66,10 +75,18 @@ def weights(draw: st.DrawFn) -> Tensor:
     return weight
 
 
+def round_trip(encoded: Encoded) -> Encoded:
+    """Through the library's own file, which keeps to the size that law 3 allows."""
+    archive = pack({"weight": encoded})
+    check_size(encoded, sum(part.length for part in archive.entries["weight"].parts), 8)
+    check_size(encoded, archive.nbytes, OVERHEAD)
+    return Archive.from_bytes(archive.to_bytes()).encoded("weight")
+
+
 def check_or_refuse(fmt: Format, weight: Tensor) -> None:
     """A format may refuse what its parameter types cannot hold, and must say what to do."""
     try:
-        check_format(fmt, weight)
+        check_format(fmt, weight, round_trip)
     except SpecError as error:
         allowed = weight.abs().max() > 6e4 or (fmt.name == "affine" and weight.ndim == 0)
         if not allowed or "use " not in str(error):
@@ -130,6 +147,7 @@ def test_mixed_with_any_widths(weight: Tensor, data: st.DataObject, grid: str) -
     count = fmt.groups(tuple(weight.shape))
     widths = data.draw(st.lists(st.integers(0, 16), min_size=count, max_size=count))
     encoded = fmt.assign(weight, {"bits": torch.tensor(widths, dtype=torch.int64)})
+    check_round_trip(encoded, round_trip)
     assert encoded.codes["bits"].values.tolist() == widths
     check_idempotent(encoded)
 
@@ -156,7 +174,8 @@ def test_integers_are_refused_by_float_formats(fmt: Format) -> None:
     "fmt", [Affine(4, group=3), Affine(None), Codebook(4), Product(2, 4), Mixed()], ids=repr
 )
 def test_float8(fmt: Format, dtype: torch.dtype) -> None:
-    check_format(fmt, torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype))
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check_format(fmt, weight, round_trip)
 
 
 def test_encoding_does_not_keep_the_weights_memory() -> None:

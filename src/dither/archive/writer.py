@@ -130,6 +130,8 @@ def _code_codes(part: Codes) -> CodedPart:
 
 def _to_bytes(values: Tensor) -> NDArray[np.uint8]:
     flat = values.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # a single value that was expanded: there is no view of it as bytes
+        flat = flat.clone(memory_format=torch.contiguous_format)
     raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return raw
 
