@@ -67,7 +67,7 @@ def test_raw_in_a_shorter_type() -> None:
 def test_raw_refuses_what_overflows_on_its_way_back() -> None:
     # Both round up to 65536 in bfloat16, which float16 does not have.
     for value in (65504.0, -65408.0):
-        with pytest.raises(SpecError, match=r"65.*give it back"):
+        with pytest.raises(SpecError, match=r"6\.5.*give it back"):
             Raw(torch.bfloat16).encode(torch.tensor(value, dtype=torch.float16))
     kept = Raw(torch.bfloat16).encode(torch.tensor([65280.0, torch.inf], dtype=torch.float16))
     assert kept.decode().tolist() == [65280.0, torch.inf]
