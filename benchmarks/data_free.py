@@ -65,7 +65,7 @@ def _checkpoint(task: str) -> Path:
 def _score_fresh(task: str, path: Path, split: str) -> float:
     command = [sys.executable, "-m", "benchmarks.data_free", "--score", str(path)]
     command += ["--tasks", task, "--split", split, "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
 

@@ -83,7 +83,8 @@ def test_predicted_bytes_are_near_the_coded_ones(name: str, is_fed: bool) -> Non
 def test_predicted_losses_are_near_the_real_ones(name: str) -> None:
     value = WEIGHTS[name]
     tensor = Weighted(value, 3.0)
-    options = [o for o in build_ladder(tensor).options if o.loss > 0][1:]  # all 0 is a last resort
+    # Dropping a tensor, and steps too coarse to be of use, count for more than their error.
+    options = [o for o in build_ladder(tensor).options if o.loss > 0 and o.fed]
     for option in options[:: len(options) // 8]:
         error = (option.encode(tensor).decode().double() - value.double()).square().sum()
         # Where the type itself is as coarse, its rounding comes on top.
@@ -109,7 +110,6 @@ def test_a_dropped_tensor_takes_next_to_nothing() -> None:
     assert first.nbytes == pytest.approx(measured(first, tensor), abs=8)
 
 
-@pytest.mark.xfail(reason="error feedback makes codes of 1 out of a step beyond all weights")
 def test_a_dropped_tensor_with_error_feedback_takes_next_to_nothing() -> None:
     value = normal(200, 100)
     tensor = Weighted(value, 1.0, gram=prior_gram(value))
@@ -198,7 +198,6 @@ def test_every_option_of_awkward_weights_can_be_carried_out(dtype: torch.dtype) 
             assert same_values(ladder.options[-1].encode(tensor).decode(), value), name
 
 
-@pytest.mark.xfail(reason="the step that drops a tensor is infinite in float32")
 def test_weights_near_the_largest_number_can_be_dropped() -> None:
     tensor = Weighted(awkward_weights()["huge"], 1.0)
     for option in build_ladder(tensor).options:

@@ -67,7 +67,9 @@ def propose(tokens: NDArray[Any], shape: tuple[int, ...]) -> list[Contexts]:
     if len(shape) > MAX_AXES or len(tokens) < 256:
         return []
     middle = np.float32(np.median(tokens[:: max(len(tokens) // 65536, 1)]))
-    deviation = np.abs(tokens.astype(np.float32) - middle).reshape(shape)
+    deviation = tokens.astype(np.float32)
+    deviation -= middle
+    deviation = np.abs(deviation, out=deviation).reshape(shape)
     found = []
     for axis, length in enumerate(shape):
         if 2 <= length <= len(tokens) // 2:

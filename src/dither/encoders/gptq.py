@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,11 +56,11 @@ class GPTQ:
         if not weight.numel():
             return on_grid(weight, steps, scaled, 0, 0)
         if stats is None or stats.gram is None:
-            rounded = scaled.round()
+            rounded = scaled.round_()
         else:
             gram = _square(stats.gram, weight)
             inputs = scaled.reshape(len(scaled), -1).T.contiguous()
-            spread = feedback(gram, self.damping)
+            spread = _feedback(gram, gram._version, self.damping)  # noqa: SLF001
             for group in inputs.split(len(gram)):
                 if len(group) < len(gram):  # of a part of the inputs, not a part of the spread
                     spread = feedback(gram[: len(group), : len(group)], self.damping)
@@ -78,6 +79,16 @@ def _square(gram: Tensor, weight: Tensor) -> Tensor:
     return gram
 
 
+@lru_cache(maxsize=4)
+def _feedback(gram: Tensor, version: int, damping: float) -> Tensor:
+    """As :func:`feedback`, kept for the next weight: layers share prior Gram matrices.
+
+    A tensor is its own key; ``version`` rises whenever it is written to.
+    """
+    del version
+    return feedback(gram, damping)
+
+
 def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
     """How the error of each input is spread over those behind it.
 
@@ -92,16 +103,18 @@ def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
     Raises:
         SpecError: the matrix is not positive definite.
     """
-    moments = gram.to(torch.float64)
-    moments = moments + damping * moments.diagonal().mean() * torch.eye(len(moments))
-    factor, fault = torch.linalg.cholesky_ex(moments.flip(0, 1))
+    moments = gram.to(torch.float64).flip(0, 1)
+    moments.diagonal().add_(damping * moments.diagonal().mean())
+    factor, fault = torch.linalg.cholesky_ex(moments)
     if int(fault) != 0:
         raise SpecError("the Gram matrix is not positive definite; raise the damping")
     # With H = U U', U upper: the inverse of the Cholesky factor that GPTQ takes from H's inverse.
     upper = factor.flip(0, 1)
-    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).double(), upper=True)
-    spread: Tensor = inverse / inverse.diagonal()[:, None]
-    return spread.triu(1).float()
+    del moments, factor  # wide layers: each copy takes megabytes
+    inverse = torch.eye(len(upper), dtype=torch.float64)
+    torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+    inverse /= inverse.diagonal().clone()[:, None]
+    return inverse.triu_(1).float()
 
 
 def feed_errors(inputs: Tensor, spread: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,10 @@ _PASSES = 4
 _CLOSE = 0.02
 """Share of the budget by which a pass may miss for single tensors to make up for it."""
 _TOUCHES = 24
+_PROBED = 1 << 16
+_PROBE = 6
+_LARGE = 1 << 21
+_FEW = 64
 _BRACKETINGS = 8
 _MOST_CHANGE = 0.08
 _MOST_COARSER = 0.5
@@ -68,38 +72,82 @@ class BudgetSearch:
         """
         ladders, index = self._ladders, self._guess_index()
         size = 0
+        self._probe(allocate(ladders, budget * _AIM - index))
+        ladders = self._corrected()
         for attempt in range(_PASSES):
             chosen = allocate(ladders, budget * _AIM - index)
             if attempt and chosen == self._chosen:
                 break
             size = self._encode(chosen, f"encoding, pass {attempt + 1}")
             index = size - self._spent()
-            if _full(size, budget) or (attempt and abs(size - budget) < _CLOSE * budget):
+            if _full(size, budget) or abs(size - budget) < _CLOSE * budget:
                 break
             ladders = self._corrected()
         size = self._touch_up(budget, size)
         if size > budget:
-            size = self._touch_up(budget, self._shrink(budget))
+            self._touch_up(budget, self._shrink(budget))
         return self._coded
+
+    def _probe(self, chosen: Mapping[str, Option]) -> None:
+        """Learn what large tensors take from a part of their rows, before any is coded whole."""
+        parts = {
+            name: (self._tensors[name].every(_PROBE), option)
+            for name, option in chosen.items()
+            if option.step is not None and self._tensors[name].value.numel() > _PROBED
+        }
+        coded = self._map("probing", lambda item: _encode(*item), parts)
+        for name, (part, option) in parts.items():
+            share = part.value.numel() / self._tensors[name].value.numel()
+            if option.step is not None:
+                self._known[name][option.step] = coded[name].nbytes / share + GRID_INDEX_NBYTES
 
     def _shrink(self, budget: int) -> int:
         """Take bytes away until the file fits: for budgets near the least."""
         target = self._spent()
         size = packed_nbytes(self._coded, self._aliases, self._metadata)
-        while True:
+        while size > budget:
             ladders = self._corrected()
             least = sum(ladder.options[0].nbytes for ladder in ladders.values())
             target = max(least, target - max(1.25 * (size - budget), 16))
             chosen = allocate(ladders, target)
             if chosen == self._chosen and target <= least:
-                raise BudgetError(
-                    f"a file of {budget} bytes is impossible: these tensors take at least {size} "
-                    f"bytes, their names and shapes included; ask for {size} bytes or more",
-                    smallest=size,
-                )
+                return self._least(budget)
             size = self._encode(chosen, "fitting")
-            if size <= budget:
-                return size
+        return size
+
+    def _least(self, budget: int) -> int:
+        """The smallest file there is, by coding the cheapest options of every tensor.
+
+        Raises:
+            BudgetError: it is larger than the budget.
+        """
+        candidates = {}
+        for name, ladder in self._ladders.items():
+            cheap = [ladder.options[0], *(o for o in ladder.options if not o.fed or not o.step)]
+            tried = [(_encode(self._tensors[name], option), option) for option in cheap]
+            best = min(
+                tried, key=lambda t: t[0].nbytes + GRID_INDEX_NBYTES * (t[1].step is not None)
+            )
+            self._coded[name], self._chosen[name] = best
+            candidates[name] = tried
+        size = packed_nbytes(self._coded, self._aliases, self._metadata)
+        # In a small file the index counts: what compresses well there depends on all tensors.
+        for name in candidates if len(candidates) <= _FEW else ():
+            for coded, option in candidates[name]:
+                before = self._coded[name]
+                self._coded[name] = coded
+                measured = packed_nbytes(self._coded, self._aliases, self._metadata)
+                if measured < size:
+                    size, self._chosen[name] = measured, option
+                else:
+                    self._coded[name] = before
+        if size > budget:
+            raise BudgetError(
+                f"a file of {budget} bytes is impossible: these tensors take at least {size} "
+                f"bytes, their names and shapes included; ask for {size} bytes or more",
+                smallest=size,
+            )
+        return size
 
     def _touch_up(self, budget: int, size: int) -> int:
         """Bring a file that is nearly right to its budget by the steps of single tensors.
@@ -142,7 +190,7 @@ class BudgetSearch:
             step = (option.step or 1.0) * 2.0**-position
             if best[1].nbytes < _FINE_STEPS or tensor.rows is not None:
                 step = float(torch.tensor(step).bfloat16())
-            changed = Option(option.nbytes, option.loss, step=step)
+            changed = replace(option, step=step)
             self._coded[name] = _encode(tensor, changed)
             measured = packed_nbytes(self._coded, self._aliases, self._metadata)
             if _miss(measured, budget) < _miss(best[0], budget):
@@ -197,12 +245,20 @@ class BudgetSearch:
     ) -> dict[str, Result]:
         """Apply a function to every value on all cores; NumPy and torch release the lock."""
         done: dict[str, Result] = {}
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            for i, (name, result) in enumerate(
-                zip(items, pool.map(function, items.values()), strict=True)
-            ):
-                done[name] = result
-                self._progress(stage, (i + 1) / len(items))
+
+        def note(name: str, result: Result) -> None:
+            done[name] = result
+            self._progress(stage, len(done) / len(items))
+
+        # Large tensors one after another, so that the copies of one at most are in memory.
+        large = [name for name in items if self._tensors[name].value.numel() > _LARGE]
+        small = [name for name in items if name not in set(large)]
+        for name in large:
+            note(name, function(items[name]))
+        with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
+            results = pool.map(function, (items[name] for name in small))
+            for name, result in zip(small, results, strict=True):
+                note(name, result)
         return done
 
 

@@ -27,8 +27,9 @@ _COARSEST = 4.0
 """The coarsest step in root mean squares, short of dropping a tensor altogether."""
 _COARSEST_FED = 3.0
 """The same with error feedback, whose error then nears the tensor's own energy."""
-_LAST_RESORT = 1e4
-"""Dropping a tensor costs this many times its energy: all others get coarse before."""
+_USELESS, _DROPPED = 1e15, 1e30
+"""Factors of the loss beyond the coarsest step, and of dropping a tensor: all others give first."""
+_LARGEST_STEP = 3e38
 _LARGEST_HALF = 65504.0
 _LEAST_HALF = 2.0**-8
 _LEAST = 1e-30
@@ -45,12 +46,19 @@ class Weighted:
         rows: where rows (first axis) differ, each row's step relative to the tensor's; the
             sensitivity is then that of a row whose relative step is 1.
         gram: second moments of the inputs, for error feedback: see :class:`GPTQ`.
+        coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
     """
 
     value: Tensor
     sensitivity: float
     rows: Tensor | None = None
     gram: Tensor | None = None
+    coarsest: float | None = None
+
+    def every(self, stride: int) -> Weighted:
+        """The same of every ``stride``-th row."""
+        rows = None if self.rows is None else self.rows[::stride]
+        return replace(self, value=self.value[::stride], rows=rows)
 
     def relative(self) -> Tensor:
         """The values in relative steps: an error counts alike everywhere."""
@@ -64,13 +72,15 @@ class Weighted:
 class Option:
     """One way to store one tensor: predicted bytes and loss.
 
-    ``step`` is the grid's step; without one, the values are stored raw in ``dtype``.
+    ``step`` is the grid's step; without one, the values are stored raw in ``dtype``. Where errors
+    are not ``fed`` to the inputs behind, values are rounded to nearest.
     """
 
     nbytes: float
     loss: float
     step: float | None = None
     dtype: torch.dtype | None = None
+    fed: bool = True
 
     def encode(self, tensor: Weighted) -> Encoded:
         """Carry it out."""
@@ -79,7 +89,8 @@ class Option:
         steps = torch.tensor([self.step])
         if tensor.rows is not None:
             steps = (self.step * tensor.rows).bfloat16().float()
-        return GPTQ(steps).encode(tensor.value, Stats(gram=tensor.gram))
+        stats = Stats(gram=tensor.gram) if self.fed else None
+        return GPTQ(steps).encode(tensor.value, stats)
 
 
 @dataclass(frozen=True)
@@ -160,8 +171,9 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     """Options with ever finer steps, down to the accuracy of float16."""
     numel = tensor.value.numel()
     rms = math.sqrt(float(np.square(sample).mean()))
-    nothing = 2.01 * max(-sample[0], sample[-1])  # all codes are 0
-    coarsest = min((_COARSEST if tensor.gram is None else _COARSEST_FED) * rms, nothing)
+    nothing = min(2.01 * max(-sample[0], sample[-1]), _LARGEST_STEP)  # all codes are 0
+    usual = (_COARSEST if tensor.gram is None else _COARSEST_FED) * rms
+    coarsest = min(tensor.coarsest or usual, nothing)
     finest = min(half_step(tensor.value), coarsest / 2)
     per_octave, between = _density(numel)
     octaves = math.log2(coarsest / finest)
@@ -181,8 +193,18 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
         Option(overhead + size, tensor.sensitivity * error, step=_short(2.0**log_step))
         for log_step, size, error in zip(fine, nbytes, loss, strict=True)
     ]
-    gone = tensor.sensitivity * numel * rms * rms * _LAST_RESORT
-    return [Option(overhead, gone, step=_short(nothing)), *options]
+    return options + [
+        Option(overhead + size, tensor.sensitivity * error * penalty, _short(step), fed=False)
+        for step, penalty in ((nothing, _DROPPED), *_too_coarse(coarsest, nothing))
+        for size, error in [_predict(sample, step, numel)]
+    ]
+
+
+def _too_coarse(coarsest: float, nothing: float) -> list[tuple[float, float]]:
+    """Steps between the coarsest of use and dropping the tensor, with their penalty."""
+    count = math.ceil(2 * math.log2(nothing / coarsest))
+    steps = np.geomspace(coarsest, nothing, max(count, 1) + 1)[1:-1]
+    return [(float(step), _USELESS) for step in steps]
 
 
 def _exact(tensor: Weighted) -> list[Option]:
@@ -200,7 +222,8 @@ def _exact(tensor: Weighted) -> list[Option]:
         if float(codes.abs().max()) > _MOST_EXACT or not bool((codes.round() * step == part).all()):
             return []
     counts = np.bincount((codes - codes.min()).long().cpu().numpy())
-    return [Option(_GRID_NBYTES + _coded_nbytes(counts.astype(np.float64)), 0.0, step=step)]
+    nbytes = _GRID_NBYTES + _coded_nbytes(counts.astype(np.float64))
+    return [Option(nbytes, 0.0, step=step, fed=False)]
 
 
 def _density(numel: int) -> tuple[int, int]:
@@ -232,8 +255,8 @@ def _raw_nbytes(value: Tensor) -> float:
     flat = value.detach().reshape(-1)
     if flat.numel() == 0:
         return 0.0
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-    planes = sample.view(torch.uint8).reshape(len(sample), -1).numpy()
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].clone(memory_format=torch.contiguous_format)
+    planes = sample.cpu().view(torch.uint8).reshape(len(sample), -1).numpy()
     ratio = flat.numel() / len(sample)
     estimates = [_coded_nbytes(np.bincount(plane) * ratio) for plane in planes.T]
     return sum(min(float(flat.numel()), estimate) for estimate in estimates)

@@ -32,12 +32,6 @@ VECTOR_PRECISION = 0.1
 They are few, and an error in one reaches every position.
 """
 
-TABLE_SENSITIVITY = 0.6
-"""Sensitivity of a token table relative to a matrix of its size.
-
-A row is read only where its token stands: errors differ from token to token and partly cancel.
-"""
-
 FREQUENT = 1 / 16
 """Rows of a token table, as a share, that are about equally frequent (Mandelbrot's shift)."""
 
@@ -52,7 +46,7 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
 
     * Matrices and convolutions: ``size ** -2/3`` (:data:`SIZE_EXPONENT`), and second moments of
       their inputs for error feedback (:mod:`dither.search.priors`).
-    * Token tables: somewhat less (:data:`TABLE_SENSITIVITY`). Rows further down are rarer. Tokenizers number tokens by falling frequency,
+    * Token tables: rows further down are rarer. Tokenizers number tokens by falling frequency,
       about as Zipf and Mandelbrot say, ``1 / (row + rows / 16)``, and a row that is seen half as
       often may have twice the squared error.
     * Vectors: finer steps than matrices (:data:`VECTOR_PRECISION`).
@@ -68,7 +62,9 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
         if name in matrices:
             weighted[name] = _matrix(name, value)
         elif name in floats:
-            weighted[name] = Weighted(value, unit / VECTOR_PRECISION**2 / _spread(value))
+            spread = _spread(value)
+            cost = unit / VECTOR_PRECISION**2 / spread
+            weighted[name] = Weighted(value, cost, coarsest=spread**0.5)
         else:
             weighted[name] = Weighted(value, 1.0)
     return weighted
@@ -76,8 +72,7 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
 
 def _matrix(name: str, value: Tensor) -> Weighted:
     if any(part in name.lower() for part in _TOKEN_NAMES) and value.ndim == 2:
-        cost = _of_size(value) * TABLE_SENSITIVITY
-        return Weighted(value, cost, rows=_token_steps(value))
+        return Weighted(value, _of_size(value), rows=_token_steps(value))
     return Weighted(value, _of_size(value), gram=prior_gram(value))
 
 
@@ -103,8 +98,9 @@ def _spread(value: Tensor) -> float:
     So it is with the variances of a batch norm, whose least ones must not become 0.
     """
     spread = _variance(value)
-    if bool((value > 0).all()):
-        ratios = float(value.detach().double().reciprocal().square().mean())
+    double = value.detach().double()
+    if bool((double > 0).all()):
+        ratios = float(double.reciprocal().square().mean())
         spread = min(spread, 1 / ratios)
     return max(spread, 1e-30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from dither.core import BudgetError
 
@@ -52,7 +53,7 @@ def _parse(text: str, original_nbytes: int) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise BudgetError(f"{text!r} is no size; {_EXAMPLES}")
-    number, unit = float(match[1].replace("_", "")), match[2].lower()
+    number, unit = Fraction(match[1].replace("_", "").rstrip(".")), match[2].lower()
     if unit == "%":
         return int(number / 100 * original_nbytes)
     if unit == "x":
