@@ -204,6 +204,10 @@ def test_tables_for_people(source: Path) -> None:
     assert (quiet.exit_code, quiet.output) == (0, "")
 
 
+def kinds(result: dict[str, Any]) -> dict[str, list[Any]]:
+    return {t["name"]: [t["shape"], t["dtype"], t["format"]] for t in result["tensors"]}
+
+
 def test_compress_every_kind_of_source(source: Path) -> None:
     state = example()
     torch.save({"model": state, "ema": state}, "both.pt")
@@ -214,7 +218,8 @@ def test_compress_every_kind_of_source(source: Path) -> None:
     expected = good("compress", str(source), "--size", "25%")
     for arguments in (["both.pt", "--key", "ema"], ["a.npz"], ["folder"]):
         found = good("compress", *arguments, "--size", "25%")
-        assert by_name(found) == by_name(expected)
+        assert kinds(found) == kinds(expected)  # sizes may follow the order of the tensors
+        assert found["nbytes"] <= expected["budget"]
         assert Path(found["output"]).exists()
     again = good("compress", "model.dither", "--size", "12%", "-o", "smaller.dither")
     assert again["nbytes"] < expected["nbytes"]

@@ -122,7 +122,7 @@ def test_outliers_do_not_cost_the_others(alphabet: int) -> None:
     codes[(codes < alphabet // 2 - 30) | (codes > alphabet // 2 + 30)] = alphabet - 1
     codes[:7] = np.arange(7) * (alphabet // 7)
     _, payload = check(codes, alphabet)
-    assert len(payload) <= 1.005 * entropy_nbytes(codes) + 60
+    assert len(payload) <= (1.005 + LANES_SHARE) * entropy_nbytes(codes) + 60
 
 
 def test_smooth_wide_alphabets_split_off_low_bits() -> None:
