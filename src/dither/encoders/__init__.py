@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dither.encoders.gptq import GPTQ
 from dither.encoders.kmeans import KMeans
 from dither.encoders.nearest import Nearest
 from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
 
-__all__ = ["KMeans", "Nearest", "Ranges", "RateDistortion"]
+__all__ = ["GPTQ", "KMeans", "Nearest", "Ranges", "RateDistortion"]
