@@ -195,16 +195,20 @@ def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
     ]
     return options + [
         Option(overhead + size, tensor.sensitivity * error * penalty, _short(step), fed=False)
-        for step, penalty in ((nothing, _DROPPED), *_too_coarse(coarsest, nothing))
+        for step, penalty in _coarser(coarsest, nothing)
         for size, error in [_predict(sample, step, numel)]
     ]
 
 
-def _too_coarse(coarsest: float, nothing: float) -> list[tuple[float, float]]:
-    """Steps between the coarsest of use and dropping the tensor, with their penalty."""
-    count = math.ceil(2 * math.log2(nothing / coarsest))
+def _coarser(coarsest: float, nothing: float) -> list[tuple[float, float]]:
+    """Steps from the coarsest one of use to dropping the tensor, and their penalties.
+
+    These rise geometrically, so that the ladder stays convex and all tensors give way together.
+    """
+    count = math.ceil(6 * math.log2(nothing / coarsest))
     steps = np.geomspace(coarsest, nothing, max(count, 1) + 1)[1:-1]
-    return [(float(step), _USELESS) for step in steps]
+    shares = np.arange(1, len(steps) + 1) / (len(steps) + 1)
+    return [*zip(steps.tolist(), (_USELESS**shares).tolist(), strict=True), (nothing, _DROPPED)]
 
 
 def _exact(tensor: Weighted) -> list[Option]:
