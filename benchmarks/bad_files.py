@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.environment import describe
 from dither import Archive, ArchiveError
 from dither.archive import pack
 from dither.archive.layout import HEAD, TAIL
@@ -241,7 +242,8 @@ def main() -> int:
     if arguments.json:
         result = {"count": arguments.count, "seed": arguments.seed, "seconds": round(seconds)}
         arguments.json.write_text(
-            json.dumps(result | {"outcomes": outcomes, "failures": failures}, indent=1) + "\n"
+            json.dumps(describe() | result | {"outcomes": outcomes, "failures": failures}, indent=1)
+            + "\n"
         )
     return 1 if failures else 0
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import dither
+from benchmarks.environment import describe
 from dither.model import collect
 from dither.search import LEAST_SHARE, SLACK_NBYTES
 
@@ -172,7 +173,9 @@ def main() -> int:
     print(f"{failures} of {arguments.count} budgets broken")
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"seed": arguments.seed, "failures": failures, "rows": rows}, indent=1)
+            json.dumps(
+                describe() | {"seed": arguments.seed, "failures": failures, "rows": rows}, indent=1
+            )
             + "\n"
         )
     return 1 if failures else 0
