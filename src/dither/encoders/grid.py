@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from dither.core import Codes, Encoded, SpecError, code_dtype
+from dither.core import MAX_ALPHABET, Codes, Encoded, SpecError, code_dtype
 from dither.formats import Affine
-
-ZERO_ALPHABET = 1 << 24
 
 
 def grid_steps(step: float | Tensor) -> Tensor:
@@ -65,10 +63,10 @@ def code_range(weight: Tensor, low: float, high: float) -> tuple[int, int]:
                 "with Raw()"
             )
         raise SpecError("a step is too small for float32; take a larger step, or store with Raw()")
-    if max(high, 0) - min(low, 0) >= ZERO_ALPHABET:
+    if max(high, 0) - min(low, 0) >= MAX_ALPHABET:
         raise SpecError(
             f"a step is too small for values of {low:.0f} to {high:.0f} steps; at most "
-            f"{ZERO_ALPHABET} are possible: take a larger step, or store the tensor with Raw()"
+            f"{MAX_ALPHABET} are possible: take a larger step, or store the tensor with Raw()"
         )
     return min(int(low), 0), max(int(high), 0)
 
@@ -92,6 +90,6 @@ def on_grid(weight: Tensor, steps: Tensor, levels: Tensor, low: int, high: int) 
     if levels.numel() and max(-low, high) * float(steps.max()) > largest:
         most = _along((largest / steps.double()).floor(), weight.ndim)
         levels = torch.maximum(torch.minimum(levels.double() + low, most), -most) - low
-    zero = Codes(torch.tensor([-low]), ZERO_ALPHABET)
+    zero = Codes(torch.tensor([-low]), MAX_ALPHABET)
     codes = {"levels": Codes(levels.to(code_dtype(size)), size), "zero": zero}
     return Encoded(grid, tuple(weight.shape), weight.dtype, codes, {"scale": steps})

@@ -34,6 +34,8 @@ _PROBED = 1 << 16
 _PROBE = 6
 _LARGE = 1 << 21
 _FEW = 64
+_NEARLY = 24.0
+"""Predictions of the smallest options may be off by about so many bytes."""
 _BRACKETINGS = 8
 _MOST_CHANGE = 0.08
 _MOST_COARSER = 0.5
@@ -123,7 +125,8 @@ class BudgetSearch:
         """
         candidates = {}
         for name, ladder in self._ladders.items():
-            cheap = [ladder.options[0], *(o for o in ladder.options if not o.fed or not o.step)]
+            most = 2 * ladder.options[0].nbytes + _NEARLY
+            cheap = [option for option in ladder.options if option.nbytes <= most]
             tried = [(_encode(self._tensors[name], option), option) for option in cheap]
             best = min(
                 tried, key=lambda t: t[0].nbytes + GRID_INDEX_NBYTES * (t[1].step is not None)
@@ -252,7 +255,7 @@ class BudgetSearch:
 
         # Large tensors one after another, so that the copies of one at most are in memory.
         large = [name for name in items if self._tensors[name].value.numel() > _LARGE]
-        small = [name for name in items if name not in set(large)]
+        small = [name for name in items if self._tensors[name].value.numel() <= _LARGE]
         for name in large:
             note(name, function(items[name]))
         with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:

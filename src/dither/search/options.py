@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dither.core import Encoded, Stats
 from dither.encoders.gptq import GPTQ
+from dither.encoders.grid import in_steps
 from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
 from dither.formats import Raw
 
@@ -64,8 +65,7 @@ class Weighted:
         """The values in relative steps: an error counts alike everywhere."""
         if self.rows is None:
             return self.value.detach()
-        shape = [-1] + [1] * (self.value.ndim - 1)
-        return self.value.detach().float() / self.rows.reshape(shape)
+        return in_steps(self.value, self.rows)
 
 
 @dataclass(frozen=True)

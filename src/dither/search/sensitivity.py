@@ -2,7 +2,7 @@
 
 The rule was found by measuring true sensitivities (noise in one tensor at a time) of a sentence
 encoder and of two convolutional networks, and asking what explains them. ``docs/sensitivity.md``
-tells what was tried.
+gives the reasons, and what each part of the rule brings.
 """
 
 from __future__ import annotations
