@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Mixed, Product, Raw
     from dither.search import compress
+    from dither.train import LSQ, Noise, Plan, Ramp, Run, Size, attach
 
     open = Archive.open
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSQ",
     "Affine",
     "Archive",
     "ArchiveError",
@@ -36,10 +38,16 @@ __all__ = [
     "Format",
     "Loaded",
     "Mixed",
+    "Noise",
+    "Plan",
     "Product",
+    "Ramp",
     "Raw",
+    "Run",
+    "Size",
     "SpecError",
     "Stats",
+    "attach",
     "compress",
     "load",
     "load_into",
@@ -47,7 +55,7 @@ __all__ = [
     "verify",
 ]
 
-_ROOMS = ("core", "formats", "archive", "search")
+_ROOMS = ("core", "formats", "archive", "search", "train")
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,103 @@
+"""Attach: swap what a model's forward reads, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dither.core import SpecError
+from dither.model import collect
+from dither.search import compress, parse_size
+from dither.train.budget import Controller
+from dither.train.defaults import default_plan
+from dither.train.noise import Noise
+from dither.train.penalties import Penalty
+from dither.train.plan import Plan, Spec, as_plan
+from dither.train.run import Run
+from dither.train.schedules import Schedule
+from dither.train.shadow import find_sites, is_shadowed, shadow
+from dither.train.spec import begin
+from dither.train.surrogate import Surrogate, plain
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Spec] | None = None,
+    *,
+    budget: int | str | None = None,
+    steps: int | None = None,
+    optimizer: Optimizer | None = None,
+    penalties: Iterable[Penalty] = (),
+    schedules: Iterable[Schedule] = (),
+    noise: Noise | int = 0,
+) -> Run:
+    """Train a model through noise: its `forward` reads surrogates where it reads weights.
+
+    Parameters, names, ties and optimizers stay as they are. Attach before the model is wrapped in
+    DDP or FSDP.
+
+    Args:
+        model: any module.
+        plan: ``glob -> format, encoder or training method``, the first match wins; by default,
+            with a budget, learned steps on an entropy-coded grid for every tensor.
+        budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
+            bytes. Training is steered there by the size penalty in :meth:`Run.penalty`.
+        steps: optimizer steps that training will take; needed for a budget.
+        optimizer: the learned extras join it, see :meth:`Run.join`.
+        penalties: further terms for :meth:`Run.penalty`.
+        schedules: called after every step.
+        noise: a seed, or more: see :class:`Noise`.
+
+    Raises:
+        SpecError: the plan does not fit the model, or the model is attached already.
+        BudgetError: the budget is not understood or impossible.
+    """
+    if any(is_shadowed(module) for module in model.modules()):
+        raise SpecError("this model is attached already; call run.detach() on its run first")
+    tensors = collect(model)
+    nbytes = None if budget is None else parse_size(budget, tensors.nbytes)
+    if nbytes is not None and (steps is None or steps < 1):
+        raise SpecError(
+            f"a budget needs the number of optimizer steps that will follow, not steps={steps}"
+        )
+    if plan is None and nbytes is None:
+        raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
+    rules = default_plan(model) if plan is None else as_plan(plan)
+    specs = rules.resolve(model)
+    surrogates = _begin(model, specs, nbytes)
+    for name, surrogate in surrogates.items():
+        for number, (owner, path) in enumerate(find_sites(model, name, dict(rules.owners))):
+            shadow(owner, path, surrogate, is_first=number == 0)
+    run = Run(
+        model,
+        rules,
+        surrogates,
+        {name: spec for name, spec in specs.items() if name not in surrogates},
+        steps=steps,
+        noise=Noise(noise) if isinstance(noise, int) else noise,
+        aliases=tensors.aliases,
+    )
+    run.penalties += penalties
+    run.schedules += schedules
+    if optimizer is not None:
+        run.join(optimizer)
+    if nbytes is not None:
+        run.controller = Controller(nbytes)
+        run.measure()
+    return run
+
+
+def _begin(model: nn.Module, specs: Mapping[str, Spec], budget: int | None) -> dict[str, Surrogate]:
+    """A surrogate for each parameter, begun where the data-free search for the budget puts it."""
+    start = None if budget is None else compress(model, budget)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    surrogates = {}
+    for name, spec in specs.items():
+        if name in parameters:
+            surrogate = begin(spec, plain(parameters[name])).to(parameters[name].device)
+            if start is not None:
+                surrogate.start(start.encoded(name))
+            surrogates[name] = surrogate
+    return surrogates

@@ -1,0 +1,68 @@
+"""Steer training so that the coded size arrives at a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ARRIVE = 0.6
+"""Share of the steps after which the size should have arrived at the budget."""
+
+AIM = 0.996
+"""Share of the budget that is aimed at: what is missing is trimmed less gladly than left."""
+
+_INTEGRAL, _PROPORTIONAL = 0.02, 0.5
+_FASTEST = math.log(1.08)
+_FIRST = 1e-3
+
+
+@dataclass
+class Controller:
+    """Finds the factor of the size penalty, lambda, so that sizes follow a path to the budget.
+
+    A proportional-integral controller of log(lambda) on the logarithm of predicted over wanted
+    bytes. The wanted size falls geometrically from where training starts, and stays at the budget
+    from :data:`ARRIVE` of the steps on.
+
+    Attributes:
+        nbytes: the budget.
+        log_weight: natural logarithm of lambda, for the size in bits per weight.
+    """
+
+    nbytes: int
+    log_weight: float = math.log(_FIRST)
+    start: float | None = None
+    _error: float = field(default=0.0, repr=False)
+
+    @property
+    def weight(self) -> float:
+        """Lambda: loss for one bit per weight."""
+        return math.exp(self.log_weight)
+
+    def wanted(self, progress: float) -> float:
+        """The size at which training should be, in bytes."""
+        goal = AIM * self.nbytes
+        if self.start is None or self.start <= goal:
+            return goal
+        share = min(progress / ARRIVE, 1.0)
+        return float(self.start * (goal / self.start) ** share)
+
+    def update(self, predicted: float, progress: float) -> None:
+        """Take in the predicted size after a step."""
+        if self.start is None:
+            self.start = predicted
+        error = math.log(max(predicted, 1.0) / self.wanted(progress))
+        change = _INTEGRAL * error + _PROPORTIONAL * (error - self._error)
+        self._error = error
+        self.log_weight += min(max(change, -_FASTEST), _FASTEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as numbers."""
+        return {"log_weight": self.log_weight, "start": self.start, "error": self._error}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.log_weight, self.start = state["log_weight"], state["start"]
+        self._error = state["error"]

@@ -1,0 +1,34 @@
+"""The plan of a user who only names the bytes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dither.core import SpecError
+from dither.model import collect
+from dither.search.options import can_quantize
+from dither.train.lsq import LSQ
+from dither.train.plan import Plan, Spec
+
+
+def default_plan(model: nn.Module) -> Plan:
+    """Every floating-point tensor on an entropy-coded grid.
+
+    Steps begin where the data-free search for the budget puts them. Those of matrices are learned;
+    those of vectors and buffers (biases, norms) stay.
+
+    Raises:
+        SpecError: the model has nothing to quantize.
+    """
+    rules: dict[str, Spec] = {}
+    for name, value in collect(model).values.items():
+        if can_quantize(value):
+            rules[_literal(name)] = LSQ(bits=None, learn=value.ndim > 1)
+    if not rules:
+        raise SpecError("the model has no finite floating-point tensor to quantize")
+    return Plan(rules)
+
+
+def _literal(name: str) -> str:
+    """A glob that matches only ``name``."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,89 @@
+"""Who trains what surrogates learn: the user's optimizer if it can, or else an Adam of our own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Adam, Optimizer
+
+from dither.train.surrogate import Surrogate
+
+_PATIENCE = 20
+
+
+class Extras:
+    """The learned parameters of all surrogates."""
+
+    def __init__(self, surrogates: Mapping[str, Surrogate]) -> None:
+        self._groups: dict[float, list[nn.Parameter]] = {}
+        for surrogate in surrogates.values():
+            own = [p for p in surrogate.parameters() if p.requires_grad]
+            if own:
+                self._groups.setdefault(surrogate.lr, []).extend(own)
+        self._own: Adam | None = None
+        self._first: list[int] = [p._version for p in self.parameters()]
+        self._waited = 0
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them, in a fixed order."""
+        return [parameter for group in self._groups.values() for parameter in group]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: their own learning rates, no weight decay."""
+        return [
+            {"params": parameters, "lr": lr, "weight_decay": 0.0}
+            for lr, parameters in self._groups.items()
+        ]
+
+    def join(self, optimizer: Optimizer) -> None:
+        """See :meth:`Run.join`."""
+        own = {id(parameter) for parameter in self.parameters()}
+        for group in optimizer.param_groups:  # it may have been made after attaching
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        if not own:
+            return
+        if "betas" in optimizer.defaults and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            for group in self.groups():
+                optimizer.add_param_group(group)
+            self._own = None
+        else:
+            self._own = Adam(self.groups(), lr=1e-3)
+        self._waited = -1
+
+    def step(self) -> None:
+        """Train them, if nobody else does."""
+        if self._own is not None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            if all(bool(g.isfinite().all()) for g in gradients):  # as a gradient scaler would
+                self._own.step()
+            self._own.zero_grad()
+        elif 0 <= self._waited < _PATIENCE:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Warn if nobody trains them."""
+        parameters = self.parameters()
+        self._waited += 1
+        if any(p._version != v for p, v in zip(parameters, self._first, strict=True)):
+            self._waited = _PATIENCE
+        elif self._waited == _PATIENCE and any(p.grad is not None for p in parameters):
+            warnings.warn(
+                "what the surrogates learn (steps, bits) is in no optimizer: pass optimizer= to "
+                "attach, or call run.join(optimizer)",
+                stacklevel=4,
+            )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Our own optimizer's state, if it exists."""
+        return None if self._own is None else self._own.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """The inverse of :meth:`state_dict`."""
+        if state is None:
+            return
+        if self._own is None:
+            self._own = Adam(self.groups(), lr=1e-3)
+        self._own.load_state_dict(state)

@@ -1,0 +1,212 @@
+"""Learned steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dither.core import Encoded, SpecError, Stats
+from dither.formats import Affine
+from dither.train.rate import CodeLengths, sum_to
+from dither.train.spec import Method
+from dither.train.surrogate import Surrogate
+
+_REFRESH = 10
+"""Steps after which the histogram of codes is taken anew."""
+
+
+@dataclass(frozen=True)
+class LSQ(Method):
+    """Learned step size quantization (Esser et al. 2020, arXiv 1902.08153).
+
+    ``w = s * clamp(round(w / s))``; the gradient passes straight through to weights within the
+    range, and reaches ``s`` as ``round(w / s) - w / s`` within it and as the code at its ends. The
+    logarithm of ``s`` is what is learned, so that a step stays positive and one learning rate suits
+    all tensors.
+
+    With ``bits=None`` the grid has no ends and its codes are entropy-coded: only the size penalty
+    keeps steps from shrinking. This is what a budget uses by default.
+
+    Attributes:
+        bits: 2 to 16, or None for an unbounded grid.
+        axis: one step per index of this axis; by default one per tensor.
+        group: one step per this many consecutive weights of a row.
+        step: the first step; by default ``2 * mean|w| / sqrt(2**(bits - 1) - 1)`` as in the paper,
+            and for an unbounded grid what the data-free search for the budget finds, or an eighth
+            of the standard deviation.
+        learn: whether the step is learned.
+        lr: learning rate of the logarithm of the step, for Adam.
+    """
+
+    name: ClassVar[str] = "lsq"
+
+    bits: int | None = 4
+    axis: int | None = None
+    group: int | None = None
+    step: float | None = None
+    learn: bool = True
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not 2 <= self.bits <= 16:
+            raise SpecError(f"LSQ has 2 to 16 bits, or None for no bound, not {self.bits}")
+        if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
+            raise SpecError(f"LSQ begins with a positive step, not {self.step}")
+        self.format  # noqa: B018 - refuses what the format refuses
+
+    @property
+    def format(self) -> Affine:
+        """What the file holds."""
+        return Affine(self.bits, self.axis, self.group, scale_dtype=torch.bfloat16)
+
+    def begin(self, weight: Tensor) -> LearnedStep:
+        return LearnedStep(self, weight)
+
+
+class LearnedStep(Surrogate):
+    """One weight on a grid whose steps are learned.
+
+    Attributes:
+        log_step: natural logarithms of the steps, ``(steps,)``.
+        relative: fixed factors of the steps of rows, ``(rows,)``, or None.
+    """
+
+    def __init__(self, spec: LSQ, weight: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.lr = spec.lr
+        self.can_trim = spec.bits is None  # an unbounded grid may take any step
+        self.relative: Tensor | None = None
+        self._lengths: CodeLengths | None = None
+        self._shape = tuple(weight.shape)
+        self._grouping = spec.format.grouping(self._shape)
+        steps = self._first(weight)
+        self.log_step = nn.Parameter(steps.log(), requires_grad=spec.learn)
+
+    def _first(self, weight: Tensor) -> Tensor:
+        weight = weight.float()
+        if self.spec.step is not None:
+            return torch.full((self._grouping.count,), self.spec.step, device=weight.device)
+        if self.spec.bits is None:
+            return self.spec.format.fit(weight)["scale"].float()
+        top = 2 ** (self.spec.bits - 1) - 1
+        steps = 2 * self._grouping.magnitude(weight) / math.sqrt(top)
+        return torch.where(steps > 0, steps, 1.0).float()
+
+    def start(self, encoded: Encoded) -> None:
+        """Take the steps that the data-free search found, where none was given."""
+        found, plain_grid = encoded.format, self._grouping.count == 1
+        if self.spec.bits is not None or self.spec.step is not None or not plain_grid:
+            return
+        if not isinstance(found, Affine) or found.bits is not None:
+            return
+        steps = encoded.params["scale"].float().to(self.log_step.device)
+        middle = steps.log().mean()
+        with torch.no_grad():
+            self.log_step.copy_(middle.reshape(1))
+        self.relative = (steps / middle.exp()) if len(steps) > 1 else None
+
+    def steps(self) -> Tensor:
+        """The steps as files store them, differentiable, broadcastable to the weight."""
+        steps = self.log_step.exp()
+        if self.relative is not None:
+            steps = steps * self.relative
+        stored = steps.detach().bfloat16().float()
+        return self._spread(stored + (steps - steps.detach()))
+
+    def noisy(self, weight: Tensor) -> Tensor:
+        low, high = self._ends()
+        values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
+            weight, self.steps(), low, high
+        )
+        return values
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        steps = self.log_step.detach().exp() * 2.0**self.trim
+        fmt = self.spec.format
+        if self.relative is not None:
+            steps, fmt = steps * self.relative, Affine(None, axis=0, scale_dtype=torch.bfloat16)
+        return fmt.assign(weight, {"scale": steps.bfloat16()})
+
+    def soft_bits(self, weight: Tensor) -> Tensor:
+        """Interpolated code lengths: see :class:`CodeLengths`."""
+        steps = self.steps()
+        lengths = self._lengths or self._count(weight, steps)
+        return lengths.total(weight.float(), steps)
+
+    def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
+        if step % _REFRESH == 0:
+            self._lengths = None
+
+    def aside(self) -> dict[str, Any]:
+        lengths = self._lengths
+        return {
+            "relative": self.relative,
+            "lengths": None if lengths is None else (lengths.bits, lengths.lowest),
+        }
+
+    def load_aside(self, state: Mapping[str, Any]) -> None:
+        self.relative = state["relative"]
+        self._lengths = None if state["lengths"] is None else CodeLengths(*state["lengths"])
+
+    def _count(self, weight: Tensor, steps: Tensor) -> CodeLengths:
+        low, high = self._ends()
+        with torch.no_grad():
+            self._lengths = CodeLengths.of((weight.float() / steps).clamp(low, high))
+        return self._lengths
+
+    def _ends(self) -> tuple[float, float]:
+        if self.spec.bits is None:
+            return -math.inf, math.inf
+        half = 1 << (self.spec.bits - 1)
+        return float(-half), float(half - 1)
+
+    def _spread(self, steps: Tensor) -> Tensor:
+        """Steps as they broadcast to the weight."""
+        if len(steps) == 1:
+            return steps.reshape([1] * max(len(self._shape), 1))
+        if self.relative is not None:
+            return steps.reshape([-1] + [1] * (len(self._shape) - 1))
+        if self.spec.group is None:
+            axis = self._grouping.axis or 0
+            return steps.reshape([-1 if a == axis else 1 for a in range(len(self._shape))])
+        pieces = self._grouping.spread(steps)
+        boxes = self._grouping.views(torch.empty(self._shape, device="meta"))
+        wide = [p.expand(b.shape).flatten(1) for p, b in zip(pieces, boxes, strict=True)]
+        return torch.cat(wide, 1).reshape(self._shape)
+
+
+class _Learned(torch.autograd.Function):
+    """Rounding to a grid with gradients to weights and steps (Esser et al. 2020, eqs. 1 to 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+        codes = (weight / step).round_()
+        if math.isfinite(high):
+            codes.clamp_(low, high)
+        ctx.save_for_backward(weight, step)
+        ctx.ends = (low, high)
+        return codes.mul_(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, step = ctx.saved_tensors
+        low, high = ctx.ends
+        place = weight / step
+        codes = place.round()
+        to_weight = gradient
+        if math.isfinite(high):
+            inside = (codes >= low) & (codes <= high)
+            codes = codes.clamp_(low, high).sub_(place * inside)
+            to_weight = gradient * inside
+        else:
+            codes = codes.sub_(place)
+        to_step = sum_to(codes.mul_(gradient), step.shape) if ctx.needs_input_grad[1] else None
+        return to_weight, to_step, None, None

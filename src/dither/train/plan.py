@@ -1,0 +1,137 @@
+"""Which weight is treated how: an ordered list of ``glob -> spec``, the first match wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from dither.core import Encoder, SpecError
+from dither.model import collect
+from dither.train.spec import Method, spec_from_json, spec_to_json
+
+Spec = Encoder | Method
+
+_WILD = set("*?[]!")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered ``glob -> spec``; the first glob that matches a tensor's name wins.
+
+    Globs are those of :mod:`fnmatch`, case-sensitive, against full names such as
+    ``encoder.layer.0.output.dense.weight``. They match floating-point *parameters*. Buffers must be
+    named: a rule matches one only if what follows the last dot of the glob matches the buffer's own
+    name and is more than a wildcard: ``"*.running_mean"``, ``"*running_*"``, but not ``"*"``.
+
+    Attributes:
+        rules: globs and specs.
+        owners: for weights that another module's ``forward`` reads than the one that holds them,
+            ``{parameter: path of that module}``, ``""`` for the whole model.
+
+    >>> from dither.formats import Affine, Raw
+    >>> plan = Plan({"*.bias": Raw(), "*": Affine(4)})
+    >>> plan.find("fc.bias"), Plan.from_json(plan.to_json()) == plan
+    (Raw(dtype=None), True)
+    """
+
+    rules: Mapping[str, Spec]
+    owners: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for glob, spec in self.rules.items():
+            if not isinstance(spec, Encoder | Method):
+                raise SpecError(
+                    f"a plan maps globs to formats, encoders and training methods, not {glob!r} "
+                    f"to {spec!r}"
+                )
+
+    def __iter__(self) -> Iterator[tuple[str, Spec]]:
+        return iter(self.rules.items())
+
+    def find(self, name: str, *, is_buffer: bool = False) -> Spec | None:
+        """The spec for a tensor, or None: it is then stored raw."""
+        rule = self._rule(name, is_buffer=is_buffer)
+        return None if rule is None else self.rules[rule]
+
+    def resolve(self, model: nn.Module) -> dict[str, Spec]:
+        """The spec for each floating-point parameter and named buffer that a rule matches.
+
+        A tied weight stands under the first of its names.
+
+        Raises:
+            SpecError: two names of a tied weight match rules that differ, or a rule names a
+                tensor that does not exist.
+        """
+        tensors = collect(model)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        found: dict[str, Spec] = {}
+        used: set[str] = set()
+        rules: dict[str, tuple[str, str | None]] = {}
+        for name in [*tensors.values, *tensors.aliases]:
+            target = tensors.aliases.get(name, name)
+            if not tensors.values[target].is_floating_point():
+                continue
+            rule = self._rule(name, is_buffer=name not in parameters)
+            used |= {rule} if rule is not None else set()
+            first, other = rules.setdefault(target, (name, rule))
+            if self._spec(rule) != self._spec(other):
+                raise SpecError(
+                    f"{first!r} and {name!r} are the same tensor, but the rules {other!r} and "
+                    f"{rule!r} treat them differently; give both the same spec"
+                )
+            if rule is not None:
+                found[target] = self.rules[rule]
+        self._refuse_unused(used, tensors.values)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; the order of the rules is kept."""
+        rules = [[glob, spec_to_json(spec)] for glob, spec in self.rules.items()]
+        return {"rules": rules, **({"owners": dict(self.owners)} if self.owners else {})}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`."""
+        try:
+            rules = {glob: spec_from_json(spec) for glob, spec in values["rules"]}
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SpecError):
+                raise
+            raise SpecError(
+                'a plan in JSON is {"rules": [[glob, spec], ...], "owners": {...}}, not '
+                f"{str(values)[:200]}"
+            ) from error
+        return cls(rules, dict(values.get("owners", {})))
+
+    def _rule(self, name: str, *, is_buffer: bool) -> str | None:
+        for glob in self.rules:
+            if fnmatchcase(name, glob) and (not is_buffer or _names(glob, name)):
+                return glob
+        return None
+
+    def _spec(self, rule: str | None) -> Spec | None:
+        return None if rule is None else self.rules[rule]
+
+    def _refuse_unused(self, used: set[str], tensors: Mapping[str, Tensor]) -> None:
+        for glob in self.rules:
+            is_general = set(glob) <= _WILD or any(fnmatchcase(name, glob) for name in tensors)
+            if glob not in used and not is_general and not set(glob) & _WILD:
+                raise SpecError(
+                    f"the rule {glob!r} names a tensor that the model does not have; its tensors "
+                    f"are {', '.join(list(tensors)[:6])}, ..."
+                )
+
+
+def _names(glob: str, name: str) -> bool:
+    """Whether a glob names a buffer: its last part matches the buffer's own name, with letters."""
+    last = glob.rpartition(".")[2]
+    return bool(set(last) - _WILD) and fnmatchcase(name.rpartition(".")[2], last)
+
+
+def as_plan(plan: Plan | Mapping[str, Spec]) -> Plan:
+    """A plan, from the dict that users write."""
+    return plan if isinstance(plan, Plan) else Plan(dict(plan))

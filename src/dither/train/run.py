@@ -1,0 +1,328 @@
+"""One attached model on its way to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dither.archive import Archive, code, pack, packed_nbytes, write
+from dither.core import Encoded, SpecError
+from dither.formats import Raw
+from dither.train.budget import Controller
+from dither.train.extras import Extras
+from dither.train.finish import reestimate, trim_to
+from dither.train.noise import Noise
+from dither.train.penalties import Penalty
+from dither.train.plan import Plan, Spec
+from dither.train.schedules import Schedule
+from dither.train.shadow import SHADOWS, unshadow
+from dither.train.spec import AfterTraining, begin
+from dither.train.surrogate import Surrogate, plain
+
+MEASURES = 20
+"""How often the file is measured while training to a budget, about."""
+
+_STEER_EVERY = 5
+
+
+class Run:
+    """A model whose weights are read through surrogates; made by :func:`dither.attach`.
+
+    Attributes:
+        model: the user's model, its parameters where they were.
+        plan: what is done to which weight.
+        surrogates: by the name of the weight; a tied weight has one.
+        steps: optimizer steps in all, if known.
+        done: optimizer steps done.
+        controller: steers the size to the budget, if there is one.
+        history: measurements: step, bytes predicted and measured, lambda.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        surrogates: Mapping[str, Surrogate],
+        buffers: Mapping[str, Spec],
+        *,
+        steps: int | None,
+        noise: Noise,
+        aliases: Mapping[str, str],
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.surrogates = dict(surrogates)
+        self.steps = steps
+        self.done = 0
+        self.controller: Controller | None = None
+        self.penalties: list[Penalty] = []
+        self.schedules: list[Schedule] = []
+        self.history: list[dict[str, float]] = []
+        self.extras = Extras(self.surrogates)
+        self._buffers = dict(buffers)
+        self._noise = noise
+        self._aliases = dict(aliases)
+        self._bits: Tensor | None = None
+        self._ratio, self._rest = 1.0, 0.0
+        self._finished: dict[str, Encoded] | None = None
+        self._draw()
+
+    # --- while training --------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the steps that is done, 0 to 1; 1 where no number of steps was given."""
+        return 1.0 if not self.steps else min(self.done / self.steps, 1.0)
+
+    def weights(self) -> Iterator[tuple[str, Surrogate, Tensor]]:
+        """Name, surrogate and parameter of every weight that is trained with noise."""
+        for name, surrogate in self.surrogates.items():
+            if not isinstance(surrogate, AfterTraining):
+                yield name, surrogate, self.parameter(name)
+
+    def soft_bits(self) -> Tensor:
+        """Differentiable estimate of the coded size in bits of all weights with noise, a scalar."""
+        parts = [surrogate.soft_bits(weight) for _, surrogate, weight in self.weights()]
+        total = torch.stack(parts).sum() if parts else torch.zeros(())
+        self._bits = total.detach()
+        return total
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss, a scalar; 0 where nothing is penalised."""
+        terms = [penalty(self) for penalty in self.penalties]
+        if self.controller is not None:
+            count = sum(weight.numel() for _, _, weight in self.weights())
+            terms.append(self.soft_bits() * (self.controller.weight / max(count, 1)))
+        if not terms:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return torch.stack(terms).sum()
+
+    def step(self) -> None:
+        """Say that an optimizer step is done: schedules act, and new noise is drawn."""
+        self._finished = None
+        self.extras.step()
+        self.done += 1
+        if self.controller is not None:
+            self._steer(self.controller)
+        for schedule in self.schedules:
+            schedule(self, self.done)
+        self._draw()
+
+    def predicted_nbytes(self) -> float:
+        """Bytes of the file, by the last estimate of its size and the last measurement."""
+        bits = self._bits
+        if bits is None:
+            with torch.no_grad():
+                bits = self.soft_bits()
+        return self._ratio * float(bits) / 8 + self._rest
+
+    def measure(self) -> int:
+        """Bytes that the file would take now: everything is encoded and coded."""
+        trained = {name for name, _, _ in self.weights()}
+        coded = {name: code(encoded) for name, encoded in self.encode().items()}
+        nbytes = packed_nbytes(coded, self._aliases)
+        with torch.no_grad():
+            bits = float(self.soft_bits())
+        variable = sum(part.nbytes for name, part in coded.items() if name in trained)
+        self._ratio = variable / (bits / 8) if bits else 1.0
+        self._rest = float(nbytes - variable)
+        weight = self.controller.weight if self.controller else 0.0
+        self.history.append({"step": self.done, "nbytes": nbytes, "lambda": weight})
+        return nbytes
+
+    def join(self, optimizer: Optimizer) -> None:
+        """Let an optimizer train the learned extras, in a group of their own without weight decay.
+
+        An optimizer without Adam's normalised steps, or whose learning rate a scheduler already
+        steers, cannot serve them: the run then trains them itself, with Adam, in :meth:`step`.
+        """
+        self.extras.join(optimizer)
+
+    # --- the file --------------------------------------------------------------------------------
+
+    def encode(self) -> dict[str, Encoded]:
+        """Every tensor as the file would hold it now; what the plan does not name is raw.
+
+        After :meth:`finish`, the very objects that evaluation reads.
+        """
+        if self._finished is not None:
+            return dict(self._finished)
+        encoded: dict[str, Encoded] = {}
+        for name, value in self.model.state_dict().items():
+            if SHADOWS in name.split(".") or name in self._aliases:
+                continue
+            if name in self.surrogates:
+                encoded[name] = self.encode_one(name)
+            elif name in self._buffers:
+                encoded[name] = begin(self._buffers[name], plain(value)).encode(plain(value))
+            else:
+                encoded[name] = Raw().encode(plain(value))
+        return encoded
+
+    def finish(self, loader: Iterable[Any] | None = None, batches: int = 50) -> int:
+        """Trim to the budget, fix what the file holds, and re-estimate batch norm.
+
+        From here on, evaluation and :meth:`save` read the same objects. Training again un-does it.
+
+        Args:
+            loader: training batches for batch norm's statistics: tensors, or tuples, lists or
+                dicts as the model takes them (of a tuple, the first entry). Without it, the
+                statistics stay those of training.
+            batches: how many batches to use at most.
+
+        Returns:
+            Bytes of the file, without further metadata.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+        """
+        self._finished = None
+        for name, surrogate in self.surrogates.items():
+            surrogate.trim = 0.0
+            surrogate.commit(self.parameter(name), None)
+        data = None if loader is None else list(_first(loader, batches))
+        for attempt in range(3):
+            if self.controller is not None:
+                trim_to(self, self.controller.nbytes, self._aliases, slack=attempt)
+            self._commit(data)
+            nbytes = packed_nbytes(self.encode(), self._aliases)
+            if self.controller is None or nbytes <= self.controller.nbytes:
+                break
+        return nbytes
+
+    @property
+    def archive(self) -> Archive:
+        """The file in memory.
+
+        Raises:
+            SpecError: the run is not finished.
+        """
+        return pack(self._final(), self._aliases)
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> int:
+        """Write the file, which holds exactly what evaluation computes with; returns its bytes.
+
+        Raises:
+            SpecError: the run is not finished, or was trained on since.
+        """
+        return write(path, self._final(), self._aliases, metadata)
+
+    def detach(self, *, commit: bool | None = None) -> nn.Module:
+        """Give the model its plain classes back.
+
+        Args:
+            commit: copy the file's values into the parameters; by default if the run is finished.
+
+        Returns:
+            The model.
+        """
+        finished = self._finished is not None
+        if commit and not finished:
+            raise SpecError("there is nothing to commit yet: call finish() before detach()")
+        for name, surrogate in self.surrogates.items():
+            parameter = self.parameter(name)
+            if (commit or commit is None) and finished and surrogate.committed is not None:
+                with torch.no_grad():
+                    parameter.copy_(surrogate.committed.decode().to(parameter.device))
+        for module in list(self.model.modules()):
+            unshadow(module)
+        return self.model
+
+    # --- resuming --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the model's and the optimizer's own state dicts do not hold."""
+        return {
+            "done": self.done,
+            "controller": self.controller.state_dict() if self.controller else None,
+            "extras": self.extras.state_dict(),
+            "surrogates": {name: s.aside() for name, s in self.surrogates.items()},
+            "predicting": (self._ratio, self._rest),
+            "history": [dict(row) for row in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse; load the model's and the optimizer's own state dicts before it.
+
+        Raises:
+            SpecError: it comes from a run with another plan.
+        """
+        if set(state["surrogates"]) != set(self.surrogates):
+            raise SpecError(
+                "this state is of a run with another plan: it has surrogates for "
+                f"{sorted(set(state['surrogates']) ^ set(self.surrogates))[:5]} more or less; "
+                "attach with the same plan first"
+            )
+        self.done = state["done"]
+        self._ratio, self._rest = state["predicting"]
+        self.history = [dict(row) for row in state["history"]]
+        self.extras.load_state_dict(state["extras"])
+        if self.controller is not None and state["controller"] is not None:
+            self.controller.load_state_dict(state["controller"])
+        for name, aside in state["surrogates"].items():
+            self.surrogates[name].load_aside(aside)
+            self.surrogates[name].reset()
+        self._finished, self._bits = None, None
+        self._draw()
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The model's own parameter of a name."""
+        return self.model.get_parameter(name)
+
+    def encode_one(self, name: str) -> Encoded:
+        """One weight as the file would hold it now."""
+        with torch.no_grad():
+            return self.surrogates[name].encode(plain(self.parameter(name)))
+
+    def _draw(self) -> None:
+        with torch.no_grad():
+            for name, surrogate, weight in self.weights():
+                generator = self._noise.generator(self.done, name, weight.device)
+                surrogate.draw(weight.detach(), generator, self.done)
+
+    def _steer(self, controller: Controller) -> None:
+        every = max(1, (self.steps or 1) // MEASURES)
+        if self.done % every == 0:
+            self.measure()
+        if self.done % _STEER_EVERY == 0:
+            controller.update(self.predicted_nbytes(), self.progress)
+
+    def _commit(self, data: list[Any] | None) -> None:
+        encoded = self.encode()
+        for name, surrogate in self.surrogates.items():
+            surrogate.commit(self.parameter(name), encoded[name])
+        if data:
+            reestimate(self.model, data)
+        state = self.model.state_dict()
+        for name in encoded:
+            if name not in self.surrogates:
+                value = plain(state[name])
+                spec = self._buffers.get(name, Raw())
+                encoded[name] = begin(spec, value).encode(value)
+                if name in self._buffers:
+                    with torch.no_grad():
+                        state[name].copy_(encoded[name].decode())
+        self._finished = encoded
+
+    def _final(self) -> dict[str, Encoded]:
+        lost = [name for name, s in self.surrogates.items() if s.committed is None]
+        if self._finished is None or lost:
+            raise SpecError(
+                "the run is not finished, or was trained on since: call finish() first, so that "
+                "what you evaluate is what is saved"
+            )
+        return self._finished
+
+
+def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    for number, batch in enumerate(loader):
+        if number == count:
+            return
+        yield batch

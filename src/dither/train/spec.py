@@ -1,0 +1,142 @@
+"""What a plan holds: frozen descriptions that become surrogates, and their JSON."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dither.core import DTYPES, Encoded, Encoder, Format, SpecError, Stats, dtype_name
+from dither.formats import format_from_json, format_to_json
+from dither.train.surrogate import Surrogate
+
+METHODS: dict[str, type[Method]] = {}
+"""Every training method by the name that JSON uses."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A frozen, JSON-able description whose :meth:`begin` makes a surrogate.
+
+    Subclasses are frozen dataclasses with a ``name``; settings are numbers, strings, torch types
+    and formats.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            METHODS[cls.name] = cls
+
+    @abstractmethod
+    def begin(self, weight: Tensor) -> Surrogate:
+        """A surrogate for ``weight``, which it must not keep."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and settings that differ from their defaults, as JSON values."""
+        values: dict[str, Any] = {"method": self.name}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.default is MISSING or value != item.default:
+                values[item.name] = _to_json(value)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`, without the name."""
+        known = {item.name: item for item in fields(cls)}
+        if unknown := sorted(set(values) - set(known)):
+            raise SpecError(
+                f"method {cls.name!r} has no setting {unknown[0]!r}; known are {', '.join(known)}"
+            )
+        settings = {}
+        for name, value in values.items():
+            is_dtype = "dtype" in str(known[name].type) and isinstance(value, str)
+            settings[name] = DTYPES.get(value, value) if is_dtype else _from_json(value)
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise SpecError(f"method {cls.name!r} refuses {dict(values)!r}: {error}") from error
+
+
+def _to_json(value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return spec_to_json(value) if isinstance(value, Format | Method) else value
+
+
+def _from_json(value: object) -> object:
+    return spec_from_json(value) if isinstance(value, Mapping) else value
+
+
+def spec_to_json(spec: Encoder | Method) -> dict[str, Any]:
+    """A spec as JSON values: ``{"format": ...}`` or ``{"method": ...}`` with its settings.
+
+    >>> from dither.formats import Affine
+    >>> spec_to_json(Affine(4))
+    {'format': 'affine', 'version': 1, 'bits': 4}
+    """
+    if isinstance(spec, Method):
+        return spec.to_json()
+    if isinstance(spec, Format):
+        return format_to_json(spec)
+    raise SpecError(
+        f"{spec!r} has no JSON: only formats and training methods do; encode with it after "
+        "training instead"
+    )
+
+
+def spec_from_json(values: Mapping[str, Any]) -> Format | Method:
+    """The inverse of :func:`spec_to_json`.
+
+    Raises:
+        SpecError: an unknown format, method or setting.
+    """
+    if "method" not in values:
+        return format_from_json(values)
+    settings = dict(values)
+    kind = METHODS.get(settings.pop("method"))
+    if kind is None:
+        raise SpecError(
+            f"there is no training method {values['method']!r}; known are "
+            f"{', '.join(sorted(METHODS))}"
+        )
+    return kind.from_json(settings)
+
+
+class AfterTraining(Surrogate):
+    """A weight that trains as it is and is encoded at the end: any encoder as a surrogate."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def noisy(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight if self.training else super().forward(weight)
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        return self.encoder.encode(weight, stats)
+
+
+def begin(spec: Encoder | Method, weight: Tensor) -> Surrogate:
+    """The surrogate that a spec makes for a weight.
+
+    Raises:
+        SpecError: it is neither an encoder nor a training method, or refuses this weight.
+    """
+    if isinstance(spec, Method):
+        return spec.begin(weight)
+    if isinstance(spec, Encoder):
+        return AfterTraining(spec)
+    raise SpecError(
+        f"a plan holds formats, encoders and training methods, not {spec!r}; write "
+        "{'*.weight': LSQ(4)}, for example"
+    )
