@@ -7,6 +7,7 @@ A, which hold no parameters.
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from torch.nn import functional
 
 from . import Split, data_path
 
-__all__ = ["ResNet20", "evaluate", "load", "state_dict_path"]
+__all__ = ["Batches", "ResNet20", "evaluate", "load", "state_dict_path"]
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 _TEST_STRIPS = 2
 _DEV_STRIP = 9
+_PAD = 4
 _BATCH = 100  # faster on a CPU than larger batches: the activations stay in its caches
 
 
@@ -120,8 +122,7 @@ def evaluate(model: nn.Module, split: Split) -> float:
     """
     images, labels = _images(split)
     device = next(iter(model.parameters())).device
-    scale = 1 / (255 * torch.tensor(_STD, device=device).view(3, 1, 1))
-    shift = -(torch.tensor(_MEAN, device=device) / torch.tensor(_STD, device=device)).view(3, 1, 1)
+    scale, shift = _normalization(device)
     right = 0
     for start in range(0, len(images), _BATCH):
         x = images[start : start + _BATCH].to(device).float() * scale + shift
@@ -130,12 +131,65 @@ def evaluate(model: nn.Module, split: Split) -> float:
     return 100.0 * right / len(images)
 
 
+class Batches:
+    """Training batches for ever: normalised images [n, 3, 32, 32] and their labels [n].
+
+    The first 45,000 training images, those that ``evaluate(model, "dev")`` does not use, in random
+    order; cropped out of 4 pixels of padding and flipped at random, as is usual. A batch depends on
+    nothing but the seed and its number, so that training resumes where it was.
+
+    Args:
+        size: images of a batch; an epoch drops what does not fill one.
+        seed: of order, crops and flips.
+
+    Raises:
+        FileNotFoundError: if the data are missing.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        images, labels = _images("train")
+        self._images, self._labels = functional.pad(images, (_PAD,) * 4), labels.long()
+        self._size, self._seed = size, seed
+        self.per_epoch = len(images) // size
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.per_epoch)
+        order = self._order(epoch)[place * self._size : (place + 1) * self._size]
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        corners = torch.randint(0, 2 * _PAD + 1, (len(order), 2), generator=generator)
+        flips = torch.rand(len(order), generator=generator) < 0.5
+        images = torch.stack(
+            [
+                self._images[i, :, y : y + 32, x : x + 32]
+                for i, (y, x) in zip(order.tolist(), corners.tolist(), strict=True)
+            ]
+        )
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+        scale, shift = _normalization(torch.device("cpu"))
+        return images.float() * scale + shift, self._labels[order]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 7_919 + epoch)
+        return torch.randperm(len(self._labels), generator=generator)
+
+
+def _normalization(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and offset of channels that are 0 to 255."""
+    scale = 1 / (255 * torch.tensor(_STD, device=device).view(3, 1, 1))
+    shift = -(torch.tensor(_MEAN, device=device) / torch.tensor(_STD, device=device)).view(3, 1, 1)
+    return scale, shift
+
+
 @cache
-def _images(split: Split) -> tuple[Tensor, Tensor]:
+def _images(split: Split | Literal["train"]) -> tuple[Tensor, Tensor]:
     """Decode a split once. Returns images [n, 3, 32, 32] and labels [n], both uint8."""
     if split == "test":
         parts, first = [_strip(f"cifar10/test_{i:02d}.png") for i in range(_TEST_STRIPS)], 0
         labels = np.load(data_path("cifar10/test_labels.npy"))
+    elif split == "train":
+        parts, first = [_strip(f"cifar10/train_{i:02d}.png") for i in range(_DEV_STRIP)], 0
+        labels = np.load(data_path("cifar10/train_labels.npy"))
     elif split == "dev":
         parts, first = [_strip(f"cifar10/train_{_DEV_STRIP:02d}.png")], 5000 * _DEV_STRIP
         labels = np.load(data_path("cifar10/train_labels.npy"))
