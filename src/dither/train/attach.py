@@ -54,22 +54,16 @@ def attach(
         SpecError: the plan does not fit the model, or the model is attached already.
         BudgetError: the budget is not understood or impossible.
     """
-    if any(is_shadowed(module) for module in model.modules()):
-        raise SpecError("this model is attached already; call run.detach() on its run first")
     tensors = collect(model)
     nbytes = None if budget is None else parse_size(budget, tensors.nbytes)
-    if nbytes is not None and (steps is None or steps < 1):
-        raise SpecError(
-            f"a budget needs the number of optimizer steps that will follow, not steps={steps}"
-        )
-    if plan is None and nbytes is None:
-        raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
+    _check(model, plan, nbytes, steps)
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, nbytes)
+    sites = {name: find_sites(model, name, rules.owners) for name in surrogates}
     for name, surrogate in surrogates.items():
-        for number, (owner, path) in enumerate(find_sites(model, name, dict(rules.owners))):
-            shadow(owner, path, surrogate, is_first=number == 0)
+        for number, site in enumerate(sites[name]):
+            shadow(site, surrogate, is_first=number == 0)
     run = Run(
         model,
         rules,
@@ -87,6 +81,17 @@ def attach(
         run.controller = Controller(nbytes)
         run.measure()
     return run
+
+
+def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None) -> None:
+    if any(is_shadowed(module) for module in model.modules()):
+        raise SpecError("this model is attached already; call run.detach() on its run first")
+    if nbytes is not None and (steps is None or steps < 1):
+        raise SpecError(
+            f"a budget needs the number of optimizer steps that will follow, not steps={steps}"
+        )
+    if plan is None and nbytes is None:
+        raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
 
 
 def _begin(model: nn.Module, specs: Mapping[str, Spec], budget: int | None) -> dict[str, Surrogate]:

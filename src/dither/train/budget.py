@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 ARRIVE = 0.6
@@ -13,28 +13,35 @@ ARRIVE = 0.6
 AIM = 0.996
 """Share of the budget that is aimed at: what is missing is trimmed less gladly than left."""
 
-_INTEGRAL, _PROPORTIONAL = 0.02, 0.5
-_FASTEST = math.log(1.08)
-_FIRST = 1e-3
+_INTEGRAL = 3.0
+"""Gain, in nats of lambda for each relative error of 1, at each update."""
+
+_FASTEST = 0.5
+"""The largest change in one update, in nats."""
+
+_FIRST = 1e-2
 
 
 @dataclass
 class Controller:
     """Finds the factor of the size penalty, lambda, so that sizes follow a path to the budget.
 
-    A proportional-integral controller of log(lambda) on the logarithm of predicted over wanted
-    bytes. The wanted size falls geometrically from where training starts, and stays at the budget
-    from :data:`ARRIVE` of the steps on.
+    log(lambda) integrates the logarithm of predicted over wanted bytes, so that it comes to rest
+    where training keeps the size by itself; until then the run mends errors by a common factor of
+    all steps. The wanted size falls geometrically from where training starts, and stays at the
+    budget from :data:`ARRIVE` of the steps on.
 
     Attributes:
         nbytes: the budget.
         log_weight: natural logarithm of lambda, for the size in bits per weight.
+        start: bytes when training began.
+        error: logarithm of predicted over wanted bytes, at the last update.
     """
 
     nbytes: int
     log_weight: float = math.log(_FIRST)
     start: float | None = None
-    _error: float = field(default=0.0, repr=False)
+    error: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -53,16 +60,14 @@ class Controller:
         """Take in the predicted size after a step."""
         if self.start is None:
             self.start = predicted
-        error = math.log(max(predicted, 1.0) / self.wanted(progress))
-        change = _INTEGRAL * error + _PROPORTIONAL * (error - self._error)
-        self._error = error
-        self.log_weight += min(max(change, -_FASTEST), _FASTEST)
+        self.error = math.log(max(predicted, 1.0) / self.wanted(progress))
+        self.log_weight += min(max(_INTEGRAL * self.error, -_FASTEST), _FASTEST)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
-        return {"log_weight": self.log_weight, "start": self.start, "error": self._error}
+        return {"log_weight": self.log_weight, "start": self.start, "error": self.error}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.log_weight, self.start = state["log_weight"], state["start"]
-        self._error = state["error"]
+        self.error = state["error"]

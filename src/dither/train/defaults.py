@@ -7,6 +7,7 @@ from torch import nn
 from dither.core import SpecError
 from dither.model import collect
 from dither.search.options import can_quantize
+from dither.train.fine import Fine
 from dither.train.lsq import LSQ
 from dither.train.plan import Plan, Spec
 
@@ -14,8 +15,8 @@ from dither.train.plan import Plan, Spec
 def default_plan(model: nn.Module) -> Plan:
     """Every floating-point tensor on an entropy-coded grid.
 
-    Steps begin where the data-free search for the budget puts them. Those of matrices are learned;
-    those of vectors and buffers (biases, norms) stay.
+    Matrices learn their steps, beginning where the data-free search for the budget puts them;
+    vectors (biases, norms) end on fine grids.
 
     Raises:
         SpecError: the model has nothing to quantize.
@@ -23,7 +24,7 @@ def default_plan(model: nn.Module) -> Plan:
     rules: dict[str, Spec] = {}
     for name, value in collect(model).values.items():
         if can_quantize(value):
-            rules[_literal(name)] = LSQ(bits=None, learn=value.ndim > 1)
+            rules[_literal(name)] = LSQ(bits=None) if value.ndim > 1 else Fine()
     if not rules:
         raise SpecError("the model has no finite floating-point tensor to quantize")
     return Plan(rules)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import Encoded, SpecError, Stats
 from dither.formats import Affine
+from dither.train.oscillations import Watch, hold
 from dither.train.rate import CodeLengths, sum_to
 from dither.train.spec import Method
 from dither.train.surrogate import Surrogate
@@ -75,6 +76,7 @@ class LearnedStep(Surrogate):
     Attributes:
         log_step: natural logarithms of the steps, ``(steps,)``.
         relative: fixed factors of the steps of rows, ``(rows,)``, or None.
+        watch: of codes that go back and forth, see :mod:`dither.train.oscillations`.
     """
 
     def __init__(self, spec: LSQ, weight: Tensor) -> None:
@@ -83,6 +85,7 @@ class LearnedStep(Surrogate):
         self.lr = spec.lr
         self.can_trim = spec.bits is None  # an unbounded grid may take any step
         self.relative: Tensor | None = None
+        self.watch: Watch | None = None
         self._lengths: CodeLengths | None = None
         self._shape = tuple(weight.shape)
         self._grouping = spec.format.grouping(self._shape)
@@ -112,6 +115,11 @@ class LearnedStep(Surrogate):
             self.log_step.copy_(middle.reshape(1))
         self.relative = (steps / middle.exp()) if len(steps) > 1 else None
 
+    def nudge(self, octaves: float) -> None:
+        if self.can_trim and self.spec.learn:
+            with torch.no_grad():
+                self.log_step.add_(octaves * math.log(2))
+
     def steps(self) -> Tensor:
         """The steps as files store them, differentiable, broadcastable to the weight."""
         steps = self.log_step.exp()
@@ -121,24 +129,42 @@ class LearnedStep(Surrogate):
         return self._spread(stored + (steps - steps.detach()))
 
     def noisy(self, weight: Tensor) -> Tensor:
-        low, high = self._ends()
+        (low, high), steps = self._ends(), self.steps()
         values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
-            weight, self.steps(), low, high
+            weight, steps, low, high
         )
-        return values
+        return hold(self.watch, values, steps)
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         steps = self.log_step.detach().exp() * 2.0**self.trim
         fmt = self.spec.format
         if self.relative is not None:
             steps, fmt = steps * self.relative, Affine(None, axis=0, scale_dtype=torch.bfloat16)
+        if self.watch is not None:
+            held = hold(self.watch, weight.float(), self.steps().detach())
+            weight = held.to(weight.dtype)
         return fmt.assign(weight, {"scale": steps.bfloat16()})
 
     def soft_bits(self, weight: Tensor) -> Tensor:
         """Interpolated code lengths: see :class:`CodeLengths`."""
         steps = self.steps()
         lengths = self._lengths or self._count(weight, steps)
-        return lengths.total(weight.float(), steps)
+        return lengths.total(hold(self.watch, weight.float(), steps), steps)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight, or None where the grid has no ends."""
+        return self.spec.bits
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """The codes of a weight now, from 0 in both directions; float32, without a graph."""
+        return (weight.detach().float() / self.steps().detach()).round_().clamp_(*self._ends())
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest value, broadcastable to the weight; no graph."""
+        low, high = self._ends()
+        steps = self.steps().detach()
+        return steps * low, steps * high
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         if step % _REFRESH == 0:
@@ -149,11 +175,13 @@ class LearnedStep(Surrogate):
         return {
             "relative": self.relative,
             "lengths": None if lengths is None else (lengths.bits, lengths.lowest),
+            "watch": None if self.watch is None else self.watch.state_dict(),
         }
 
     def load_aside(self, state: Mapping[str, Any]) -> None:
         self.relative = state["relative"]
         self._lengths = None if state["lengths"] is None else CodeLengths(*state["lengths"])
+        self.watch = None if state["watch"] is None else Watch.from_state(state["watch"])
 
     def _count(self, weight: Tensor, steps: Tensor) -> CodeLengths:
         low, high = self._ends()

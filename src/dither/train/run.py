@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from dither.archive import Archive, code, pack, packed_nbytes, write
 from dither.core import Encoded, SpecError
 from dither.formats import Raw
+from dither.rewrite import absorbed, norms
 from dither.train.budget import Controller
 from dither.train.extras import Extras
 from dither.train.finish import reestimate, trim_to
@@ -24,10 +26,14 @@ from dither.train.shadow import SHADOWS, unshadow
 from dither.train.spec import AfterTraining, begin
 from dither.train.surrogate import Surrogate, plain
 
-MEASURES = 20
+MEASURES = 40
 """How often the file is measured while training to a budget, about."""
 
 _STEER_EVERY = 5
+_NUDGE = 0.3
+"""Share of the error in size that is mended at once, by steps that all grow or shrink."""
+
+_FARTHEST = 0.05
 
 
 class Run:
@@ -70,6 +76,7 @@ class Run:
         self._bits: Tensor | None = None
         self._ratio, self._rest = 1.0, 0.0
         self._finished: dict[str, Encoded] | None = None
+        self._absorbed: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         self._draw()
 
     # --- while training --------------------------------------------------------------------------
@@ -104,7 +111,7 @@ class Run:
 
     def step(self) -> None:
         """Say that an optimizer step is done: schedules act, and new noise is drawn."""
-        self._finished = None
+        self._unfinish()
         self.extras.step()
         self.done += 1
         if self.controller is not None:
@@ -181,12 +188,13 @@ class Run:
         Raises:
             BudgetError: the budget cannot be met.
         """
-        self._finished = None
+        self._unfinish()
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
         data = None if loader is None else list(_first(loader, batches))
         for attempt in range(3):
+            self._unfinish()
             if self.controller is not None:
                 trim_to(self, self.controller.nbytes, self._aliases, slack=attempt)
             self._commit(data)
@@ -293,6 +301,12 @@ class Run:
             self.measure()
         if self.done % _STEER_EVERY == 0:
             controller.update(self.predicted_nbytes(), self.progress)
+            with torch.no_grad():
+                count = sum(weight.numel() for _, _, weight in self.weights())
+                bits = 8 * self.predicted_nbytes() / max(count, 1)
+                octaves = min(max(_NUDGE * controller.error * bits, -_FARTHEST), _FARTHEST)
+                for _, surrogate, _ in self.weights():
+                    surrogate.nudge(octaves)
 
     def _commit(self, data: list[Any] | None) -> None:
         encoded = self.encode()
@@ -300,6 +314,8 @@ class Run:
             surrogate.commit(self.parameter(name), encoded[name])
         if data:
             reestimate(self.model, data)
+        if self.controller is not None:
+            encoded |= self._absorb()
         state = self.model.state_dict()
         for name in encoded:
             if name not in self.surrogates:
@@ -310,6 +326,32 @@ class Run:
                     with torch.no_grad():
                         state[name].copy_(encoded[name].decode())
         self._finished = encoded
+
+    def _unfinish(self) -> None:
+        """Training goes on: batch norms get their own statistics back."""
+        self._finished = None
+        for norm, (mean, variance) in self._absorbed.items():
+            norm.get_buffer("running_mean").copy_(mean)
+            norm.get_buffer("running_var").copy_(variance)
+        self._absorbed = {}
+
+    def _absorb(self) -> dict[str, Encoded]:
+        """Move statistics of batch norms into weights and biases that are encoded at the end."""
+        encoded = {}
+        for path, norm in norms(self.model).items():
+            names = [f"{path}.{local}" if path else local for local in ("weight", "bias")]
+            found = [self.surrogates.get(name) for name in names]
+            if not all(isinstance(s, AfterTraining) for s in found):
+                continue
+            for name, surrogate, value in zip(names, found, absorbed(norm), strict=True):
+                if surrogate is not None:
+                    encoded[name] = surrogate.encode(value)
+                    surrogate.commit(self.parameter(name), encoded[name])
+            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            self._absorbed[norm] = (mean.clone(), variance.clone())
+            mean.zero_()
+            variance.fill_(1)
+        return encoded
 
     def _final(self) -> dict[str, Encoded]:
         lost = [name for name, s in self.surrogates.items() if s.committed is None]

@@ -1,0 +1,42 @@
+"""Batch norm's running statistics, moved into its weight and bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norms of a model that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def absorbed(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do in evaluation, with mean 0 and variance 1, what the norm does now.
+
+    ``weight * sqrt((1 + eps) / (var + eps))`` and ``bias - mean * weight / sqrt(var + eps)``: four
+    numbers for each channel become two. Training on with them starts from another function, because
+    it takes the statistics of its batches instead.
+
+    Args:
+        norm: with weight, bias and running statistics, ``(channels,)`` each.
+
+    >>> norm = nn.BatchNorm1d(2).eval()
+    >>> _ = norm.running_mean.fill_(3), norm.running_var.fill_(4)
+    >>> weight, bias = absorbed(norm)
+    >>> bool((weight[0] * 5 + bias[0] - norm(torch.full((1, 2), 5.0))[0, 0]).abs() < 1e-4)
+    True
+    """
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None or norm.weight is None or norm.bias is None:
+        raise ValueError("absorbed() needs a batch norm with weight, bias and running statistics")
+    with torch.no_grad():
+        scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
+        weight = scale * (1 + norm.eps) ** 0.5
+        bias = norm.bias.double() - mean.double() * scale
+    return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
