@@ -158,6 +158,11 @@ class Encoded:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         self.format.check(self)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and pickles are made anew: read-only mappings know neither."""
+        parts = (dict(self.codes), dict(self.params))
+        return (type(self), (self.format, self.shape, self.dtype, *parts))
+
     def decode(self) -> Tensor:
         """The tensor: computed in float32 in a stated order, restored to ``dtype``."""
         return self.format.decode(self)

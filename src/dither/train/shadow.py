@@ -9,19 +9,44 @@ pickling, copying, optimizers and checkpoints do not notice.
 from __future__ import annotations
 
 import threading
-from typing import Any
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from dither.core import SpecError
 from dither.train.surrogate import Surrogate
 
 SHADOWS = "dither_shadows"
 """The one reserved name: learned extras stand in state dicts as ``<module>.dither_shadows.*``."""
 
 _PATHS = "dither_paths"
+_FUSED = "dither_fused"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_VISITORS = "dither_visitors"
 _LOCK = threading.Lock()
+_STALE_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that make the weight before `forward` begins, from what `forward` never reads."""
+
+
+class Site(NamedTuple):
+    """Where a parameter is read.
+
+    Attributes:
+        owner: the module whose `forward` reads it.
+        path: from the owner: ``weight``, or ``out_proj.weight`` for a child's.
+        is_fused: only in evaluation, where a fused kernel reads what belongs to children.
+    """
+
+    owner: nn.Module
+    path: str
+    is_fused: bool = False
 
 
 class _Shared(nn.Module):
@@ -40,15 +65,21 @@ def _place(owner: nn.Module) -> list[tuple[nn.Module, str]]:
     """Put what surrogates return into the instance dicts; each place counts its visitors."""
     placed: list[tuple[nn.Module, str]] = []
     shadows: Any = owner._modules[SHADOWS]
+    fused = owner.__dict__[_FUSED]
     try:
         for key, path in owner.__dict__[_PATHS].items():
+            if owner.training and key in fused:
+                continue
             child, _, name = path.rpartition(".")
             module = owner.get_submodule(child)
+            if name not in module._parameters:
+                raise SpecError(
+                    f"{type(owner).__name__} no longer has the parameter {path!r}: it was renamed "
+                    "or wrapped after attaching; call run.detach() first and attach again"
+                )
             weight = module._parameters[name]
-            if weight is None:
-                continue
-            values = shadows[key](weight)
-            if values is weight:
+            values = None if weight is None else shadows[key](weight)
+            if values is weight or values is None:
                 continue
             _enter(module, name, values)
             placed.append((module, name))
@@ -63,9 +94,11 @@ def _enter(module: nn.Module, name: str, values: Tensor) -> None:
         module.__dict__[name] = values
         return
     with _LOCK:
-        visitors: dict[str, int] = module.__dict__.setdefault("_dither_visitors", {})
+        visitors: dict[str, int] = module.__dict__.setdefault(_VISITORS, {})
         visitors[name] = visitors.get(name, 0) + 1
         module.__dict__[name] = values
+        if isinstance(module, nn.RNNBase):
+            _list_weights(module)
 
 
 def _remove(placed: list[tuple[nn.Module, str]]) -> None:
@@ -74,11 +107,27 @@ def _remove(placed: list[tuple[nn.Module, str]]) -> None:
             module.__dict__.pop(name, None)
             continue
         with _LOCK:
-            visitors = module.__dict__["_dither_visitors"]
+            visitors = module.__dict__[_VISITORS]
             visitors[name] -= 1
             if not visitors[name]:
                 module.__dict__.pop(name, None)
                 del visitors[name]
+            if not visitors:
+                del module.__dict__[_VISITORS]
+            if isinstance(module, nn.RNNBase):
+                _list_weights(module)
+
+
+def _list_weights(module: nn.RNNBase) -> None:
+    """Bring the list that recurrent layers read up to date with their attributes.
+
+    Theirs (`_init_flat_weights`) would also move all weights on a GPU into one new buffer.
+    """
+    weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    module.__dict__["_flat_weights"] = weights
+    module.__dict__["_flat_weight_refs"] = [
+        None if weight is None else weakref.ref(weight) for weight in weights
+    ]
 
 
 def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -92,8 +141,6 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         finally:
             _remove(placed)
-            if isinstance(self, nn.RNNBase):
-                self._init_flat_weights()  # they would hold tensors with a graph
 
     def reduce(self: nn.Module, protocol: int) -> Any:
         rebuilt = base.__reduce_ex__(self, protocol)
@@ -122,75 +169,128 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return made
 
 
-def _no_fast_path(module: nn.Module, args: object) -> None:
-    """Does nothing; any hook keeps TransformerEncoderLayer off its fused path in evaluation.
-
-    That path reads the raw weights of its children.
-    """
-
-
 def is_shadowed(module: nn.Module) -> bool:
     """Whether a module's forward reads surrogates."""
     return hasattr(type(module), "_dither_base")
 
 
-def shadow(owner: nn.Module, path: str, surrogate: Surrogate, *, is_first: bool) -> None:
-    """Let ``owner.forward`` read ``surrogate(parameter)`` wherever it reads the one at ``path``.
+def shadow(site: Site, surrogate: Surrogate, *, is_first: bool) -> None:
+    """Let ``site.owner.forward`` read ``surrogate(parameter)`` for the parameter at ``site.path``.
 
     Args:
-        owner: a module whose ``forward`` reads the parameter.
-        path: from the owner: ``weight``, or ``out_proj.weight`` for a child's.
+        site: from :func:`find_sites`.
         surrogate: stands in.
         is_first: register it here; else it is registered elsewhere, as for tied weights.
     """
+    owner, path, is_fused = site
     if not is_shadowed(owner):
         owner.__class__ = _shadow_class(type(owner))
         owner.add_module(SHADOWS, nn.ModuleDict())
-        owner.__dict__[_PATHS] = {}
-        owner.__dict__["_dither_hook"] = owner.register_forward_pre_hook(_no_fast_path).id
+        owner.__dict__[_PATHS], owner.__dict__[_FUSED] = {}, set()
     key = path.replace(".", "__")  # keys of a ModuleDict hold no dots
     shadows: Any = owner._modules[SHADOWS]
     shadows[key] = surrogate if is_first else _Shared(surrogate)
     shadows[key].train(owner.training)
     owner.__dict__[_PATHS][key] = path
+    if is_fused:
+        owner.__dict__[_FUSED].add(key)
 
 
 def unshadow(owner: nn.Module) -> None:
     """Give a module its plain class back."""
     if not is_shadowed(owner):
         return
-    owner._forward_pre_hooks.pop(owner.__dict__.pop("_dither_hook"), None)
     owner.__class__ = type(owner)._dither_base  # type: ignore[attr-defined]
-    del owner._modules[SHADOWS], owner.__dict__[_PATHS]
-    owner.__dict__.pop("_dither_visitors", None)
+    del owner._modules[SHADOWS], owner.__dict__[_PATHS], owner.__dict__[_FUSED]
+    owner.__dict__.pop(_VISITORS, None)
 
 
-def find_sites(model: nn.Module, name: str, owners: dict[str, str]) -> list[tuple[nn.Module, str]]:
-    """Every ``(owner, path)`` at which the parameter of a name is read, ties included."""
+def find_sites(model: nn.Module, name: str, owners: Mapping[str, str]) -> list[Site]:
+    """Every place at which the parameter of a name is read, ties included.
+
+    Raises:
+        SpecError: an owner that does not exist or does not hold the parameter, or a module in
+            which no stand-in can be read.
+    """
     parameter = model.get_parameter(name)
-    sites: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-    heads = {
-        id(module.out_proj): (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
-    }
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    sites: dict[tuple[int, str], Site] = {}
+    for path, module in modules.items():
         if SHADOWS in path.split("."):
             continue
         for local, value in module._parameters.items():
-            if value is not parameter:
+            if value is None or not _is_same(value, parameter):
                 continue
             full = f"{path}.{local}" if path else local
-            if full in owners:
-                owner, inner = _named_owner(model, full, owners[full])
-            elif id(module) in heads:  # attention reads it without calling `out_proj`
-                owner, inner = heads[id(module)][1], f"out_proj.{local}"
-            else:
-                owner, inner = module, local
-            sites[id(owner), inner] = (owner, inner)
-    return list(sites.values())
+            _refuse(full, module)
+            reader = _named(modules, full, owners) if full in owners else _reader(modules, path)
+            if reader is None:
+                raise SpecError(
+                    f"{full!r} is in a {type(module).__name__}, which has no forward of its own "
+                    "and no module around it; put it in a module that reads it"
+                )
+            site = Site(modules[reader], full.removeprefix(f"{reader}.") if reader else full)
+            sites[id(site.owner), site.path] = site
+            for fused in _fused(modules, full, reader):
+                sites.setdefault((id(fused.owner), fused.path), fused)
+    return sorted(sites.values(), key=lambda site: site.is_fused)
 
 
-def _named_owner(model: nn.Module, full: str, path: str) -> tuple[nn.Module, str]:
-    inner = full.removeprefix(f"{path}.") if path else full
-    return model.get_submodule(path), inner
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """One parameter, or two that show the same memory in the same way."""
+    if one is other or not one.numel():
+        return one is other
+    return (one.data_ptr(), one.shape, one.stride(), one.dtype, one.device) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+        other.dtype,
+        other.device,
+    )
+
+
+def _refuse(full: str, module: nn.Module) -> None:
+    if any(isinstance(hook, _STALE_HOOKS) for hook in module._forward_pre_hooks.values()):
+        raise SpecError(
+            f"{full!r} belongs to a hook of torch.nn.utils (weight_norm, spectral_norm, prune), "
+            "which reads it before forward; use torch.nn.utils.parametrizations, or remove the hook"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SpecError(f"{full!r} is in a scripted module; attach to the module before scripting")
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        raise SpecError(
+            f"{full!r} is in an embedding with max_norm, which overwrites weights while it reads "
+            "them; set max_norm=None and renormalise after optimizer steps, or leave it out of the "
+            "plan"
+        )
+
+
+def _reader(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Path of the module whose `forward` reads what the module at ``path`` holds."""
+    parent, _, child = path.rpartition(".")
+    around = modules[parent]
+    if isinstance(around, nn.MultiheadAttention) and child == "out_proj":
+        return parent  # attention reads it without calling it
+    if type(modules[path]).forward is not nn.Module.forward:
+        return path
+    return _reader(modules, parent) if path else None  # ParameterList and its like
+
+
+def _named(modules: Mapping[str, nn.Module], full: str, owners: Mapping[str, str]) -> str:
+    reader = owners[full]
+    if reader not in modules or not full.startswith(f"{reader}." if reader else ""):
+        raise SpecError(
+            f"owners says that {reader!r} reads {full!r}; name a module that holds it, directly or "
+            'in its children, or "" for the whole model'
+        )
+    return reader
+
+
+def _fused(modules: Mapping[str, nn.Module], full: str, reader: str) -> Iterator[Site]:
+    """Layers around the reader whose fused kernels read for it in evaluation."""
+    path = reader
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(modules[path], nn.TransformerEncoderLayer):
+            inner = full.removeprefix(f"{path}.") if path else full
+            yield Site(modules[path], inner, is_fused=True)

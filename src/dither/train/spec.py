@@ -112,15 +112,14 @@ def spec_from_json(values: Mapping[str, Any]) -> Format | Method:
 class AfterTraining(Surrogate):
     """A weight that trains as it is and is encoded at the end: any encoder as a surrogate."""
 
+    is_still = True
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def noisy(self, weight: Tensor) -> Tensor:
         return weight
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight if self.training else super().forward(weight)
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         return self.encoder.encode(weight, stats)

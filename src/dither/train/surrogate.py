@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,44 @@ def straight_through(decoded: Tensor, weight: Tensor) -> Tensor:
 
 def plain(weight: Tensor) -> Tensor:
     """A weight as an ordinary tensor without a graph: gathered from all ranks if it is sharded."""
-    weight = weight.detach()
+    return gathered(weight.detach())
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A tensor from all ranks if it is sharded, differentiable; every rank must call this."""
     gather = getattr(weight, "full_tensor", None)  # a DTensor, once FSDP2 has sharded the model
     whole: Tensor = weight if gather is None else gather()
     return whole
+
+
+@contextmanager
+def whole(surrogate: nn.Module) -> Iterator[None]:
+    """What a surrogate learns, gathered from all ranks while this lasts.
+
+    In a model's `forward` FSDP2 does this itself; outside, parameters are sharded.
+    """
+    placed: list[tuple[nn.Module, str]] = []
+    try:
+        for module in surrogate.modules():
+            for name, value in module._parameters.items():
+                if value is not None and hasattr(value, "full_tensor"):
+                    module.__dict__[name] = gathered(value)
+                    placed.append((module, name))
+        yield
+    finally:
+        for module, name in placed:
+            module.__dict__.pop(name, None)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Plain data with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -52,10 +87,12 @@ class Surrogate(nn.Module):
         active: whether there is noise at all; without, ``train()`` returns the weight itself.
         trim: octaves by which :meth:`encode` is coarser than what was learned, to meet a budget.
         can_trim: whether ``trim`` has an effect.
+        is_still: whether weights always train as they are, without noise.
         lr: learning rate that suits the learned parameters (Adam).
     """
 
     can_trim: bool = False
+    is_still: bool = False
     lr: float = 1e-3
 
     def __init__(self) -> None:
@@ -83,6 +120,9 @@ class Surrogate(nn.Module):
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         """Draw what is random for a step, and refresh what is refreshed on a schedule."""
 
+    def nudge(self, octaves: float) -> None:
+        """Make what is learned coarser at once, by octaves of the step; by default nothing."""
+
     def start(self, encoded: Encoded) -> None:
         """Begin from what was found for the budget without data; by default nothing is taken."""
 
@@ -98,8 +138,8 @@ class Surrogate(nn.Module):
         if not self.training:
             return self._preview(weight)
         if self._committed is not None and torch.is_grad_enabled():
-            self._committed = None  # training again
-        if not self.active:
+            self._committed = self._shown = None  # training again
+        if not self.active or self.is_still:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
             return self.noisy(weight.float()).to(weight.dtype)
@@ -113,7 +153,8 @@ class Surrogate(nn.Module):
         """Fix what evaluation and the file hold; ``None`` goes back to previews."""
         self._committed, self._shown = encoded, None
         if encoded is not None:
-            self._shown = (None, encoded.decode().to(weight.device))
+            with torch.inference_mode(mode=False):
+                self._shown = (None, encoded.decode().to(weight.device))
 
     def reset(self) -> None:
         """Forget previews and commits: something changed that the surrogate cannot see."""
@@ -121,7 +162,13 @@ class Surrogate(nn.Module):
 
     @_eagerly
     def _show(self, weight: Tensor, state: object) -> Tensor:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        kind = weight.device.type
+        # What is kept must also serve outside inference mode.
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(kind, enabled=False),
+        ):
             values = self.encode(plain(weight)).decode()
         self._shown = (state, values)
         return values
@@ -155,6 +202,32 @@ class Surrogate(nn.Module):
             state_dict, prefix, metadata, strict, absent, unexpected, errors
         )
         self.reset()
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's own signature
+        """As for any module; previews are made anew, for what no version counter shows."""
+        if mode != self.training and self._committed is None:
+            self._shown = None  # `parameter.data` and FSDP2 change weights unseen
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        """Follow the model to its device, but stay in float32 when it goes to a smaller type."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            if moved.dtype == tensor.dtype or not tensor.is_floating_point():
+                return moved
+            return tensor.to(moved.device)
+
+        made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.zeros(1)).device
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                self.__dict__[name] = value.to(device)
+        if aside := self.aside():
+            self.load_aside(_moved(aside, device))
+        if self._shown is not None:
+            self._shown = (self._shown[0], self._shown[1].to(device))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Previews are made again; a commit is kept."""
