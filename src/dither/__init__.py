@@ -18,7 +18,23 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Mixed, Product, Raw
     from dither.search import compress
-    from dither.train import LSQ, Noise, Plan, Ramp, Run, Size, attach
+    from dither.train import (
+        LSQ,
+        Dampening,
+        FreezeOscillations,
+        Kurtosis,
+        LearnedCodebook,
+        Noise,
+        Plan,
+        Ramp,
+        Run,
+        Size,
+        Teacher,
+        Vary,
+        WarmUp,
+        attach,
+        soft_targets,
+    )
 
     open = Archive.open
 
@@ -32,10 +48,14 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "Codebook",
+    "Dampening",
     "DitherError",
     "Encoded",
     "Encoder",
     "Format",
+    "FreezeOscillations",
+    "Kurtosis",
+    "LearnedCodebook",
     "Loaded",
     "Mixed",
     "Noise",
@@ -47,11 +67,15 @@ __all__ = [
     "Size",
     "SpecError",
     "Stats",
+    "Teacher",
+    "Vary",
+    "WarmUp",
     "attach",
     "compress",
     "load",
     "load_into",
     "open",
+    "soft_targets",
     "verify",
 ]
 

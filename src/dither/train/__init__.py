@@ -1,17 +1,32 @@
 """Train with quantization noise, to a budget."""
 
 from dither.train.attach import attach
+from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
+from dither.train.finish import reestimate as reestimate_batch_norm
+from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.lsq import LSQ
 from dither.train.noise import Noise
-from dither.train.penalties import Penalty, Size
+from dither.train.oscillations import (
+    CountOscillations,
+    Dampening,
+    FreezeOscillations,
+    frozen_share,
+    oscillating,
+)
+from dither.train.penalties import Kurtosis, Penalty, Size
 from dither.train.plan import Plan
 from dither.train.run import Run
-from dither.train.schedules import Ramp, Schedule
+from dither.train.schedules import Ramp, Schedule, Vary, WarmUp
 from dither.train.spec import Method
 from dither.train.surrogate import Surrogate, straight_through
 
 __all__ = [
     "LSQ",
+    "CountOscillations",
+    "Dampening",
+    "FreezeOscillations",
+    "Kurtosis",
+    "LearnedCodebook",
     "Method",
     "Noise",
     "Penalty",
@@ -21,6 +36,18 @@ __all__ = [
     "Schedule",
     "Size",
     "Surrogate",
+    "Teacher",
+    "Vary",
+    "WarmUp",
     "attach",
+    "embeddings",
+    "frozen_share",
+    "gradient_norms",
+    "hidden_states",
+    "oscillating",
+    "redistribute",
+    "reestimate_batch_norm",
+    "similarities",
+    "soft_targets",
     "straight_through",
 ]

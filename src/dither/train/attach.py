@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dither.core import SpecError
@@ -20,6 +22,9 @@ from dither.train.schedules import Schedule
 from dither.train.shadow import find_sites, is_shadowed, shadow
 from dither.train.spec import begin
 from dither.train.surrogate import Surrogate, plain
+
+
+_WRAPPERS = (DistributedDataParallel, nn.DataParallel, OptimizedModule)
 
 
 def attach(
@@ -47,7 +52,7 @@ def attach(
         steps: optimizer steps that training will take; needed for a budget.
         optimizer: the learned extras join it, see :meth:`Run.join`.
         penalties: further terms for :meth:`Run.penalty`.
-        schedules: called after every step.
+        schedules: called now and after every step.
         noise: a seed, or more: see :class:`Noise`.
 
     Raises:
@@ -75,6 +80,8 @@ def attach(
     )
     run.penalties += penalties
     run.schedules += schedules
+    for schedule in run.schedules:
+        schedule(run, 0)
     if optimizer is not None:
         run.join(optimizer)
     if nbytes is not None:
@@ -86,6 +93,12 @@ def attach(
 def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None) -> None:
     if any(is_shadowed(module) for module in model.modules()):
         raise SpecError("this model is attached already; call run.detach() on its run first")
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    if sharded or isinstance(model, _WRAPPERS):
+        raise SpecError(
+            f"this {type(model).__name__} is wrapped already: attach to the plain model first, then "
+            "give it to DDP, FSDP, DataParallel or torch.compile"
+        )
     if nbytes is not None and (steps is None or steps < 1):
         raise SpecError(
             f"a budget needs the number of optimizer steps that will follow, not steps={steps}"
