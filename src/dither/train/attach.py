@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -22,9 +21,6 @@ from dither.train.schedules import Schedule
 from dither.train.shadow import find_sites, is_shadowed, shadow
 from dither.train.spec import begin
 from dither.train.surrogate import Surrogate, plain
-
-
-_WRAPPERS = (DistributedDataParallel, nn.DataParallel, OptimizedModule)
 
 
 def attach(
@@ -94,9 +90,10 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
     if any(is_shadowed(module) for module in model.modules()):
         raise SpecError("this model is attached already; call run.detach() on its run first")
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    if sharded or isinstance(model, _WRAPPERS):
+    is_compiled = hasattr(model, "_orig_mod")
+    if sharded or is_compiled or isinstance(model, DistributedDataParallel | nn.DataParallel):
         raise SpecError(
-            f"this {type(model).__name__} is wrapped already: attach to the plain model first, then "
+            f"this {type(model).__name__} is wrapped already; attach to the plain model, and then "
             "give it to DDP, FSDP, DataParallel or torch.compile"
         )
     if nbytes is not None and (steps is None or steps < 1):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
-from dither.core import BudgetError
+from dither.core import BudgetError, Encoded
 
 if TYPE_CHECKING:
     from dither.train.run import Run
@@ -128,3 +128,23 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(move(batch[0]))
     else:
         model(move(batch))
+
+
+def first_changed(
+    model: nn.Module, finished: Mapping[str, Encoded], trained: set[str]
+) -> str | None:
+    """The first tensor without a surrogate that is no longer what the file would hold.
+
+    Those of surrogates are read from the file's own objects. Sharded tensors are not looked at.
+    """
+    for name, value in model.state_dict().items():
+        if name in finished and name not in trained and not hasattr(value, "full_tensor"):
+            held = finished[name].decode().to(value.device, value.dtype)
+            if not torch.equal(_bytes(held), _bytes(value)):
+                return name
+    return None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # A copy, because a single value may have a stride of 0, of which there is no view as bytes.
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)

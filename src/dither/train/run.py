@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from dither.archive import Archive, code, pack, packed_nbytes, write
@@ -17,14 +16,14 @@ from dither.formats import Raw
 from dither.rewrite import absorbed, norms
 from dither.train.budget import Controller
 from dither.train.extras import Extras
-from dither.train.finish import reestimate, trim_to
+from dither.train.finish import first_changed, reestimate, trim_to
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import SHADOWS, unshadow
 from dither.train.spec import AfterTraining, begin
-from dither.train.surrogate import Surrogate, plain
+from dither.train.surrogate import Surrogate, estimated_bits, moved, plain, whole
 
 MEASURES = 40
 """How often the file is measured while training to a budget, about."""
@@ -76,7 +75,7 @@ class Run:
         self._bits: Tensor | None = None
         self._ratio, self._rest = 1.0, 0.0
         self._finished: dict[str, Encoded] | None = None
-        self._absorbed: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+        self._replaced: dict[str, Tensor] = {}
         self._draw()
 
     # --- while training --------------------------------------------------------------------------
@@ -94,7 +93,7 @@ class Run:
 
     def soft_bits(self) -> Tensor:
         """Differentiable estimate of the coded size in bits of all weights with noise, a scalar."""
-        parts = [surrogate.soft_bits(weight) for _, surrogate, weight in self.weights()]
+        parts = [estimated_bits(surrogate, weight) for _, surrogate, weight in self.weights()]
         total = torch.stack(parts).sum() if parts else torch.zeros(())
         self._bits = total.detach()
         return total
@@ -159,17 +158,7 @@ class Run:
         """
         if self._finished is not None:
             return dict(self._finished)
-        encoded: dict[str, Encoded] = {}
-        for name, value in self.model.state_dict().items():
-            if SHADOWS in name.split(".") or name in self._aliases:
-                continue
-            if name in self.surrogates:
-                encoded[name] = self.encode_one(name)
-            elif name in self._buffers:
-                encoded[name] = begin(self._buffers[name], plain(value)).encode(plain(value))
-            else:
-                encoded[name] = Raw().encode(plain(value))
-        return encoded
+        return {name: self._encode(name, value) for name, value in self._values().items()}
 
     def finish(self, loader: Iterable[Any] | None = None, batches: int = 50) -> int:
         """Trim to the budget, fix what the file holds, and re-estimate batch norm.
@@ -232,6 +221,11 @@ class Run:
         finished = self._finished is not None
         if commit and not finished:
             raise SpecError("there is nothing to commit yet: call finish() before detach()")
+        if any(hasattr(p, "full_tensor") for p in self.model.parameters()):
+            raise SpecError(
+                "a sharded model cannot be detached: save the run, and load_into a model that is "
+                "not sharded"
+            )
         for name, surrogate in self.surrogates.items():
             parameter = self.parameter(name)
             if (commit or commit is None) and finished and surrogate.committed is not None:
@@ -250,6 +244,7 @@ class Run:
             "controller": self.controller.state_dict() if self.controller else None,
             "extras": self.extras.state_dict(),
             "surrogates": {name: s.aside() for name, s in self.surrogates.items()},
+            "active": {name: s.active for name, s in self.surrogates.items()},
             "predicting": (self._ratio, self._rest),
             "history": [dict(row) for row in self.history],
         }
@@ -273,9 +268,13 @@ class Run:
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
         for name, aside in state["surrogates"].items():
-            self.surrogates[name].load_aside(aside)
+            device = self.parameter(name).device
+            self.surrogates[name].load_aside(moved(aside, device))
+            self.surrogates[name].active = state["active"][name]
             self.surrogates[name].reset()
         self._finished, self._bits = None, None
+        for schedule in self.schedules:
+            schedule(self, self.done)
         self._draw()
 
     # --- inside ----------------------------------------------------------------------------------
@@ -286,14 +285,14 @@ class Run:
 
     def encode_one(self, name: str) -> Encoded:
         """One weight as the file would hold it now."""
-        with torch.no_grad():
-            return self.surrogates[name].encode(plain(self.parameter(name)))
+        return self._encode(name, plain(self.parameter(name)))
 
     def _draw(self) -> None:
         with torch.no_grad():
             for name, surrogate, weight in self.weights():
                 generator = self._noise.generator(self.done, name, weight.device)
-                surrogate.draw(weight.detach(), generator, self.done)
+                with whole(surrogate):
+                    surrogate.draw(plain(weight), generator, self.done)
 
     def _steer(self, controller: Controller) -> None:
         every = max(1, (self.steps or 1) // MEASURES)
@@ -308,50 +307,60 @@ class Run:
                 for _, surrogate, _ in self.weights():
                     surrogate.nudge(octaves)
 
+    def _values(self) -> dict[str, Tensor]:
+        """Every tensor that the file holds, before it is encoded."""
+        values = {
+            name: plain(value)
+            for name, value in self.model.state_dict().items()
+            if SHADOWS not in name.split(".") and name not in self._aliases
+        }
+        for path, norm in norms(self.model).items() if self.controller else ():
+            mean, variance, weight, bias = (
+                f"{path}.{local}" if path else local
+                for local in ("running_mean", "running_var", "weight", "bias")
+            )
+            # Two numbers for each channel instead of four, where both are encoded at the end.
+            if all(isinstance(self.surrogates.get(n), AfterTraining) for n in (weight, bias)):
+                values[weight], values[bias] = absorbed(norm)
+                values[mean] = torch.zeros_like(values[mean])
+                values[variance] = torch.ones_like(values[variance])
+        return values
+
+    def _encode(self, name: str, value: Tensor) -> Encoded:
+        with torch.no_grad():
+            if name in self.surrogates:
+                with whole(self.surrogates[name]):
+                    return self.surrogates[name].encode(value)
+            return begin(self._buffers.get(name, Raw()), value).encode(value)
+
     def _commit(self, data: list[Any] | None) -> None:
         encoded = self.encode()
         for name, surrogate in self.surrogates.items():
             surrogate.commit(self.parameter(name), encoded[name])
         if data:
             reestimate(self.model, data)
-        if self.controller is not None:
-            encoded |= self._absorb()
         state = self.model.state_dict()
-        for name in encoded:
-            if name not in self.surrogates:
-                value = plain(state[name])
-                spec = self._buffers.get(name, Raw())
-                encoded[name] = begin(spec, value).encode(value)
-                if name in self._buffers:
-                    with torch.no_grad():
-                        state[name].copy_(encoded[name].decode())
+        trained = {name for name, _, _ in self.weights()}
+        for name, value in self._values().items():
+            if name in trained:
+                continue
+            encoded[name] = self._encode(name, value)
+            if name in self.surrogates:
+                self.surrogates[name].commit(self.parameter(name), encoded[name])
+            elif not torch.equal(value, plain(state[name])) or name in self._buffers:
+                self._replaced[name] = state[name].clone()
+                state[name].copy_(encoded[name].decode())
         self._finished = encoded
 
     def _unfinish(self) -> None:
-        """Training goes on: batch norms get their own statistics back."""
+        """Training goes on: buffers get their own values back."""
+        state = self.model.state_dict() if self._replaced else {}
+        for name, value in self._replaced.items():
+            state[name].copy_(value)
+        self._replaced = {}
         self._finished = None
-        for norm, (mean, variance) in self._absorbed.items():
-            norm.get_buffer("running_mean").copy_(mean)
-            norm.get_buffer("running_var").copy_(variance)
-        self._absorbed = {}
-
-    def _absorb(self) -> dict[str, Encoded]:
-        """Move statistics of batch norms into weights and biases that are encoded at the end."""
-        encoded = {}
-        for path, norm in norms(self.model).items():
-            names = [f"{path}.{local}" if path else local for local in ("weight", "bias")]
-            found = [self.surrogates.get(name) for name in names]
-            if not all(isinstance(s, AfterTraining) for s in found):
-                continue
-            for name, surrogate, value in zip(names, found, absorbed(norm), strict=True):
-                if surrogate is not None:
-                    encoded[name] = surrogate.encode(value)
-                    surrogate.commit(self.parameter(name), encoded[name])
-            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-            self._absorbed[norm] = (mean.clone(), variance.clone())
-            mean.zero_()
-            variance.fill_(1)
-        return encoded
+        for surrogate in self.surrogates.values():
+            surrogate.reset()
 
     def _final(self) -> dict[str, Encoded]:
         lost = [name for name, s in self.surrogates.items() if s.committed is None]
@@ -359,6 +368,12 @@ class Run:
             raise SpecError(
                 "the run is not finished, or was trained on since: call finish() first, so that "
                 "what you evaluate is what is saved"
+            )
+        changed = first_changed(self.model, self._finished, set(self.surrogates))
+        if changed is not None:
+            raise SpecError(
+                f"{changed!r} changed since finish(), so that what you evaluate is not what would "
+                "be saved; call finish() again"
             )
         return self._finished
 

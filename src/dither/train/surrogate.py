@@ -51,14 +51,20 @@ def whole(surrogate: nn.Module) -> Iterator[None]:
             module.__dict__.pop(name, None)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def estimated_bits(surrogate: Surrogate, weight: Tensor) -> Tensor:
+    """:meth:`Surrogate.soft_bits` outside the model's `forward`: gathered, and in float32."""
+    with whole(surrogate), torch.autocast(weight.device.type, enabled=False):
+        return surrogate.soft_bits(gathered(weight))
+
+
+def moved(value: Any, device: torch.device) -> Any:
     """Plain data with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value
 
 
@@ -224,7 +230,7 @@ class Surrogate(nn.Module):
             if isinstance(value, Tensor):
                 self.__dict__[name] = value.to(device)
         if aside := self.aside():
-            self.load_aside(_moved(aside, device))
+            self.load_aside(moved(aside, device))
         if self._shown is not None:
             self._shown = (self._shown[0], self._shown[1].to(device))
         return made
