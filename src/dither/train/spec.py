@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dither.core import DTYPES, Encoded, Encoder, Format, SpecError, Stats, dtype_name
 from dither.formats import format_from_json, format_to_json
+from dither.train.schedules import Ramp
 from dither.train.surrogate import Surrogate
 
 METHODS: dict[str, type[Method]] = {}
@@ -22,8 +23,8 @@ METHODS: dict[str, type[Method]] = {}
 class Method(ABC):
     """A frozen, JSON-able description whose :meth:`begin` makes a surrogate.
 
-    Subclasses are frozen dataclasses with a ``name``; settings are numbers, strings, torch types
-    and formats.
+    Subclasses are frozen dataclasses with a ``name``; settings are numbers, strings, torch types,
+    formats and ramps.
     """
 
     name: ClassVar[str]
@@ -67,10 +68,14 @@ class Method(ABC):
 def _to_json(value: object) -> object:
     if isinstance(value, torch.dtype):
         return dtype_name(value)
+    if isinstance(value, Ramp):
+        return {"ramp": asdict(value)}
     return spec_to_json(value) if isinstance(value, Format | Method) else value
 
 
 def _from_json(value: object) -> object:
+    if isinstance(value, Mapping) and set(value) == {"ramp"}:
+        return Ramp(**value["ramp"])
     return spec_from_json(value) if isinstance(value, Mapping) else value
 
 
