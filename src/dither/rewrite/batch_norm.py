@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dither.core import SpecError
+
 
 def norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """The batch norms of a model that keep running statistics, by name."""
@@ -32,9 +34,9 @@ def absorbed(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     >>> bool((weight[0] * 5 + bias[0] - norm(torch.full((1, 2), 5.0))[0, 0]).abs() < 1e-4)
     True
     """
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None or norm.weight is None or norm.bias is None:
-        raise ValueError("absorbed() needs a batch norm with weight, bias and running statistics")
+    if norm.running_mean is None or not norm.affine:
+        raise SpecError("absorbed() needs a batch norm with weight, bias and running statistics")
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     with torch.no_grad():
         scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
         weight = scale * (1 + norm.eps) ** 0.5

@@ -20,7 +20,8 @@ class Fine(Method):
     """Trains as it is, and ends on a fine entropy-coded grid: for biases, norms and statistics.
 
     The step is a share of the standard deviation; where all values are positive, as variances are,
-    at most the same share of their harmonic root mean square, so that none becomes 0.
+    at most the same share of their harmonic root mean square, so that none becomes 0 (but for those
+    below 2**-16 of the largest).
 
     Attributes:
         precision: the step in standard deviations. A value costs about
@@ -47,5 +48,6 @@ class Fine(Method):
         spread = float(values.std(correction=0))
         if bool((values > 0).all()):
             spread = min(spread, float(values.reciprocal().square().mean()) ** -0.5)
-        step = spread * self.precision or float(values[0].abs()) or 1.0
+        least = float(values.abs().max()) * 2.0**-16
+        step = max(spread * self.precision, least) if spread else least * 2**16 or 1.0
         return grid.assign(weight, {"scale": torch.tensor([step], device=weight.device)})

@@ -291,6 +291,7 @@ class Run:
         with torch.no_grad():
             for name, surrogate, weight in self.weights():
                 generator = self._noise.generator(self.done, name, weight.device)
+                surrogate.progress = self.progress
                 with whole(surrogate):
                     surrogate.draw(plain(weight), generator, self.done)
 
@@ -334,13 +335,12 @@ class Run:
             return begin(self._buffers.get(name, Raw()), value).encode(value)
 
     def _commit(self, data: list[Any] | None) -> None:
-        encoded = self.encode()
-        for name, surrogate in self.surrogates.items():
-            surrogate.commit(self.parameter(name), encoded[name])
+        trained = {name: self.encode_one(name) for name, _, _ in self.weights()}
+        for name in trained:
+            self.surrogates[name].commit(self.parameter(name), trained[name])
         if data:
             reestimate(self.model, data)
-        state = self.model.state_dict()
-        trained = {name for name, _, _ in self.weights()}
+        state, encoded = self.model.state_dict(), dict(trained)
         for name, value in self._values().items():
             if name in trained:
                 continue
