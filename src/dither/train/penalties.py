@@ -78,7 +78,7 @@ class Kurtosis:
                 continue
             centred = weight.float() - weight.float().mean()
             variance = centred.square().mean()
-            if float(variance) > 0:
+            if float(variance.detach()) > 0:
                 kurtosis = centred.pow(4).mean() / variance.square()
                 terms.append((kurtosis - self.target).square())
         if not terms:
