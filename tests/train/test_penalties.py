@@ -105,5 +105,5 @@ def test_a_penalty_is_any_callable() -> None:
         {"*.weight": LSQ(4)},
         penalties=[lambda r: sum(w.abs().amax() for *_, w in r.weights())],
     )
-    largest = sum(float(p.abs().max()) for p in net.parameters() if p.ndim == 2)
+    largest = sum(float(p.detach().abs().max()) for p in net.parameters() if p.ndim == 2)
     assert float(run.penalty().detach()) == pytest.approx(largest, rel=1e-6)
