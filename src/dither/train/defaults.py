@@ -23,8 +23,10 @@ def default_plan(model: nn.Module) -> Plan:
     """
     rules: dict[str, Spec] = {}
     for name, value in collect(model).values.items():
-        if can_quantize(value):
-            rules[_literal(name)] = LSQ(bits=None) if value.ndim > 1 else Fine()
+        if value.ndim > 1 and can_quantize(value):
+            rules[_literal(name)] = LSQ(bits=None)
+        elif value.ndim <= 1 and value.is_floating_point() and bool(value.isfinite().all()):
+            rules[_literal(name)] = Fine()
     if not rules:
         raise SpecError("the model has no finite floating-point tensor to quantize")
     return Plan(rules)

@@ -231,7 +231,7 @@ class _Learned(torch.autograd.Function):
         codes = place.round()
         to_weight = gradient
         if math.isfinite(high):
-            inside = (codes >= low) & (codes <= high)
+            inside = (place >= low) & (place <= high)
             codes = codes.clamp_(low, high).sub_(place * inside)
             to_weight = gradient * inside
         else:
