@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dither.train import (
         LSQ,
         Dampening,
+        DiffQ,
+        DiffQSize,
         FreezeOscillations,
         Kurtosis,
         LearnedCodebook,
@@ -49,6 +51,8 @@ __all__ = [
     "CheckpointError",
     "Codebook",
     "Dampening",
+    "DiffQ",
+    "DiffQSize",
     "DitherError",
     "Encoded",
     "Encoder",

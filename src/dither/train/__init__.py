@@ -1,6 +1,8 @@
 """Train with quantization noise, to a budget."""
 
 from dither.train.attach import attach
+from dither.train.diffq import DiffQ
+from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
 from dither.train.finish import reestimate as reestimate_batch_norm
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
@@ -24,6 +26,8 @@ __all__ = [
     "LSQ",
     "CountOscillations",
     "Dampening",
+    "DiffQ",
+    "DiffQSize",
     "FreezeOscillations",
     "Kurtosis",
     "LearnedCodebook",
@@ -44,10 +48,12 @@ __all__ = [
     "frozen_share",
     "gradient_norms",
     "hidden_states",
+    "model_size_mib",
     "oscillating",
     "redistribute",
     "reestimate_batch_norm",
     "similarities",
     "soft_targets",
     "straight_through",
+    "true_model_size_mib",
 ]
