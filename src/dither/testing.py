@@ -3,7 +3,8 @@
 Each raises ``AssertionError`` that says what broke. The numbers are the design's: 1 settings
 survive JSON and ``repr``; 2 what is loaded decodes bit for bit; 3 codes fit their alphabets and
 sizes add up; 5 a decoded tensor encodes to itself; 6 golden files keep their hash; 7 a damaged
-file is refused. (4 is about surrogates.) What needs a file takes a function, so that any container
+file is refused. 4 is about training: without noise a surrogate is not there, and in evaluation it
+shows exactly its encoding. What needs a file takes a function, so that any container
 can be put to the test.
 
 >>> from dither.formats import Affine
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -24,6 +26,9 @@ from torch import Tensor
 
 from dither.core import ArchiveError, Encoded, Encoder, Format, Stats, code_dtype
 from dither.formats import format_from_json, format_to_json
+from dither.train.noise import Noise
+from dither.train.spec import Method, begin, spec_from_json, spec_to_json
+from dither.train.surrogate import Surrogate
 
 RoundTrip = Callable[[Encoded], Encoded]
 """Writes a tensor and reads it again."""
@@ -236,6 +241,67 @@ def check_format(fmt: Format, weight: Tensor, round_trip: RoundTrip | None = Non
     params = fmt.fit(weight)
     check_idempotent(fmt.assign(weight, params), params)
     return encoded
+
+
+def check_surrogate(spec: Method, weight: Tensor) -> Encoded:
+    """Law 4, and law 1 for a training method: what its surrogate owes, on one weight.
+
+    Without noise ``train()`` returns the weight itself; ``eval()`` shows exactly the encoding;
+    neither changes the weight; gradients reach it; sizes are finite; it can be pickled.
+
+    Raises:
+        SpecError: the method refuses this weight.
+
+    Returns:
+        The encoding, for further checks.
+    """
+    check_repr(spec)
+    text = json.dumps(spec_to_json(spec))
+    copy = spec_from_json(json.loads(text))
+    assert copy == spec, f"{spec!r} came back from JSON {text} as {copy!r}"
+    parameter = torch.nn.Parameter(weight.detach().clone())
+    surrogate = begin(spec, weight.detach().clone())
+    with torch.no_grad():
+        surrogate.draw(parameter.detach(), Noise(0).generator(0, "weight", weight.device), 0)
+    surrogate.train()
+    _check_training(surrogate, parameter)
+    surrogate.eval()
+    encoded = surrogate.encode(parameter.detach())
+    decoded = check_encoded(encoded)
+    loaded = pickle.loads(pickle.dumps(surrogate))  # noqa: S301 - our own bytes
+    for kind in (surrogate, loaded):
+        for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode():
+                shown = kind(parameter)
+            # A value that is not finite, or is -0, does not survive the sum that carries gradients.
+            assert same_values(shown.detach(), decoded) or not _is_finite(weight), (
+                f"{spec!r} in eval() under {mode.__name__} does not show its encoding"
+            )
+    assert same_bits(parameter.detach(), weight.detach()), f"{spec!r} changed the weight"
+    return encoded
+
+
+def _check_training(surrogate: Surrogate, parameter: Tensor) -> None:
+    name, before = type(surrogate).__name__, parameter.detach().clone()
+    surrogate.active = False
+    assert surrogate(parameter) is parameter, f"{name} without noise does not return the weight"
+    surrogate.active = True
+    noisy = surrogate(parameter)
+    assert noisy.shape == parameter.shape, f"{name} makes {noisy.shape} of {parameter.shape}"
+    assert noisy.dtype == parameter.dtype, f"{name} makes {noisy.dtype} of {parameter.dtype}"
+    again = surrogate(parameter)
+    assert same_bits(noisy, again), f"{name} draws anew within a step, which breaks checkpointing"
+    size = surrogate.soft_bits(parameter)
+    assert not size.ndim, (
+        f"soft_bits of {name} has the shape {tuple(size.shape)}; expected a scalar"
+    )
+    assert bool(size.isfinite()), f"soft_bits of {name} is {size.item()}"
+    (noisy.float().sum() + (size if size.requires_grad else 0)).backward()
+    if _is_finite(noisy.detach()):
+        learned = [p for p in surrogate.parameters() if p.requires_grad and p.grad is not None]
+        reached = parameter.grad is not None or bool(learned)
+        assert reached, f"{name} lets no gradient through to the weight or what it learns"
+    assert same_bits(parameter.detach(), before), f"{name} changed the weight"
 
 
 def check_golden(tensor: Tensor, recorded: str) -> None:

@@ -92,6 +92,7 @@ class Surrogate(nn.Module):
     Attributes:
         active: whether there is noise at all; without, ``train()`` returns the weight itself.
         trim: octaves by which :meth:`encode` is coarser than what was learned, to meet a budget.
+        progress: share of the steps of training that is done, 0 to 1.
         can_trim: whether ``trim`` has an effect.
         is_still: whether weights always train as they are, without noise.
         lr: learning rate that suits the learned parameters (Adam).
@@ -105,11 +106,25 @@ class Surrogate(nn.Module):
         super().__init__()
         self.active = True
         self.trim = 0.0
+        self.progress = 1.0
         self._committed: Encoded | None = None
         self._shown: tuple[object, Tensor] | None = None
 
     def noisy(self, weight: Tensor) -> Tensor:
         """What `forward` of the model reads while training; float32, of the weight's shape."""
+        raise NotImplementedError
+
+    def reads_rows(self) -> bool:
+        """Whether :meth:`noisy_rows` gives what the rows of :meth:`noisy` would be."""
+        return False
+
+    def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Some rows of :meth:`noisy`: what an embedding looks up, without noise for all others.
+
+        Args:
+            rows: ``weight[index]``, float32, ``(..., columns)``.
+            index: integers, ``(...)``.
+        """
         raise NotImplementedError
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
@@ -150,6 +165,15 @@ class Surrogate(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             return self.noisy(weight.float()).to(weight.dtype)
 
+    def look_up(self, rows: Tensor, index: Tensor) -> Tensor | None:
+        """What :meth:`forward` would give for rows of an embedding, or None: ask that instead."""
+        if not self.training or self.is_still or not self.active or not self.reads_rows():
+            return None
+        if self._committed is not None and torch.is_grad_enabled():
+            self._committed = self._shown = None
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.noisy_rows(rows.float(), index).to(rows.dtype)
+
     @property
     def committed(self) -> Encoded | None:
         """The encoding fixed by ``finish``, which evaluation and the file share."""
@@ -159,37 +183,42 @@ class Surrogate(nn.Module):
         """Fix what evaluation and the file hold; ``None`` goes back to previews."""
         self._committed, self._shown = encoded, None
         if encoded is not None:
-            with torch.inference_mode(mode=False):
-                self._shown = (None, encoded.decode().to(weight.device))
+            self._keep(weight, None, encoded.decode())
 
     def reset(self) -> None:
         """Forget previews and commits: something changed that the surrogate cannot see."""
         self._committed = self._shown = None
 
-    @_eagerly
-    def _show(self, weight: Tensor, state: object) -> Tensor:
-        kind = weight.device.type
-        # What is kept must also serve outside inference mode.
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            torch.autocast(kind, enabled=False),
-        ):
-            values = self.encode(plain(weight)).decode()
-        self._shown = (state, values)
+    def _preview(self, weight: Tensor) -> Tensor:
+        shown, state = self._shown, None
+        if self._committed is None:
+            state = self._state_of(weight)
+        if shown is None or shown[0] != state:
+            shown = self._show(weight, state)
+        values = shown[1]
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return straight_through(values.to(weight.device, weight.dtype), weight)
+        is_alike = values.dtype == weight.dtype and values.device == weight.device
+        if not is_alike or values.requires_grad != weight.requires_grad:
+            values = self._show(weight, state)[1]
         return values
 
-    def _preview(self, weight: Tensor) -> Tensor:
-        shown = self._shown
-        if self._committed is not None and shown is not None:
-            values = shown[1]
-        else:
-            state = self._state_of(weight)
-            values = shown[1] if shown and shown[0] == state else self._show(weight, state)
-        values = values.to(weight.device, weight.dtype)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return straight_through(values, weight)
-        return values
+    @_eagerly
+    def _show(self, weight: Tensor, state: object) -> tuple[object, Tensor]:
+        kind = weight.device.type
+        with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            encoded = self._committed or self.encode(plain(weight))
+            return self._keep(weight, state, encoded.decode())
+
+    def _keep(self, weight: Tensor, state: object, values: Tensor) -> tuple[object, Tensor]:
+        # It must also serve outside inference mode. Whether it asks for a gradient must be as for
+        # the weight: even under no_grad, torch chooses kernels by that, and they round differently.
+        with torch.inference_mode(mode=False):
+            values = values.clone() if values.is_inference() else values.detach()
+            values = values.to(weight.device, weight.dtype)
+            shown = (state, values.requires_grad_(weight.requires_grad))
+        self._shown = shown
+        return shown
 
     @_eagerly
     def _state_of(self, weight: Tensor) -> object:
