@@ -14,12 +14,9 @@ from torch.autograd.function import once_differentiable
 from dither.core import Encoded, SpecError, Stats
 from dither.formats import Affine
 from dither.train.oscillations import Watch, hold
-from dither.train.rate import CodeLengths, sum_to
+from dither.train.rate import CodeLengths, Linear
 from dither.train.spec import Method
 from dither.train.surrogate import Surrogate
-
-_REFRESH = 10
-"""Steps after which the histogram of codes is taken anew."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,8 @@ class LSQ(Method):
             and for an unbounded grid what the data-free search for the budget finds, or an eighth
             of the standard deviation.
         learn: whether the step is learned.
+        refresh: steps for which the size penalty keeps its estimate and its gradients; 1 looks
+            anew at each step, which costs about ten passes over the weight.
         lr: learning rate of the logarithm of the step, for Adam.
     """
 
@@ -52,9 +51,12 @@ class LSQ(Method):
     group: int | None = None
     step: float | None = None
     learn: bool = True
+    refresh: int = 10
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
+        if self.refresh < 1:
+            raise SpecError(f"LSQ looks anew after 1 or more steps, not {self.refresh}")
         if self.bits is not None and not 2 <= self.bits <= 16:
             raise SpecError(f"LSQ has 2 to 16 bits, or None for no bound, not {self.bits}")
         if self.step is not None and not (math.isfinite(self.step) and self.step > 0):
@@ -75,7 +77,8 @@ class LearnedStep(Surrogate):
 
     Attributes:
         log_step: natural logarithms of the steps, ``(steps,)``.
-        relative: fixed factors of the steps of rows, ``(rows,)``, or None.
+        classes: which of the steps each row has, ``(rows,)``, or None: where the search for the
+            budget gave rows of a token table different steps, equal ones stay equal.
         watch: of codes that go back and forth, see :mod:`dither.train.oscillations`.
     """
 
@@ -84,9 +87,9 @@ class LearnedStep(Surrogate):
         self.spec = spec
         self.lr = spec.lr
         self.can_trim = spec.bits is None  # an unbounded grid may take any step
-        self.relative: Tensor | None = None
+        self.classes: Tensor | None = None
         self.watch: Watch | None = None
-        self._lengths: CodeLengths | None = None
+        self._rate: tuple[Tensor, Tensor, Tensor] | None = None
         self._shape = tuple(weight.shape)
         self._grouping = spec.format.grouping(self._shape)
         steps = self._first(weight)
@@ -110,10 +113,14 @@ class LearnedStep(Surrogate):
         if not isinstance(found, Affine) or found.bits is not None:
             return
         steps = encoded.params["scale"].float().to(self.log_step.device)
-        middle = steps.log().mean()
-        with torch.no_grad():
-            self.log_step.copy_(middle.reshape(1))
-        self.relative = (steps / middle.exp()) if len(steps) > 1 else None
+        self._classify(None)
+        if len(steps) > 1:
+            steps, classes = steps.unique(return_inverse=True)
+            self._classify(classes)
+        self.log_step = nn.Parameter(steps.log(), requires_grad=self.spec.learn)
+
+    def _classify(self, classes: Tensor | None) -> None:
+        self.classes, self._rate = classes, None
 
     def nudge(self, octaves: float) -> None:
         if self.can_trim and self.spec.learn:
@@ -122,11 +129,11 @@ class LearnedStep(Surrogate):
 
     def steps(self) -> Tensor:
         """The steps as files store them, differentiable, broadcastable to the weight."""
+        return self._spread(self._stored())
+
+    def _stored(self) -> Tensor:
         steps = self.log_step.exp()
-        if self.relative is not None:
-            steps = steps * self.relative
-        stored = steps.detach().bfloat16().float()
-        return self._spread(stored + (steps - steps.detach()))
+        return steps.detach().bfloat16().float() + (steps - steps.detach())
 
     def noisy(self, weight: Tensor) -> Tensor:
         (low, high), steps = self._ends(), self.steps()
@@ -135,11 +142,27 @@ class LearnedStep(Surrogate):
         )
         return hold(self.watch, values, steps)
 
+    def reads_rows(self) -> bool:
+        return self.watch is None and self.spec.group is None and self._grouping.axis in {None, 0}
+
+    def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        low, high = self._ends()
+        steps = self._stored()
+        if self.classes is not None:
+            steps = steps[self.classes[index]]
+        elif len(steps) > 1:
+            steps = steps[index]
+        steps = steps.reshape(*(index.shape if len(steps) > 1 else [1] * index.ndim), 1)
+        values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
+            rows, steps, low, high
+        )
+        return values
+
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         steps = self.log_step.detach().exp() * 2.0**self.trim
         fmt = self.spec.format
-        if self.relative is not None:
-            steps, fmt = steps * self.relative, Affine(None, axis=0, scale_dtype=torch.bfloat16)
+        if self.classes is not None:
+            steps, fmt = steps[self.classes], Affine(None, axis=0, scale_dtype=torch.bfloat16)
         if self.watch is not None:
             held = hold(self.watch, weight.float(), self.steps().detach())
             weight = held.to(weight.dtype)
@@ -147,9 +170,11 @@ class LearnedStep(Surrogate):
 
     def soft_bits(self, weight: Tensor) -> Tensor:
         """Interpolated code lengths: see :class:`CodeLengths`."""
-        steps = self.steps()
-        lengths = self._lengths or self._count(weight, steps)
-        return lengths.total(hold(self.watch, weight.float(), steps), steps)
+        rate = self._rate or self._look(weight.detach())
+        value: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
+            weight, self.log_step, rate[0], rate[1:]
+        )
+        return value
 
     @property
     def bits(self) -> int | None:
@@ -167,27 +192,51 @@ class LearnedStep(Surrogate):
         return steps * low, steps * high
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
-        if step % _REFRESH == 0:
-            self._lengths = None
+        if step % self.spec.refresh == 0:
+            self._rate = None
 
     def aside(self) -> dict[str, Any]:
-        lengths = self._lengths
         return {
-            "relative": self.relative,
-            "lengths": None if lengths is None else (lengths.bits, lengths.lowest),
+            "classes": self.classes,
+            "rate": self._rate,
             "watch": None if self.watch is None else self.watch.state_dict(),
         }
 
     def load_aside(self, state: Mapping[str, Any]) -> None:
-        self.relative = state["relative"]
-        self._lengths = None if state["lengths"] is None else CodeLengths(*state["lengths"])
+        self.classes, self._rate = state["classes"], state["rate"]
         self.watch = None if state["watch"] is None else Watch.from_state(state["watch"])
 
-    def _count(self, weight: Tensor, steps: Tensor) -> CodeLengths:
-        low, high = self._ends()
-        with torch.no_grad():
-            self._lengths = CodeLengths.of((weight.float() / steps).clamp(low, high))
-        return self._lengths
+    @torch.no_grad()
+    def _look(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bits now, and their gradients to the weight and to the logarithms of the steps."""
+        steps = self.steps()
+        held = hold(self.watch, weight.float(), steps)
+        place = (held / steps).clamp_(*self._ends())
+        bits, slopes = CodeLengths.of(place, self.classes).at(place, self.classes)
+        to_log = self._gather(place.mul_(slopes)).neg_()
+        value = torch.tensor(bits, dtype=torch.float32, device=weight.device)
+        self._rate = (value, slopes.div_(steps).to(weight.dtype), to_log)
+        return self._rate
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Sums over the weights that share a step, ``(steps,)``."""
+        if len(self.log_step) == 1:
+            return values.sum().reshape(1)
+        if self.classes is not None:
+            sums = values.reshape(len(values), -1).sum(1)
+            return torch.zeros_like(self.log_step).index_add_(0, self.classes, sums)
+        total = torch.zeros_like(self.log_step)
+        pieces = zip(self._grouping.views(values), self._grouping.spread(total), strict=True)
+        for box, part in pieces:
+            part.add_(box.sum(self._grouping.reduced, keepdim=True))
+        return total
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Steps of classes load, too, before their classes do (:meth:`load_aside`)."""
+        saved = state_dict.get(f"{prefix}log_step")
+        if saved is not None and saved.shape != self.log_step.shape and saved.ndim == 1:
+            self.log_step.data = torch.empty_like(saved, device=self.log_step.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _ends(self) -> tuple[float, float]:
         if self.spec.bits is None:
@@ -198,15 +247,17 @@ class LearnedStep(Surrogate):
     def _spread(self, steps: Tensor) -> Tensor:
         """Steps as they broadcast to the weight."""
         if len(steps) == 1:
-            return steps.reshape([1] * max(len(self._shape), 1))
-        if self.relative is not None:
-            return steps.reshape([-1] + [1] * (len(self._shape) - 1))
+            return steps.reshape([1] * len(self._shape))
+        if self.classes is not None:
+            return steps[self.classes].reshape([-1] + [1] * (len(self._shape) - 1))
         if self.spec.group is None:
             axis = self._grouping.axis or 0
             return steps.reshape([-1 if a == axis else 1 for a in range(len(self._shape))])
         pieces = self._grouping.spread(steps)
         boxes = self._grouping.views(torch.empty(self._shape, device="meta"))
         wide = [p.expand(b.shape).flatten(1) for p, b in zip(pieces, boxes, strict=True)]
+        if not wide:  # an empty weight
+            return steps.new_ones(self._shape)
         return torch.cat(wide, 1).reshape(self._shape)
 
 
@@ -236,5 +287,5 @@ class _Learned(torch.autograd.Function):
             to_weight = gradient * inside
         else:
             codes = codes.sub_(place)
-        to_step = sum_to(codes.mul_(gradient), step.shape) if ctx.needs_input_grad[1] else None
+        to_step = codes.mul_(gradient).sum_to_size(step.shape) if ctx.needs_input_grad[1] else None
         return to_weight, to_step, None, None
