@@ -105,3 +105,23 @@ def test_it_begins_from_steps_of_rows() -> None:
 def test_nonsense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(SpecError):
         LSQ(**settings)  # type: ignore[arg-type]
+
+
+def test_an_embedding_reads_only_its_rows() -> None:
+    """The rows of a lookup, and all gradients, are those of the whole table's noise."""
+    found = Affine(None, axis=0, scale_dtype=torch.bfloat16).assign(
+        weight(20, 6), {"scale": torch.tensor([0.5, 1.0, 0.25, 1.0]).repeat(5)}
+    )
+    index = torch.tensor([[3, 4, 4], [0, 19, 3]])
+    mixed = weight(2, 3, 6, seed=2)
+    for spec in (LSQ(4), LSQ(None), LSQ(4, axis=0)):
+        gradients = []
+        for is_whole in (True, False):
+            surrogate, table = spec.begin(weight(20, 6)), weight(20, 6).requires_grad_()
+            surrogate.start(found)
+            assert surrogate.reads_rows()
+            rows = surrogate(table)[index] if is_whole else surrogate.look_up(table[index], index)
+            (rows * mixed).sum().backward()
+            gradients.append((rows.detach(), table.grad, surrogate.log_step.grad))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)

@@ -13,7 +13,7 @@ ARRIVE = 0.6
 AIM = 0.996
 """Share of the budget that is aimed at: what is missing is trimmed less gladly than left."""
 
-_INTEGRAL = 3.0
+_INTEGRAL = 6.0
 """Gain, in nats of lambda for each relative error of 1, at each update."""
 
 _FASTEST = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,75 +14,83 @@ from dither.coding import code_lengths
 
 _SAMPLE = 1 << 18
 _MARGIN = 2
+_FARTHEST = 2.0**20
+"""Positions beyond are counted here: a table of more entries helps nobody."""
 
 
+@dataclass(frozen=True)
 class CodeLengths:
-    """Bits of each code of a uniform grid, by a histogram of where weights are now.
+    """Bits of each code of a uniform grid, by a histogram of where weights are.
 
     Attributes:
-        bits: ideal code lengths, ``(codes,)``, float32.
+        bits: ideal code lengths, ``(classes, codes)``, float32: a table for each class of rows.
         lowest: the code of the first entry, in steps.
     """
 
-    def __init__(self, bits: Tensor, lowest: int) -> None:
-        self.bits = bits
-        self.lowest = lowest
+    bits: Tensor
+    lowest: int
 
     @classmethod
-    def of(cls, positions: Tensor) -> CodeLengths:
-        """Count ``positions``: weights in steps, any shape, of which a sample is looked at."""
-        flat = positions.detach().reshape(-1)
-        flat = flat[:: max(1, flat.numel() // _SAMPLE)].round().clamp(-(2.0**20), 2.0**20)
-        if not flat.numel():
-            return cls(torch.zeros(2, device=positions.device), 0)
-        low, high = (int(end) for end in torch.aminmax(flat))
-        lowest = min(low, 0) - _MARGIN
-        size = max(high, 0) + _MARGIN - lowest + 1
-        counts = torch.bincount((flat - lowest).to(torch.int64), minlength=size)
-        lengths = code_lengths(counts.cpu().numpy().astype(np.float64))
-        return cls(torch.from_numpy(lengths).float().to(positions.device), lowest)
-
-    def total(self, weight: Tensor, step: Tensor) -> Tensor:
-        """Bits of all weights, a scalar, with gradients to weights and steps.
-
-        Between two grid points the length is interpolated: it is the expected length if weights
-        were rounded at random without bias.
+    def of(cls, positions: Tensor, classes: Tensor | None = None) -> CodeLengths:
+        """Count positions.
 
         Args:
-            weight: float32.
-            step: broadcastable to it.
+            positions: weights in steps, any shape; of many a sample of rows is looked at.
+            classes: class of each row, ``(rows,)``, integers from 0; None: all are of one class.
         """
-        bits: Tensor = _Interpolated.apply(  # type: ignore[no-untyped-call]
-            weight, step, self.bits, self.lowest
-        )
-        return bits
+        rows = positions.detach().reshape(len(positions) if classes is not None else 1, -1)
+        count = 1 if classes is None else int(classes.max()) + 1
+        if classes is None:
+            rows = rows[:, :: max(1, rows.numel() // _SAMPLE)]
+        elif (stride := rows.numel() // _SAMPLE) > 1:
+            rows = rows[:, ::stride]
+        rows = rows.round().clamp_(-_FARTHEST, _FARTHEST)
+        if not rows.numel():
+            return cls(torch.zeros(count, 2, device=rows.device), 0)
+        low, high = (int(end) for end in torch.aminmax(rows))
+        lowest = min(low, 0) - _MARGIN
+        size = max(high, 0) + _MARGIN - lowest + 1
+        index = rows.sub_(lowest).to(torch.int64)
+        if classes is not None:
+            index += classes.reshape(-1, 1) * size
+        counts = torch.bincount(index.reshape(-1), minlength=size * count).reshape(count, size)
+        lengths = np.stack([code_lengths(row) for row in counts.cpu().numpy()])
+        return cls(torch.from_numpy(lengths).float().to(positions.device), lowest)
+
+    def at(self, positions: Tensor, classes: Tensor | None = None) -> tuple[float, Tensor]:
+        """Bits of all positions, interpolated between grid points, and their slopes.
+
+        The interpolated length is the expected one, if weights were rounded at random without
+        bias.
+
+        Returns:
+            The sum in bits, and for each position the derivative by it, of the same shape.
+        """
+        codes = self.bits.shape[1]
+        shape = (-1, *[1] * (positions.ndim - 1))
+        whole = positions.floor()
+        index = (whole - self.lowest).clamp_(0, codes - 2).to(torch.int32)
+        if classes is not None:
+            index += (classes * codes).to(torch.int32).reshape(shape)
+        flat, index = self.bits.reshape(-1), index.reshape(-1)
+        slopes = flat.diff(append=flat[-1:]).index_select(0, index)
+        total = flat.index_select(0, index).sum(dtype=torch.float64)
+        total += torch.dot(slopes, (positions - whole).reshape(-1))
+        return float(total), slopes.reshape(positions.shape)
 
 
-class _Interpolated(torch.autograd.Function):
-    """Sum of interpolated code lengths; keeps one slope per weight for the backward pass."""
+class Linear(torch.autograd.Function):
+    """A number with given gradients: a function as it was where it was last looked at."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, step: Tensor, bits: Tensor, lowest: int) -> Tensor:
-        place = weight / step
-        whole = place.floor()
-        index = (whole - lowest).clamp_(0, len(bits) - 2).to(torch.int32)
-        slopes = (bits[1:] - bits[:-1]).take(index.long())
-        total = bits.take(index.long()).sum(dtype=torch.float64)
-        total += (slopes * (place - whole)).sum(dtype=torch.float64)
-        ctx.save_for_backward(slopes, weight, step)
-        return total.to(weight.dtype)
+    def forward(
+        ctx: Any, _weight: Tensor, _other: Tensor, value: Tensor, slopes: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        ctx.slopes = slopes
+        return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        slopes, weight, step = ctx.saved_tensors
-        to_weight = slopes * (gradient / step)
-        to_step = None
-        if ctx.needs_input_grad[1]:
-            to_step = -sum_to(to_weight * weight, step.shape) / step
-        return (to_weight if ctx.needs_input_grad[0] else None), to_step, None, None
-
-
-def sum_to(value: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of ``value`` over the axes along which a tensor of ``shape`` was broadcast."""
-    return value.sum_to_size(shape) if value.shape != shape else value
+        needed = zip(ctx.slopes, ctx.needs_input_grad, strict=False)
+        return (*(slope * gradient if need else None for slope, need in needed), None, None)

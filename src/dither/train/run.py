@@ -29,7 +29,7 @@ MEASURES = 40
 """How often the file is measured while training to a budget, about."""
 
 _STEER_EVERY = 5
-_NUDGE = 0.3
+_NUDGE = 0.6
 """Share of the error in size that is mended at once, by steps that all grow or shrink."""
 
 _FARTHEST = 0.05

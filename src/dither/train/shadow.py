@@ -89,6 +89,21 @@ def _place(owner: nn.Module) -> list[tuple[nn.Module, str]]:
     return placed
 
 
+def _look_up(owner: Any, base: Any, input: Tensor) -> Tensor | None:  # noqa: A002 - torch's name
+    """An embedding's rows without noise for the rest of its table, where a surrogate can."""
+    surrogate = owner._modules[SHADOWS]["weight"]
+    if isinstance(surrogate, _Shared):
+        surrogate = surrogate.__dict__["surrogate"]
+    if not owner.training or owner.sparse or not surrogate.reads_rows():
+        return None
+    rows = base.forward(owner, input)
+    values: Tensor | None = surrogate.look_up(rows, input)
+    if values is not None and owner.padding_idx is not None:  # it has no gradient
+        used = (input != owner.padding_idx).unsqueeze(-1)
+        values = torch.where(used, values, values.detach())
+    return values
+
+
 def _enter(module: nn.Module, name: str, values: Tensor) -> None:
     if is_compiling():
         module.__dict__[name] = values
@@ -135,7 +150,11 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
     if base in _CLASSES:
         return _CLASSES[base]
 
+    is_table = base.forward is nn.Embedding.forward
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_table and (rows := _look_up(self, base, *args, **kwargs)) is not None:
+            return rows
         placed = _place(self)
         try:
             return base.forward(self, *args, **kwargs)
