@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn, strided
+from torch.nn.parameter import is_lazy
 
 from dither.core import CheckpointError, dtype_name
 
@@ -72,6 +73,8 @@ def _check(name: object, value: object) -> None:
         raise CheckpointError(
             f"{name!r} is {type(value).__name__}, not a tensor; pass a state dict of tensors only"
         )
+    if is_lazy(value):
+        raise CheckpointError(f"{name!r} is lazy and has no shape yet; run one batch first")
     if value.layout != strided or value.is_quantized or value.is_meta or value.is_nested:
         raise CheckpointError(
             f"{name!r} is a {value.layout}, quantized, nested or meta tensor; pass plain (strided) "

@@ -61,7 +61,10 @@ def attach(
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, nbytes)
-    sites = {name: find_sites(model, name, rules.owners) for name in surrogates}
+    sites = {
+        name: find_sites(model, name, rules.owners, is_noisy=not surrogate.is_still)
+        for name, surrogate in surrogates.items()
+    }
     for name, surrogate in surrogates.items():
         for number, site in enumerate(sites[name]):
             shadow(site, surrogate, is_first=number == 0)

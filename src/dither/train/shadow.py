@@ -224,8 +224,16 @@ def unshadow(owner: nn.Module) -> None:
     owner.__dict__.pop(_VISITORS, None)
 
 
-def find_sites(model: nn.Module, name: str, owners: Mapping[str, str]) -> list[Site]:
+def find_sites(
+    model: nn.Module, name: str, owners: Mapping[str, str], *, is_noisy: bool = True
+) -> list[Site]:
     """Every place at which the parameter of a name is read, ties included.
+
+    Args:
+        model: any module.
+        name: of the parameter.
+        owners: see :class:`dither.Plan`.
+        is_noisy: whether something else than the weight is read in training.
 
     Raises:
         SpecError: an owner that does not exist or does not hold the parameter, or a module in
@@ -241,7 +249,7 @@ def find_sites(model: nn.Module, name: str, owners: Mapping[str, str]) -> list[S
             if value is None or not _is_same(value, parameter):
                 continue
             full = f"{path}.{local}" if path else local
-            _refuse(full, module)
+            _refuse(full, module, is_noisy=is_noisy)
             reader = _named(modules, full, owners) if full in owners else _reader(modules, path)
             if reader is None:
                 raise SpecError(
@@ -268,7 +276,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _refuse(full: str, module: nn.Module) -> None:
+def _refuse(full: str, module: nn.Module, *, is_noisy: bool) -> None:
     if any(isinstance(hook, _STALE_HOOKS) for hook in module._forward_pre_hooks.values()):
         raise SpecError(
             f"{full!r} belongs to a hook of torch.nn.utils (weight_norm, spectral_norm, prune), "
@@ -281,6 +289,11 @@ def _refuse(full: str, module: nn.Module) -> None:
             f"{full!r} is in an embedding with max_norm, which overwrites weights while it reads "
             "them; set max_norm=None and renormalise after optimizer steps, or leave it out of the "
             "plan"
+        )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and is_noisy:
+        raise SpecError(
+            f"{full!r} is in an embedding with sparse gradients, which training methods do not "
+            "have; set sparse=False, or give it a format, which is applied after training"
         )
 
 
