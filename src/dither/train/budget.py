@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dither.train.run import Run
 
 ARRIVE = 0.6
 """Share of the steps after which the size should have arrived at the budget."""
@@ -20,6 +23,19 @@ _FASTEST = 0.5
 """The largest change in one update, in nats."""
 
 _FIRST = 1e-2
+
+
+MEASURES = 20
+"""How often the file is measured while training to a budget, about."""
+
+_EVERY = 10
+"""Steps between looks at the size."""
+
+_NUDGE = 0.6
+"""Share of the error in size that is mended at once, by steps that all grow or shrink."""
+
+_FARTHEST = 0.05
+"""Octaves by which they do at most."""
 
 
 @dataclass
@@ -62,6 +78,22 @@ class Controller:
             self.start = predicted
         self.error = math.log(max(predicted, 1.0) / self.wanted(progress))
         self.log_weight += min(max(_INTEGRAL * self.error, -_FASTEST), _FASTEST)
+
+    def steer(self, run: Run) -> None:
+        """After a step: look at the size now and then, adjust lambda, and mend the error."""
+        if run.done % max(1, (run.steps or 1) // MEASURES) == 0:
+            run.measure()
+        elif run.done % _EVERY:
+            return
+        else:
+            run.look()
+        predicted = run.predicted_nbytes()
+        self.update(predicted, run.progress)
+        weights = list(run.weights())
+        bits = 8 * predicted / max(sum(weight.numel() for _, _, weight in weights), 1)
+        octaves = min(max(_NUDGE * self.error * bits, -_FARTHEST), _FARTHEST)
+        for _, surrogate, _ in weights:
+            surrogate.nudge(octaves)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""

@@ -193,7 +193,10 @@ class LearnedStep(Surrogate):
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         if step % self.spec.refresh == 0:
-            self._rate = None
+            self.renew()
+
+    def renew(self) -> None:
+        self._rate = None
 
     def aside(self) -> dict[str, Any]:
         return {

@@ -25,15 +25,6 @@ from dither.train.shadow import SHADOWS, unshadow
 from dither.train.spec import AfterTraining, begin
 from dither.train.surrogate import Surrogate, estimated_bits, moved, plain, whole
 
-MEASURES = 40
-"""How often the file is measured while training to a budget, about."""
-
-_STEER_EVERY = 5
-_NUDGE = 0.6
-"""Share of the error in size that is mended at once, by steps that all grow or shrink."""
-
-_FARTHEST = 0.05
-
 
 class Run:
     """A model whose weights are read through surrogates; made by :func:`dither.attach`.
@@ -113,11 +104,11 @@ class Run:
         self._unfinish()
         self.extras.step()
         self.done += 1
-        if self.controller is not None:
-            self._steer(self.controller)
         for schedule in self.schedules:
             schedule(self, self.done)
         self._draw()
+        if self.controller is not None:
+            self.controller.steer(self)
 
     def predicted_nbytes(self) -> float:
         """Bytes of the file, by the last estimate of its size and the last measurement."""
@@ -127,13 +118,19 @@ class Run:
                 bits = self.soft_bits()
         return self._ratio * float(bits) / 8 + self._rest
 
+    def look(self) -> float:
+        """The estimated coded size in bits of all weights with noise, as they are now."""
+        for _, surrogate, _ in self.weights():
+            surrogate.renew()
+        with torch.no_grad():
+            return float(self.soft_bits())
+
     def measure(self) -> int:
         """Bytes that the file would take now: everything is encoded and coded."""
         trained = {name for name, _, _ in self.weights()}
         coded = {name: code(encoded) for name, encoded in self.encode().items()}
         nbytes = packed_nbytes(coded, self._aliases)
-        with torch.no_grad():
-            bits = float(self.soft_bits())
+        bits = self.look()
         variable = sum(part.nbytes for name, part in coded.items() if name in trained)
         self._ratio = variable / (bits / 8) if bits else 1.0
         self._rest = float(nbytes - variable)
@@ -295,19 +292,6 @@ class Run:
                 with whole(surrogate):
                     surrogate.draw(plain(weight), generator, self.done)
 
-    def _steer(self, controller: Controller) -> None:
-        every = max(1, (self.steps or 1) // MEASURES)
-        if self.done % every == 0:
-            self.measure()
-        if self.done % _STEER_EVERY == 0:
-            controller.update(self.predicted_nbytes(), self.progress)
-            with torch.no_grad():
-                count = sum(weight.numel() for _, _, weight in self.weights())
-                bits = 8 * self.predicted_nbytes() / max(count, 1)
-                octaves = min(max(_NUDGE * controller.error * bits, -_FARTHEST), _FARTHEST)
-                for _, surrogate, _ in self.weights():
-                    surrogate.nudge(octaves)
-
     def _values(self) -> dict[str, Tensor]:
         """Every tensor that the file holds, before it is encoded."""
         values = {
@@ -336,8 +320,8 @@ class Run:
 
     def _commit(self, data: list[Any] | None) -> None:
         trained = {name: self.encode_one(name) for name, _, _ in self.weights()}
-        for name in trained:
-            self.surrogates[name].commit(self.parameter(name), trained[name])
+        for name, fixed in trained.items():
+            self.surrogates[name].commit(self.parameter(name), fixed)
         if data:
             reestimate(self.model, data)
         state, encoded = self.model.state_dict(), dict(trained)

@@ -141,6 +141,9 @@ class Surrogate(nn.Module):
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         """Draw what is random for a step, and refresh what is refreshed on a schedule."""
 
+    def renew(self) -> None:
+        """Forget what :meth:`soft_bits` keeps between steps; by default nothing."""
+
     def nudge(self, octaves: float) -> None:
         """Make what is learned coarser at once, by octaves of the step; by default nothing."""
 
