@@ -5,6 +5,7 @@ from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
 from dither.train.finish import reestimate as reestimate_batch_norm
+from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.lsq import LSQ
 from dither.train.noise import Noise
@@ -17,9 +18,11 @@ from dither.train.oscillations import (
 )
 from dither.train.penalties import Kurtosis, Penalty, Size
 from dither.train.plan import Plan
+from dither.train.quant_noise import QuantNoise
 from dither.train.run import Run
 from dither.train.schedules import Ramp, Schedule, Vary, WarmUp
 from dither.train.spec import Method
+from dither.train.straight_through import StraightThrough
 from dither.train.surrogate import Surrogate, straight_through
 
 __all__ = [
@@ -29,16 +32,20 @@ __all__ = [
     "DiffQ",
     "DiffQSize",
     "FreezeOscillations",
+    "IterativePQ",
     "Kurtosis",
     "LearnedCodebook",
     "Method",
     "Noise",
     "Penalty",
     "Plan",
+    "ProductCodes",
+    "QuantNoise",
     "Ramp",
     "Run",
     "Schedule",
     "Size",
+    "StraightThrough",
     "Surrogate",
     "Teacher",
     "Vary",
@@ -50,6 +57,7 @@ __all__ = [
     "hidden_states",
     "model_size_mib",
     "oscillating",
+    "published_nbytes",
     "redistribute",
     "reestimate_batch_norm",
     "similarities",
