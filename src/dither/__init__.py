@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dither.search import compress
     from dither.train import (
         LSQ,
+        Budget,
         Dampening,
         DiffQ,
         DiffQSize,
@@ -51,6 +52,7 @@ __all__ = [
     "Affine",
     "Archive",
     "ArchiveError",
+    "Budget",
     "BudgetError",
     "CheckpointError",
     "Codebook",

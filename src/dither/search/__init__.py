@@ -3,7 +3,7 @@
 from dither.search.budget import LEAST_SHARE, SLACK_NBYTES
 from dither.search.compress import compress
 from dither.search.options import Weighted
-from dither.search.sensitivity import Sensitivity, data_free
+from dither.search.sensitivity import Sensitivity, data_free, token_counts
 from dither.search.size import parse_size
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "compress",
     "data_free",
     "parse_size",
+    "token_counts",
 ]

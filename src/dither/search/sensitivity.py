@@ -8,10 +8,12 @@ gives the reasons, and what each part of the rule brings.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dither.core import SpecError
 from dither.search.options import Weighted
 from dither.search.priors import prior_gram
 
@@ -68,6 +70,34 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
         else:
             weighted[name] = Weighted(value, 1.0)
     return weighted
+
+
+def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_free) -> Sensitivity:
+    """A sensitivity in which rows of token tables cost what they were seen to be read.
+
+    Steps go with ``1 / sqrt(count)``: rows read half as often may have twice the squared error.
+
+    Args:
+        counts: how often each row was read, ``(rows,)``, by the name of its table. Rows that were
+            never seen count as half a time.
+        sensitivity: for everything else.
+    """
+
+    def counted(tensors: Mapping[str, Tensor]) -> Mapping[str, Weighted]:
+        weighted = dict(sensitivity(tensors))
+        for name, seen in counts.items():
+            if name not in weighted or tuple(seen.shape) != tuple(weighted[name].value.shape[:1]):
+                raise SpecError(
+                    f"counts for {name!r} of shape {tuple(seen.shape)} fit no table; give one "
+                    "number for each of its rows, under its name"
+                )
+            octaves = -seen.double().clamp(min=0.5).log2() / 2
+            notched = (octaves * _NOTCHES).round() / _NOTCHES
+            steps = torch.exp2(notched - notched.mean()).float()
+            weighted[name] = replace(weighted[name], rows=steps, gram=None)
+        return weighted
+
+    return counted
 
 
 def _matrix(name: str, value: Tensor) -> Weighted:

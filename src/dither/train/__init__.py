@@ -1,6 +1,7 @@
 """Train with quantization noise, to a budget."""
 
 from dither.train.attach import attach
+from dither.train.budget import Budget
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
@@ -27,6 +28,7 @@ from dither.train.surrogate import Surrogate, straight_through
 
 __all__ = [
     "LSQ",
+    "Budget",
     "CountOscillations",
     "Dampening",
     "DiffQ",

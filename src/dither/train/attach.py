@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dither.core import SpecError
 from dither.model import collect
 from dither.search import compress, parse_size
-from dither.train.budget import Controller
+from dither.train.budget import Budget, Controller
 from dither.train.defaults import default_plan
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
@@ -27,7 +27,7 @@ def attach(
     model: nn.Module,
     plan: Plan | Mapping[str, Spec] | None = None,
     *,
-    budget: int | str | None = None,
+    budget: int | str | Budget | None = None,
     steps: int | None = None,
     optimizer: Optimizer | None = None,
     penalties: Iterable[Penalty] = (),
@@ -44,7 +44,7 @@ def attach(
         plan: ``glob -> format, encoder or training method``, the first match wins; by default,
             with a budget, learned steps on an entropy-coded grid for every tensor.
         budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
-            bytes. Training is steered there by the size penalty in :meth:`Run.penalty`.
+            bytes, or a :class:`Budget`. Training is steered there by :meth:`Run.penalty`.
         steps: optimizer steps that training will take; needed for a budget.
         optimizer: the learned extras join it, see :meth:`Run.join`.
         penalties: further terms for :meth:`Run.penalty`.
@@ -56,11 +56,12 @@ def attach(
         BudgetError: the budget is not understood or impossible.
     """
     tensors = collect(model)
-    nbytes = None if budget is None else parse_size(budget, tensors.nbytes)
+    goal = Budget(budget) if isinstance(budget, int | str) else budget
+    nbytes = None if goal is None else parse_size(goal.size, tensors.nbytes)
     _check(model, plan, nbytes, steps)
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
-    surrogates = _begin(model, specs, nbytes)
+    surrogates = _begin(model, specs, goal)
     sites = {
         name: find_sites(model, name, rules.owners, is_noisy=not surrogate.is_still)
         for name, surrogate in surrogates.items()
@@ -83,8 +84,8 @@ def attach(
         schedule(run, 0)
     if optimizer is not None:
         run.join(optimizer)
-    if nbytes is not None:
-        run.controller = Controller(nbytes)
+    if goal is not None and nbytes is not None:
+        run.controller = Controller(nbytes, goal.arrive)
         run.measure()
     return run
 
@@ -107,9 +108,14 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
         raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
 
 
-def _begin(model: nn.Module, specs: Mapping[str, Spec], budget: int | None) -> dict[str, Surrogate]:
+def _begin(
+    model: nn.Module, specs: Mapping[str, Spec], budget: Budget | None
+) -> dict[str, Surrogate]:
     """A surrogate for each parameter, begun where the data-free search for the budget puts it."""
-    start = None if budget is None else compress(model, budget)
+    start = None
+    if budget is not None:
+        size = budget.size if budget.start is None else budget.start
+        start = compress(model, size, sensitivity=budget.sensitivity)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     surrogates = {}
     for name, spec in specs.items():

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dither.core import SpecError
+from dither.search import Sensitivity, data_free
+
 if TYPE_CHECKING:
     from dither.train.run import Run
 
@@ -23,6 +26,29 @@ _FASTEST = 0.5
 """The largest change in one update, in nats."""
 
 _FIRST = 1e-2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget for :func:`dither.attach`, with what a plain size leaves to defaults.
+
+    Attributes:
+        size: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own bytes.
+        start: the size at which training begins, in the same units; by default the budget itself.
+            Long runs at very few bits gain from beginning larger and falling.
+        arrive: share of the steps after which the size has fallen to the budget.
+        sensitivity: for the data-free search that says where steps begin: see
+            :func:`dither.compress`.
+    """
+
+    size: int | str
+    start: int | str | None = None
+    arrive: float = ARRIVE
+    sensitivity: Sensitivity = data_free
+
+    def __post_init__(self) -> None:
+        if not 0 < self.arrive <= 1:
+            raise SpecError(f"a Budget arrives after a share of the steps, not {self.arrive}")
 
 
 MEASURES = 20
@@ -45,16 +71,18 @@ class Controller:
     log(lambda) integrates the logarithm of predicted over wanted bytes, so that it comes to rest
     where training keeps the size by itself; until then the run mends errors by a common factor of
     all steps. The wanted size falls geometrically from where training starts, and stays at the
-    budget from :data:`ARRIVE` of the steps on.
+    budget from the share ``arrive`` of the steps on.
 
     Attributes:
         nbytes: the budget.
+        arrive: share of the steps after which sizes should be there.
         log_weight: natural logarithm of lambda, for the size in bits per weight.
         start: bytes when training began.
         error: logarithm of predicted over wanted bytes, at the last update.
     """
 
     nbytes: int
+    arrive: float = ARRIVE
     log_weight: float = math.log(_FIRST)
     start: float | None = None
     error: float = 0.0
@@ -69,7 +97,7 @@ class Controller:
         goal = AIM * self.nbytes
         if self.start is None or self.start <= goal:
             return goal
-        share = min(progress / ARRIVE, 1.0)
+        share = min(progress / self.arrive, 1.0)
         return float(self.start * (goal / self.start) ** share)
 
     def update(self, predicted: float, progress: float) -> None:
