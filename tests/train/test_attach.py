@@ -258,7 +258,7 @@ def test_detach_after_finish_leaves_the_values_of_the_file() -> None:
     model = run.detach()
     assert all(same_bits(model.state_dict()[n], e.decode()) for n, e in encoded.items())
     assert same_bits(outputs(model, inputs), expected)
-    assert attach(model, {"*weight": LEARNED})  # and again
+    assert attach(model, {"*weight": LEARNED}).surrogates  # and again
 
 
 @pytest.mark.parametrize("spec", BASIC, ids=("bounded", "unbounded", "plain"))
@@ -354,8 +354,8 @@ def test_sparse_embeddings_take_plain_formats() -> None:
 
 def test_parametrizations_work_before_and_are_refused_after() -> None:
     for wrap in (parametrizations.weight_norm, parametrizations.spectral_norm):
-        model = nn.Sequential(nn.Linear(8, 8))
-        wrap(model[0])
+        model: nn.Module = nn.Sequential(nn.Linear(8, 8))
+        wrap(model.get_submodule("0"))
         run = attach(model, {"*original*": UNBOUNDED})
         inputs = torch.randn(3, 8)
         train(run, inputs)

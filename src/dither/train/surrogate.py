@@ -166,7 +166,11 @@ class Surrogate(nn.Module):
         if not self.active or self.is_still:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
-            return self.noisy(weight.float()).to(weight.dtype)
+            values = self.noisy(weight.float()).to(weight.dtype)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # As when it is computed again with gradients: torch chooses kernels by this.
+            values = values.detach().requires_grad_(weight.requires_grad)
+        return values
 
     def look_up(self, rows: Tensor, index: Tensor) -> Tensor | None:
         """What :meth:`forward` would give for rows of an embedding, or None: ask that instead."""
