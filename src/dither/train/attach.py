@@ -62,13 +62,7 @@ def attach(
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, goal)
-    sites = {
-        name: find_sites(model, name, rules.owners, is_noisy=not surrogate.is_still)
-        for name, surrogate in surrogates.items()
-    }
-    for name, surrogate in surrogates.items():
-        for number, site in enumerate(sites[name]):
-            shadow(site, surrogate, is_first=number == 0)
+    _place(model, rules, surrogates)
     run = Run(
         model,
         rules,
@@ -106,6 +100,17 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
         )
     if plan is None and nbytes is None:
         raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
+
+
+def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) -> None:
+    """Let modules read surrogates; nothing is changed if one of them cannot."""
+    sites = {
+        name: find_sites(model, name, plan.owners, is_noisy=not surrogate.is_still)
+        for name, surrogate in surrogates.items()
+    }
+    for name, surrogate in surrogates.items():
+        for number, site in enumerate(sites[name]):
+            shadow(site, surrogate, is_first=number == 0)
 
 
 def _begin(
