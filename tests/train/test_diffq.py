@@ -33,7 +33,7 @@ def begun(spec: DiffQ, weight: Tensor, spread: float = 0.0) -> LearnedBits:
     surrogate = spec.begin(weight)
     assert isinstance(surrogate, LearnedBits)
     with torch.no_grad():
-        surrogate.logits += spread * numbers(len(surrogate.logits), seed=9)
+        surrogate.logits.add_(numbers(len(surrogate.logits), seed=9), alpha=spread)
     surrogate.draw(weight, generator(), 0)
     return surrogate
 
@@ -128,6 +128,8 @@ def test_widths_begin_as_asked_within_their_bounds(param: str) -> None:
     assert bool((bits[2:] > 3).all() and (bits[2:] < 9).all())
 
 
+# torch's compiler itself still makes instances of autograd functions
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_whole() -> None:
     weight = numbers(8, 16).requires_grad_()
     surrogate = begun(DiffQ(group=8), weight.detach()).train()
@@ -312,8 +314,8 @@ def test_widths_move_away_from_where_they_began_and_bytes_follow() -> None:
 @pytest.mark.parametrize("group", [1, 8])
 def test_soft_bits_track_the_file_on_real_weights(data_dir: Path, group: int) -> None:
     weights = load_file(data_dir / "resnet20-cifar10.safetensors")
-    matrices = [w for w in weights.values() if w.ndim > 1]
-    for bits, spread in [(2.2, 0.2), (3, 0.3), (4, 0.0), (5, 0.2), (6.4, 0.5), (8, 0.3), (11, 0.3)]:
+    matrices = [w for w in weights.values() if w.ndim > 1][::3]
+    for bits, spread in [(2.2, 0.2), (3, 0.3), (4, 0.0), (5.4, 0.5), (8, 0.3), (11, 0.3)]:
         soft = nbytes = 0.0
         for weight in matrices:
             surrogate = begun(DiffQ(group=group, init_bits=bits), weight, spread=spread)
@@ -335,9 +337,9 @@ def test_slopes_of_soft_bits_are_those_of_the_file() -> None:
 
     with torch.no_grad():
         before = nbytes(weight)
-        surrogate.logits += 0.2
+        surrogate.logits.add_(0.2)
         wider = nbytes(weight) - before
-        surrogate.logits -= 0.2
+        surrogate.logits.sub_(0.2)
         # Shrinking all weights but those at the ends keeps the range and saves bits.
         middle = (weight.abs() < 2.5).float()
         smaller = nbytes(weight * (1 - 0.1 * middle)) - before
@@ -347,17 +349,17 @@ def test_slopes_of_soft_bits_are_those_of_the_file() -> None:
     assert shrinking == pytest.approx(smaller, rel=0.2)
 
 
-@pytest.mark.parametrize("share", [0.12, 0.05])
+@pytest.mark.parametrize("share", [0.14, 0.08])
 def test_a_budget_is_reached(share: float) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 48))
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
     budget = int(share * sum(4 * p.numel() for p in net.parameters()))
-    plan = {"*weight": DiffQ(noise="uniform", lr=0.02), "*bias": Affine(8)}
-    run = dither.attach(net, plan, budget=budget, steps=120)
+    plan = Plan({"*weight": DiffQ(noise="uniform", lr=0.02), "*bias": Affine(8)})
+    run = dither.attach(net, plan, budget=budget, steps=60)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     run.join(optimizer)
-    for step in range(120):
-        x = numbers(32, 48, seed=step)
+    for step in range(60):
+        x = numbers(32, 64, seed=step)
         ((net(x) - x).square().mean() + run.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.formats import Affine, Mixed, Raw
+from dither.formats.settings import check_choice, check_count
 from dither.train.spec import AfterTraining, Method
 from dither.train.surrogate import Surrogate, plain
 from dither.train.widths import WidthCosts, sums
@@ -70,18 +71,14 @@ extra_bits=0, min_size=0, lr=0.001)
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group, int) or not 0 <= self.group <= MAX_ALPHABET:
-            raise SpecError(f"DiffQ has groups of 1 to {MAX_ALPHABET}, or 0, not {self.group!r}")
+        check_count("DiffQ", "group", self.group, 0, MAX_ALPHABET)
         if not 1 <= self.min_bits < self.init_bits < self.max_bits <= _WIDEST:
             raise SpecError(
                 f"DiffQ has 1 <= min_bits < init_bits < max_bits <= {_WIDEST}, not "
                 f"{self.min_bits}, {self.init_bits} and {self.max_bits}"
             )
-        if self.noise not in NOISES or self.param not in PARAMS:
-            raise SpecError(
-                f'DiffQ has noise "gaussian" or "uniform" and param "bits" or "noise", not '
-                f"{self.noise!r} and {self.param!r}"
-            )
+        check_choice("DiffQ", "noise", self.noise, NOISES)
+        check_choice("DiffQ", "param", self.param, PARAMS)
 
     def begin(self, weight: Tensor) -> Surrogate:
         if weight.numel() == 0 or weight.numel() <= self.min_size * 2**20 // 4:

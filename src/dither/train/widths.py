@@ -17,7 +17,7 @@ from dither.coding import code_lengths
 
 WIDEST = 16
 _FINEST = 12
-_BINS = 1 << _FINEST
+BINS = 1 << _FINEST
 """Cells of the range, of which the codes of each width are made up."""
 
 _NEIGHBOURS = 0.05
@@ -66,12 +66,12 @@ class WidthCosts:
         whole = bits.floor().clamp_(0, WIDEST - 1)
         share = (bits - whole).clamp_(0, 1)
         below = whole.to(torch.int32)
-        scale = torch.where(span > 0, _BINS / span, 0.0).to(flat.dtype)
-        cells = _cells(flat, low, scale)
+        scale = torch.where(span > 0, BINS / span, 0.0).to(flat.dtype)
+        cells = cells_of(flat, low, scale)
         counts = _counts(cells, below + (share > 0.5), group)
-        lengths, slopes, heads = _tables(counts.cpu().numpy())
+        lengths, slopes, heads = tables(counts.cpu().numpy())
         table = torch.from_numpy(lengths).to(flat).view(-1)
-        rises = (torch.from_numpy(slopes).to(flat) * (scale / _BINS)).view(-1)
+        rises = (torch.from_numpy(slopes).to(flat) * (scale / BINS)).view(-1)
         at, step, pull = (torch.empty_like(t) for t in (share, share, flat))
         groups = max(1, _CHUNK // group)
         for box, own, part, out_at, out_step, out_pull in zip(
@@ -83,17 +83,17 @@ class WidthCosts:
             pull.split(groups * group),
             strict=True,
         ):
-            index = box + spread(own * _BINS, group, len(box))
+            index = box + spread(own * BINS, group, len(box))
             first = table.index_select(0, index)
-            second = table.index_select(0, index + _BINS)
+            second = table.index_select(0, index + BINS)
             out_at.copy_(sums(first, group))
             out_step.copy_(sums(second.sub_(first), group))
-            first, second = (rises.index_select(0, i) for i in (index, index + _BINS))
+            first, second = (rises.index_select(0, i) for i in (index, index + BINS))
             torch.lerp(first, second, spread(part, group, len(box)), out=out_pull)
         heights, widths = _width_lengths(below, share)
         own = torch.where(share > 0.5, at + step, at).sum(dtype=torch.float64)
         per_bit = step + heights
-        constant = own + heads + widths - (per_bit * bits).sum(dtype=torch.float64)
+        constant = own + float(heads.sum()) + widths - (per_bit * bits).sum(dtype=torch.float64)
         return cls(constant, per_bit, pull)
 
     def total(self, weight: Tensor, bits: Tensor) -> Tensor:
@@ -121,33 +121,37 @@ def spread(values: Tensor, group: int, count: int) -> Tensor:
     return values.unsqueeze(1).expand(-1, group).reshape(-1)[:count]
 
 
-def _cells(flat: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+def cells_of(flat: Tensor, low: Tensor, scale: Tensor) -> Tensor:
     """In which cell of the range each weight lies, int32."""
     out = torch.empty(flat.shape, dtype=torch.int32, device=flat.device)
     for box, cells in zip(flat.split(_CHUNK), out.split(_CHUNK), strict=True):
-        cells.copy_(box.sub(low).mul_(scale).clamp_(0, _BINS - 1))
+        cells.copy_(box.sub(low).mul_(scale).clamp_(0, BINS - 1))
     return out
 
 
 def _counts(cells: Tensor, widths: Tensor, group: int) -> Tensor:
-    """Weights in each cell by width, ``(WIDEST + 1, _BINS)``."""
-    size = (WIDEST + 1) * _BINS
+    """Weights in each cell by width, ``(WIDEST + 1, BINS)``."""
+    size = (WIDEST + 1) * BINS
     counts = torch.zeros(size, dtype=torch.int64, device=cells.device)
     groups = max(1, (1 << 20) // group)
     boxes = zip(cells.split(groups * group), widths.split(groups), strict=True)
     for box, own in boxes:
-        counts += torch.bincount(box + spread(own * _BINS, group, len(box)), minlength=size)
-    return counts.view(-1, _BINS)
+        counts += torch.bincount(box + spread(own * BINS, group, len(box)), minlength=size)
+    return counts.view(-1, BINS)
 
 
-def _tables(counts: NDArray[Any]) -> tuple[Floats, Floats, float]:
-    """Lengths and slopes by width and cell, ``(WIDEST + 1, _BINS)``; bits of all coder's tables.
+def tables(counts: NDArray[Any], first: float = 0.0) -> tuple[Floats, Floats, Floats]:
+    """Lengths and slopes by width and cell, ``(WIDEST + 1, BINS)``; bits of the coder's tables.
+
+    Args:
+        counts: weights in each cell by width, ``(WIDEST + 1, BINS)``.
+        first: where the range begins, in steps from code 0: 0, or 1/2 if codes are centred on 0.
 
     A slope is bits for the whole range. The coder's tables have about as many entries as pay, so
     with few weights neighbouring codes share one, and low bits are stored as they are.
     """
-    lengths, slopes = (np.zeros((WIDEST + 1, _BINS)) for _ in "ab")
-    heads = 0.0
+    lengths, slopes = (np.zeros((WIDEST + 1, BINS)) for _ in "ab")
+    heads = np.zeros(WIDEST + 1)
     totals = counts.sum(axis=1)
     near = totals + np.roll(totals, 1) + np.roll(totals, -1)
     for width in range(1, WIDEST + 1):
@@ -156,21 +160,21 @@ def _tables(counts: NDArray[Any]) -> tuple[Floats, Floats, float]:
         own = counts[width] + _NEIGHBOURS * (counts[width - 1] + counts[min(width + 1, WIDEST)])
         total = float(own.sum())
         fine = min(width, _FINEST, max(2, int(math.log2(total) / 2) + 2 if total > 1 else 2))
-        codes, left = _codes(width, fine)
+        codes, left = _codes(width, fine, first)
         shared = np.bincount(codes, own, minlength=1 << fine)
         bits = code_lengths(shared) + (width - fine)
         rise = np.append(np.diff(bits), 0.0) * (((1 << width) - 1) / (1 << (width - fine)))
         lengths[width], slopes[width] = bits[codes], rise[left]
         if totals[width]:
             present = int((shared >= 0.5).sum())
-            heads += min(2.5 * present, 24 + 0.004 * total) + _HEAD_BITS
+            heads[width] = min(2.5 * present, 24 + 0.004 * total) + _HEAD_BITS
     return lengths, slopes, heads
 
 
 @cache
-def _codes(width: int, fine: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _codes(width: int, fine: int, first: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each cell the first ``fine`` bits of the nearest code, and of the one to its left."""
-    level = (np.arange(_BINS) + 0.5) * (((1 << width) - 1) / _BINS)
+    level = (np.arange(BINS) + 0.5) * (((1 << width) - 1) / BINS) + first
     nearest, left = np.rint(level).astype(np.int64), level.astype(np.int64)
     return nearest >> (width - fine), left >> (width - fine)
 
