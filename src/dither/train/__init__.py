@@ -1,6 +1,7 @@
 """Train with quantization noise, to a budget."""
 
 from dither.train.attach import attach
+from dither.train.bayesian_bits import BayesianBits, GatePenalty
 from dither.train.budget import Budget
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
@@ -28,12 +29,14 @@ from dither.train.surrogate import Surrogate, straight_through
 
 __all__ = [
     "LSQ",
+    "BayesianBits",
     "Budget",
     "CountOscillations",
     "Dampening",
     "DiffQ",
     "DiffQSize",
     "FreezeOscillations",
+    "GatePenalty",
     "IterativePQ",
     "Kurtosis",
     "LearnedCodebook",
