@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dither import LSQ, Affine, attach
 from dither.testing import same_bits
-from dither.train.shadow import SHADOWS
 from tests.train.layers import EXAMPLES, Spec, attached, build, outputs, train
 
 # Torch's compiler does itself what torch's autograd then warns of.
@@ -94,7 +93,7 @@ def test_a_compiled_forward_undoes_finish() -> None:
     run, inputs = attached("linear", Affine(4))
     compiled = torch.compile(run.model, backend="eager")
     run.finish()
-    compiled.train()
+    run.model.train()
     compiled(inputs).sum().backward()
     assert all(surrogate.committed is None for surrogate in run.surrogates.values())
 

@@ -23,7 +23,7 @@ def begin(spec: Spec | None, seed: int, kind: type[Any]) -> tuple[Run, Any]:
     return attach(model, plan, budget=budget, steps=STEPS, optimizer=optimizer), optimizer
 
 
-def go_on(run: Run, optimizer: Any, until: int) -> None:
+def go_on(run: Run, optimizer: torch.optim.Optimizer, until: int) -> None:
     while run.done < until:
         inputs = torch.randn(6, 16, generator=torch.Generator().manual_seed(run.done))
         loss = run.model.train()(inputs).square().mean() + run.penalty()
