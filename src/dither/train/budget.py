@@ -19,13 +19,13 @@ ARRIVE = 0.6
 AIM = 0.996
 """Share of the budget that is aimed at: what is missing is trimmed less gladly than left."""
 
-_INTEGRAL = 6.0
+_INTEGRAL = 3.0
 """Gain, in nats of lambda for each relative error of 1, at each update."""
 
 _FASTEST = 0.5
 """The largest change in one update, in nats."""
 
-_FIRST = 1e-2
+_FIRST = 0.3
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class LearnedStep(Surrogate):
         return fmt.assign(weight, {"scale": steps.bfloat16()})
 
     def soft_bits(self, weight: Tensor) -> Tensor:
-        """Interpolated code lengths: see :class:`CodeLengths`."""
+        """The entropy of the codes, with the slopes of interpolated lengths: `CodeLengths`."""
         rate = self._rate or self._look(weight.detach())
         value: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
             weight, self.log_step, rate[0], rate[1:]
@@ -215,9 +215,10 @@ class LearnedStep(Surrogate):
         steps = self.steps()
         held = hold(self.watch, weight.float(), steps)
         place = (held / steps).clamp_(*self._ends())
-        bits, slopes = CodeLengths.of(place, self.classes).at(place, self.classes)
+        lengths = CodeLengths.of(place, self.classes)
+        slopes = lengths.slopes(place, self.classes)
         to_log = self._gather(place.mul_(slopes)).neg_()
-        value = torch.tensor(bits, dtype=torch.float32, device=weight.device)
+        value = torch.tensor(lengths.total, dtype=torch.float32, device=weight.device)
         self._rate = (value, slopes.div_(steps).to(weight.dtype), to_log)
         return self._rate
 

@@ -1,4 +1,4 @@
-"""What training sees of the entropy coder: code lengths, interpolated so that they have a slope."""
+"""What training sees of the entropy coder: code lengths, and their slopes between grid points."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class CodeLengths:
     Attributes:
         bits: ideal code lengths, ``(classes, codes)``, float32: a table for each class of rows.
         lowest: the code of the first entry, in steps.
+        total: bits of all weights, each rounded to nearest: what the coder will take, but for
+            contexts and tables.
     """
 
     bits: Tensor
     lowest: int
+    total: float
 
     @classmethod
     def of(cls, positions: Tensor, classes: Tensor | None = None) -> CodeLengths:
@@ -46,7 +49,7 @@ class CodeLengths:
             rows = rows[:, ::stride]
         rows = rows.round().clamp_(-_FARTHEST, _FARTHEST)
         if not rows.numel():
-            return cls(torch.zeros(count, 2, device=rows.device), 0)
+            return cls(torch.zeros(count, 2, device=rows.device), 0, 0.0)
         low, high = (int(end) for end in torch.aminmax(rows))
         lowest = min(low, 0) - _MARGIN
         size = max(high, 0) + _MARGIN - lowest + 1
@@ -54,17 +57,20 @@ class CodeLengths:
         if classes is not None:
             index += classes.reshape(-1, 1) * size
         counts = torch.bincount(index.reshape(-1), minlength=size * count).reshape(count, size)
-        lengths = np.stack([code_lengths(row) for row in counts.cpu().numpy()])
-        return cls(torch.from_numpy(lengths).float().to(positions.device), lowest)
+        table = counts.cpu().numpy()
+        lengths = np.stack([code_lengths(row) for row in table])
+        total = float((table * lengths).sum()) * positions.numel() / index.numel()
+        return cls(torch.from_numpy(lengths).float().to(positions.device), lowest, total)
 
-    def at(self, positions: Tensor, classes: Tensor | None = None) -> tuple[float, Tensor]:
-        """Bits of all positions, interpolated between grid points, and their slopes.
+    def slopes(self, positions: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Derivatives of code lengths by positions.
 
-        The interpolated length is the expected one, if weights were rounded at random without
-        bias.
+        Lengths between grid points are interpolated: what would be expected if weights were
+        rounded at random without bias.
 
-        Returns:
-            The sum in bits, and for each position the derivative by it, of the same shape.
+        Args:
+            positions: weights in steps, any shape.
+            classes: as in :meth:`of`.
         """
         codes = self.bits.shape[1]
         shape = (-1, *[1] * (positions.ndim - 1))
@@ -73,10 +79,7 @@ class CodeLengths:
         if classes is not None:
             index += (classes * codes).to(torch.int32).reshape(shape)
         flat, index = self.bits.reshape(-1), index.reshape(-1)
-        slopes = flat.diff(append=flat[-1:]).index_select(0, index)
-        total = flat.index_select(0, index).sum(dtype=torch.float64)
-        total += torch.dot(slopes, (positions - whole).reshape(-1))
-        return float(total), slopes.reshape(positions.shape)
+        return flat.diff(append=flat[-1:]).index_select(0, index).reshape(positions.shape)
 
 
 class Linear(torch.autograd.Function):
