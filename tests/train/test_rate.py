@@ -31,7 +31,7 @@ def test_lengths_are_those_of_the_histogram() -> None:
 
 @pytest.mark.parametrize("where", [{}, {"axis": 0}, {"group": 7}])
 def test_gradients_are_those_of_the_estimate(where: dict[str, int]) -> None:
-    surrogate = LSQ(None, step=0.7, **where).begin(laplace(8, 21))
+    surrogate = LSQ(None, step=0.7, **where).begin(laplace(8, 21))  # type: ignore[arg-type]
     w = laplace(8, 21).requires_grad_()
     surrogate.soft_bits(w).backward()
     assert w.grad is not None
