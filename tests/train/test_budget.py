@@ -83,7 +83,7 @@ def test_stored_weights_are_never_overwritten() -> None:
     run.model.eval()(images)
     assert all(torch.equal(before[name], p) for name, p in run.model.named_parameters())
     run.detach()
-    assert torch.equal(run.model[4].weight, run.archive["4.weight"])
+    assert torch.equal(run.model.get_parameter("4.weight"), run.archive["4.weight"])
 
 
 def test_an_impossible_budget_names_the_smallest() -> None:

@@ -1,6 +1,7 @@
 """Learned steps: gradients against autograd, grids, and what the file holds."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def reference(w: torch.Tensor, s: torch.Tensor, low: float, high: float) -> torc
 @pytest.mark.parametrize("bits", [2, 4, 8, None])
 @pytest.mark.parametrize("where", [{}, {"axis": 0}, {"axis": 1}, {"group": 5}])
 def test_values_and_gradients_are_those_of_the_paper(
-    bits: int | None, where: dict[str, int]
+    bits: int | None, where: dict[str, Any]
 ) -> None:
     surrogate = LSQ(bits, **where).begin(weight(6, 12))
     with torch.no_grad():  # exact in bfloat16, so that the reference sees the same steps
@@ -120,7 +121,9 @@ def test_an_embedding_reads_only_its_rows() -> None:
             surrogate, table = spec.begin(weight(20, 6)), weight(20, 6).requires_grad_()
             surrogate.start(found)
             assert surrogate.reads_rows()
-            rows = surrogate(table)[index] if is_whole else surrogate.look_up(table[index], index)
+            found_rows = surrogate.look_up(table[index], index)
+            assert found_rows is not None
+            rows = surrogate(table)[index] if is_whole else found_rows
             (rows * mixed).sum().backward()
             gradients.append((rows.detach(), table.grad, surrogate.log_step.grad))
         for one, other in zip(*gradients, strict=True):

@@ -1,5 +1,7 @@
 """The size that training sees: interpolated code lengths, their slopes, and the truth."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,8 +32,8 @@ def test_lengths_are_those_of_the_histogram() -> None:
 
 
 @pytest.mark.parametrize("where", [{}, {"axis": 0}, {"group": 7}])
-def test_gradients_are_those_of_the_estimate(where: dict[str, int]) -> None:
-    surrogate = LSQ(None, step=0.7, **where).begin(laplace(8, 21))  # type: ignore[arg-type]
+def test_gradients_are_those_of_the_estimate(where: dict[str, Any]) -> None:
+    surrogate = LSQ(None, step=0.7, **where).begin(laplace(8, 21))
     w = laplace(8, 21).requires_grad_()
     surrogate.soft_bits(w).backward()
     assert w.grad is not None
