@@ -18,14 +18,20 @@ class Extras:
     """The learned parameters of all surrogates."""
 
     def __init__(self, surrogates: Mapping[str, Surrogate]) -> None:
-        self._groups: dict[float, list[nn.Parameter]] = {}
-        for surrogate in surrogates.values():
-            own = [p for p in surrogate.parameters() if p.requires_grad]
-            if own:
-                self._groups.setdefault(surrogate.lr, []).extend(own)
+        self._surrogates = dict(surrogates)
         self._own: Adam | None = None
         self._first: list[int] = [p._version for p in self.parameters()]
         self._waited = 0
+
+    @property
+    def _groups(self) -> dict[float, list[nn.Parameter]]:
+        """By learning rate; looked up anew, because FSDP2 replaces parameters."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for surrogate in self._surrogates.values():
+            own = [p for p in surrogate.parameters() if p.requires_grad]
+            if own:
+                groups.setdefault(surrogate.lr, []).extend(own)
+        return groups
 
     def parameters(self) -> list[nn.Parameter]:
         """All of them, in a fixed order."""
