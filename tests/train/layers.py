@@ -248,6 +248,12 @@ def _known() -> Mapping[str, tuple[Method, ...]]:
             make(Affine(4)),
             make(Affine(4, grid="endpoint", group=8), stochastic=True),
         ),
+        "diffq": lambda make: (
+            make(),
+            make(group=0),
+            make(group=7, noise="uniform", param="noise"),
+        ),
+        "bayesian_bits": lambda make: (make(), make(max_bits=8, prune=True)),
         "product_codes": lambda make: (make(Product(4, points=16)),),
         "quant_noise": lambda make: (
             make(Affine(8), p=0.5),

@@ -28,6 +28,9 @@ _HEAD_BITS = 34.0
 
 _CHUNK = 1 << 15
 
+_STEEPEST = 1e30
+"""Cells in a unit, at most: beyond, slopes would overflow."""
+
 Floats = NDArray[np.float64]
 
 
@@ -66,7 +69,7 @@ class WidthCosts:
         whole = bits.floor().clamp_(0, WIDEST - 1)
         share = (bits - whole).clamp_(0, 1)
         below = whole.to(torch.int32)
-        scale = torch.where(span > 0, BINS / span, 0.0).to(flat.dtype)
+        scale = torch.where(span > 0, BINS / span, 0.0).clamp_max(_STEEPEST).to(flat.dtype)
         cells = cells_of(flat, low, scale)
         counts = _counts(cells, below + (share > 0.5), group)
         lengths, slopes, heads = tables(counts.cpu().numpy())
@@ -125,7 +128,8 @@ def cells_of(flat: Tensor, low: Tensor, scale: Tensor) -> Tensor:
     """In which cell of the range each weight lies, int32."""
     out = torch.empty(flat.shape, dtype=torch.int32, device=flat.device)
     for box, cells in zip(flat.split(_CHUNK), out.split(_CHUNK), strict=True):
-        cells.copy_(box.sub(low).mul_(scale).clamp_(0, BINS - 1))
+        # Of ranges beyond what float32 divides by, nothing is left but NaN.
+        cells.copy_(box.sub(low).mul_(scale).nan_to_num_(0.0).clamp_(0, BINS - 1))
     return out
 
 
