@@ -178,7 +178,6 @@ def result(task: Task, row: str, seed: int, work: Path) -> dict[str, Any]:
     if not is_product:
         run = attach(model, plan_of(task, lambda _: INT4))
     else:
-        pq = IterativePQ(task.steps[2])
         run = attach(
             model,
             plan_of(
@@ -186,10 +185,9 @@ def result(task: Task, row: str, seed: int, work: Path) -> dict[str, Any]:
                 lambda block: ProductCodes(Product(block), noise and noise(block), lr=CENTROID_LR),
             ),
             steps=3 * task.steps[2],
-            schedules=[pq],
+            schedules=[IterativePQ(task.steps[2])],
             noise=seed,
         )
-        pq(run, 0)
         torch.manual_seed(seed)
         train(task, model, run, 2, seed)
     nbytes = run.finish()

@@ -8,6 +8,7 @@ from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_m
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
 from dither.train.finish import reestimate as reestimate_batch_norm
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
+from dither.train.layers import LayerDrop, drop_layers, share_layers
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.lsq import LSQ
 from dither.train.noise import Noise
@@ -39,6 +40,7 @@ __all__ = [
     "GatePenalty",
     "IterativePQ",
     "Kurtosis",
+    "LayerDrop",
     "LearnedCodebook",
     "Method",
     "Noise",
@@ -56,6 +58,7 @@ __all__ = [
     "Vary",
     "WarmUp",
     "attach",
+    "drop_layers",
     "embeddings",
     "frozen_share",
     "gradient_norms",
@@ -65,6 +68,7 @@ __all__ = [
     "published_nbytes",
     "redistribute",
     "reestimate_batch_norm",
+    "share_layers",
     "similarities",
     "soft_targets",
     "straight_through",

@@ -230,8 +230,7 @@ class IterativePQ:
     """Place groups of layers one after another (Stock et al. 2020; Fan, Stock et al. 2021).
 
     A schedule for weights with :class:`ProductCodes`. Stage ``k`` is placed after step
-    ``start + k * every`` (the first, at the latest, after step 1); in between, what is not yet
-    placed and all centroids train. Call it once with step 0 to place the first stage at once.
+    ``start + k * every``; in between, what is not yet placed and all centroids train.
 
     Attributes:
         every: optimizer steps of one stage.
