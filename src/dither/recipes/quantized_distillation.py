@@ -1,0 +1,77 @@
+"""Quantized distillation (Polino, Pascanu, Alistarh, ICLR 2018, arXiv 1802.05668, algorithm 1).
+
+The student learns from a larger teacher while its weights are rounded, straight through, on uniform
+grids in buckets of 256. CIFAR-10: a student of 1 M weights reaches 88.0 % at 4 bits, its float32
+twin 84.5 % without the teacher and 88.8 % with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dither.core import SpecError
+from dither.recipes.layers import layers, plan_of
+from dither.train.attach import attach as attach_plan
+from dither.train.distill import soft_targets
+from dither.train.learned_codebook import LearnedCodebook
+from dither.train.plan import Plan
+from dither.train.run import Run
+
+TEMPERATURE = 2.0
+"""For images."""
+
+MIX = 0.7
+"""Share of the teacher in the loss."""
+
+
+def plan(model: nn.Module, bits: int = 4, *, bucket: int = 256, ends: bool = True) -> Plan:
+    """Uniform grids of ``2**bits`` values from the least to the greatest weight of a bucket.
+
+    Args:
+        model: the student.
+        bits: 1 to 16.
+        bucket: weights that share a range.
+        ends: quantize the first and the last layer too.
+
+    Raises:
+        SpecError: bits out of range.
+    """
+    if not 1 <= bits <= 16:
+        raise SpecError(f"quantized distillation has 1 to 16 bits, not {bits}")
+    kept = set() if ends else {layers(model)[0].name, layers(model)[-1].name}
+    spec = LearnedCodebook(
+        2**bits,
+        bucket,
+        init="uniform",
+        learn=False,
+        train_weights=True,
+        dtype=torch.float32,
+    )
+    return plan_of(model, lambda layer: None if layer.name in kept else spec)
+
+
+def attach(
+    model: nn.Module,
+    bits: int = 4,
+    *,
+    bucket: int = 256,
+    ends: bool = True,
+    optimizer: Optimizer | None = None,
+    steps: int | None = None,
+) -> Run:
+    """Attach :func:`plan` to the student; train with :func:`loss`."""
+    rules = plan(model, bits, bucket=bucket, ends=ends)
+    return attach_plan(model, rules, optimizer=optimizer, steps=steps)
+
+
+def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The paper's: 0.7 parts of the teacher's soft targets at temperature 2, 0.3 of the labels.
+
+    Args:
+        student: logits, ``(batch, classes)``.
+        teacher: logits.
+        labels: classes, ``(batch,)``.
+    """
+    return soft_targets(student, teacher, TEMPERATURE, labels, MIX)

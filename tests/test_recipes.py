@@ -1,0 +1,253 @@
+"""Every recipe attaches, trains, finishes, saves, and loads as what was evaluated."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import dither
+from dither.core import SpecError
+from dither.formats import Affine, Product
+from dither.recipes import (
+    differentiable_quantization,
+    diffq,
+    ipq,
+    oscillations,
+    quant_noise,
+    quantized_distillation,
+)
+from dither.recipes.layers import layers
+from dither.train import LSQ, DiffQ, Plan, Run, Teacher, oscillating
+from dither.train.ipq import LearnedCentroids
+from dither.train.learned_codebook import LearnedCodebook, polino_bits
+from dither.train.quant_noise import QuantNoise
+
+STEPS = 6
+INPUTS = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(32) % 5
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, 5),
+    )
+
+
+class Words(nn.Module):
+    """A language model with tied embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 32)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.block(self.embed(tokens)))
+        return logits
+
+
+Attach = Callable[[nn.Module, torch.optim.Optimizer], Run]
+
+RECIPES: dict[str, Attach] = {
+    "quant_noise pq": lambda m, o: quant_noise.attach(m, optimizer=o),
+    "quant_noise int4": lambda m, o: quant_noise.attach(m, "int4", optimizer=o),
+    "quant_noise int8 histogram": lambda m, o: quant_noise.attach(
+        m, "int8", ranges="histogram", optimizer=o
+    ),
+    "ipq": lambda m, o: ipq.attach(m, steps=STEPS, optimizer=o, loader=[INPUTS[:8]]),
+    "ipq after noise": lambda m, o: ipq.attach(m, steps=STEPS, start=3, p=0.2, optimizer=o),
+    "ipq by layers": lambda m, o: ipq.attach(m, steps=STEPS, stages="layers", optimizer=o),
+    "diffq": lambda m, o: diffq.attach(m, penalty=5.0, min_size=0.0, optimizer=o, steps=STEPS),
+    "diffq resnet20": lambda m, o: diffq.attach(m, "resnet20", optimizer=o),
+    "quantized_distillation": lambda m, o: quantized_distillation.attach(m, 4, optimizer=o),
+    "differentiable_quantization": lambda m, o: differentiable_quantization.attach(m, 8),
+    "oscillations freeze": lambda m, o: oscillations.attach(m, 3, optimizer=o, steps=STEPS),
+    "oscillations dampen": lambda m, o: oscillations.attach(
+        m, 4, "dampen", optimizer=o, steps=STEPS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_and_its_file_is_what_was_evaluated(name: str, tmp_path: Path) -> None:
+    model = network()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    run = RECIPES[name](model, optimizer)
+    learned = [p.detach().clone() for p in run.extras.parameters()]
+    losses = []
+    for _ in range(STEPS):
+        loss = functional.cross_entropy(model(INPUTS), LABELS)
+        optimizer.zero_grad()
+        (loss + run.penalty()).backward()
+        optimizer.step()
+        run.step()
+        losses.append(float(loss.detach()))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    if name == "differentiable_quantization":
+        assert all(torch.equal(model.get_parameter(n), p) for n, p in before.items())
+    else:
+        assert losses[-1] < losses[0]
+    moved = [not torch.equal(a, b) for a, b in zip(learned, run.extras.parameters(), strict=True)]
+    assert all(moved)
+
+    nbytes = run.finish([INPUTS])
+    assert run.save(tmp_path / "model.dither") == nbytes
+    assert nbytes < 0.6 * sum(4 * p.numel() for p in before.values())
+    fresh = network()
+    dither.load_into(fresh, tmp_path / "model.dither")
+    assert torch.equal(model.eval()(INPUTS), fresh.eval()(INPUTS))
+    assert Plan.from_json(run.plan.to_json()) == run.plan
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        quant_noise.attach,
+        lambda m: ipq.attach(m, steps=3),
+        lambda m: diffq.attach(m, min_size=0.0),
+        quantized_distillation.attach,
+        lambda m: oscillations.attach(m, steps=3),
+    ],
+)
+def test_tied_weights_stay_tied(attach: Callable[[nn.Module], Run], tmp_path: Path) -> None:
+    run = attach(Words())
+    run.finish()
+    run.save(tmp_path / "model.dither")
+    with dither.open(tmp_path / "model.dither") as archive:
+        assert dict(archive.aliases) == {"head.weight": "embed.weight"}
+
+
+def test_layers_are_found_in_order_with_all_their_names() -> None:
+    found = layers(Words())
+    assert [layer.name for layer in found] == [
+        "embed.weight",
+        "block.self_attn.in_proj_weight",
+        "block.self_attn.out_proj.weight",
+        "block.linear1.weight",
+        "block.linear2.weight",
+    ]
+    assert found[0].names == ("embed.weight", "head.weight")
+    assert [layer.is_attention for layer in found] == [False, True, True, False, False]
+
+
+def test_blocks_are_the_papers() -> None:
+    rules = quant_noise.plan(Words(), p=0.05)
+    sizes = {n: s.format.block for n, s in rules if isinstance(s, QuantNoise)}  # type: ignore[attr-defined]
+    assert sizes["embed.weight"] == sizes["head.weight"] == 8
+    assert sizes["block.self_attn.in_proj_weight"] == 4
+    assert sizes["block.linear1.weight"] == 8
+    vision = {n: s.format for n, s in quant_noise.plan(network()) if isinstance(s, QuantNoise)}
+    assert vision["0.weight"] == Product(9, 8)  # 48 blocks: no more than one centroid for four
+    assert vision["3.weight"] == Product(4, 32)
+    assert "1.weight" not in vision  # a vector
+    large = ipq.plan(network(), blocks="large")
+    assert "0.weight" not in large.rules
+    assert large.rules["3.weight"].format.block == 8  # type: ignore[union-attr]
+
+
+def test_iterative_product_quantization_goes_group_by_group() -> None:
+    model = Words()
+    run = ipq.attach(model, steps=9, start=3)
+
+    def placed() -> set[str]:
+        centroids = ((n, s) for n, s in run.surrogates.items() if isinstance(s, LearnedCentroids))
+        return {n for n, s in centroids if s.is_placed}
+
+    seen = [placed()]
+    for _ in range(9):
+        run.step()
+        if placed() != seen[-1]:
+            seen.append(placed())
+    assert seen[0] == set()
+    assert seen[1] == {"block.linear1.weight", "block.linear2.weight"}
+    assert seen[2] == seen[1] | {"embed.weight"}
+    assert seen[3] == set(run.surrogates)
+    with pytest.raises(SpecError, match="no step"):
+        ipq.attach(Words(), steps=3, start=3)
+
+
+def test_published_sizes_follow_from_the_formula() -> None:
+    model = nn.Sequential(nn.Linear(1024, 512))
+    rules = ipq.plan(model)
+    codes, table, rest = 1024 * 512 / 8, 256 * 8 * 2, 512 * 4
+    assert ipq.size_mib(model, rules) == pytest.approx((codes + table + rest) / 2**20)
+    student = quantized_distillation.plan(model, 4).find("0.weight")
+    assert isinstance(student, LearnedCodebook)
+    weight = model.get_parameter("0.weight").detach()
+    encoded = student.begin(weight).encode(weight)
+    assert encoded.bits - 16 * 32 == polino_bits(1024 * 512, 4)  # but for the points
+
+
+def test_settings_are_the_papers() -> None:
+    model = network()
+    int8 = quant_noise.plan(model, "int8").find("8.weight")
+    assert int8 == QuantNoise(Affine(8, axis=0), 0.5)
+    assert diffq.plan(model, "deit").find("8.weight") == DiffQ(8, 3, min_size=0.01, lr=5e-4)
+    preset = diffq.plan(model, "resnet20")
+    assert preset.find("8.weight") == DiffQ(16, 1, 10, lr=2e-4)
+    assert preset.find("8.bias") is None
+    widths = [s.bits for _, s in oscillations.plan(model, 3) if isinstance(s, LSQ)]
+    assert widths == [8, 3, 3, 3, 8]
+    ends = quantized_distillation.plan(model, ends=False)
+    assert ends.find("0.weight") is ends.find("10.weight") is None
+
+
+def test_points_are_shared_by_gradient() -> None:
+    model = network()
+
+    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return functional.cross_entropy(net(batch[0]), batch[1])
+
+    counts = differentiable_quantization.share_points(model, loss, [(INPUTS, LABELS)] * 9, 8)
+    assert sum(counts.values()) == 5 * 8
+    assert len(set(counts.values())) > 1
+    run = differentiable_quantization.attach(model, counts)
+    assert {n: len(s.points) for n, s in run.surrogates.items()} == counts  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="leave out"):
+        differentiable_quantization.plan(network(), {"0.weight": 8})
+
+
+def test_distillation_mixes_teacher_and_labels() -> None:
+    teacher = Teacher(network())
+    student = network()
+    goal = quantized_distillation.loss(student(INPUTS), teacher(INPUTS), LABELS)
+    assert goal.requires_grad
+    alone = functional.cross_entropy(student(INPUTS), LABELS)
+    assert float(goal.detach()) == pytest.approx(0.3 * float(alone.detach()), rel=0.3)
+
+
+def test_oscillations_are_counted_with_every_remedy() -> None:
+    for remedy in ("freeze", "dampen", "none"):
+        run = oscillations.attach(network(), 3, remedy, steps=4)
+        assert oscillating(run) == 0
+    with pytest.raises(SpecError, match="remedies"):
+        oscillations.attach(network(), remedy="hope", steps=4)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with pytest.raises(SpecError, match="schemes"):
+        quant_noise.plan(network(), "int3")
+    with pytest.raises(SpecError, match="presets"):
+        diffq.plan(network(), "mnist")
+    with pytest.raises(SpecError, match="1 to 16"):
+        quantized_distillation.plan(network(), 0)
+    with pytest.raises(SpecError, match="no weight"):
+        quant_noise.plan(nn.BatchNorm1d(3))
