@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -19,9 +18,9 @@ from dither.core import Codes, Encoded, SpecError, Stats, code_width
 from dither.encoders import KMeans
 from dither.formats import Product
 from dither.formats.settings import check_count, check_kind, check_number
-from dither.train.shadow import find_sites
+from dither.train.fitted import decoded_table
+from dither.train.input_moments import input_metrics
 from dither.train.spec import Method
-from dither.train.straight_through import decoded_table
 from dither.train.surrogate import Surrogate, plain
 
 if TYPE_CHECKING:
@@ -313,79 +312,6 @@ def _first_match(name: str, stages: Sequence[str | Sequence[str]]) -> int:
         if any(fnmatchcase(name, glob) for glob in some):
             return number
     return len(stages)
-
-
-def input_metrics(run: Run, blocks: Mapping[str, int], data: Iterable[Any]) -> dict[str, Tensor]:
-    """Second moments of inputs, summed over blocks: ``(block, block)`` for each weight.
-
-    The network runs as it is quantized so far, without noise and as in evaluation. Weights whose
-    module is no Linear or Conv2d without groups, or whose inputs the block does not divide, are
-    left out.
-    """
-    found: dict[str, Tensor] = {}
-    hooks = []
-    for name, block in blocks.items():
-        for site in find_sites(run.model, name, run.plan.owners):
-            if site.path == "weight" and _has_inputs(site.owner, block):
-                hook = _watch(found, name, block)
-                hooks.append(site.owner.register_forward_pre_hook(hook))
-    try:
-        with torch.no_grad(), quiet(run):
-            for batch in data:
-                _call(run.model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _has_inputs(module: nn.Module, block: int) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.in_features % block == 0
-    is_plain = isinstance(module, nn.Conv2d) and module.groups == 1
-    return is_plain and math.prod(module.get_parameter("weight").shape[1:]) % block == 0
-
-
-def _watch(found: dict[str, Tensor], name: str, block: int) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().float()
-        if isinstance(module, nn.Conv2d):
-            pad = module.padding if isinstance(module.padding, tuple) else 0
-            values = nn.functional.unfold(
-                values, module.kernel_size, module.dilation, pad, module.stride
-            ).transpose(1, 2)
-        rows = values.reshape(-1, block)
-        moment = (rows.T @ rows).double()
-        found[name] = found[name] + moment if name in found else moment
-
-    return hook
-
-
-@contextmanager
-def quiet(run: Run) -> Iterator[None]:
-    """The model as in evaluation, but with weights that are not placed as they are trained."""
-    modes = {module: module.training for module in run.model.modules()}
-    active = {surrogate: surrogate.active for surrogate in run.surrogates.values()}
-    run.model.eval()
-    for surrogate in active:
-        surrogate.training = True
-        surrogate.active = isinstance(surrogate, LearnedCentroids) and surrogate.is_placed
-    try:
-        yield
-    finally:
-        for surrogate, was in active.items():
-            surrogate.active = was
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        return
-    first = batch[0] if isinstance(batch, list | tuple) else batch
-    model(first.to(device))
 
 
 def published_nbytes(weights: Iterable[tuple[int, int, int]], rest: int = 0) -> float:
