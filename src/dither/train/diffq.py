@@ -111,10 +111,14 @@ class LearnedBits(Surrogate):
 
     def bits(self) -> Tensor:
         """Widths, real-valued and differentiable, ``(groups,)``."""
-        share = self.logits.sigmoid()
+        return self.bits_of(self.logits)
+
+    def bits_of(self, logits: Tensor) -> Tensor:
+        """What a logit, which is any number, says about a width."""
+        share = logits.sigmoid()
         spec = self.spec
         if spec.param == "bits":
-            return spec.min_bits + share * (spec.max_bits - spec.min_bits)
+            return share * (spec.max_bits - spec.min_bits) + spec.min_bits
         first, last = _log_noise(spec.min_bits), _log_noise(spec.max_bits)
         return torch.log1p(torch.exp(-(first + share * (last - first)))) / math.log(2)
 
@@ -132,12 +136,6 @@ class LearnedBits(Surrogate):
             bits = bits - trim * (0.9 + 0.2 * (0.5 + number * 0.618033988749895).frac())
         widths = bits.round().clamp(1, _WIDEST)
         return torch.where(widths == 1, 0, widths) if trim > 0 else widths
-
-    def sizes(self) -> Tensor:
-        """Weights of each group, ``(groups,)`` float32."""
-        sizes = torch.full_like(self.logits.detach(), float(self.group))
-        sizes[-1] -= len(sizes) * self.group - self.numel
-        return sizes
 
     def noisy(self, weight: Tensor) -> Tensor:
         if self._noise is None or self._ends is None:
@@ -291,10 +289,11 @@ class _Noisy(torch.autograd.Function):
         flat = weight.reshape(-1)
         low, high = flat[places].unbind()
         share = logits.to(flat.dtype).sigmoid()
-        place = ends[0] + share * (ends[1] - ends[0])
-        # The step for a range of 1: 1 / (2**b - 1), or what is interpolated itself.
-        is_bits = param == "bits"
-        unit = torch.expm1(place * math.log(2)).reciprocal_() if is_bits else place.exp_()
+        # The step for a range of 1: 1 / (2**b - 1), or what is interpolated itself. In place,
+        # because new memory is what takes time where every weight has a width.
+        scale = math.log(2) if param == "bits" else 1.0
+        unit = share.mul((ends[1] - ends[0]) * scale).add_(ends[0] * scale)
+        unit = unit.expm1_().reciprocal_() if param == "bits" else unit.exp_()
         step = unit * (high - low)
         noise = noise.to(flat.dtype)
         full = len(flat) // group * group
@@ -307,25 +306,27 @@ class _Noisy(torch.autograd.Function):
             tail = torch.addcmul(flat[full:], noise[full:], step[-1])
             out = torch.cat([body.view(-1), tail])
         ctx.save_for_backward(unit, share, high - low, noise, places)
-        ctx.settings = (group, is_bits, ends)
+        ctx.settings = (group, param, ends)
         return out.view(weight.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         unit, share, span, noise, places = ctx.saved_tensors
-        group, is_bits, ends = ctx.settings
+        group, param, ends = ctx.settings
         flat = gradient.reshape(-1)
         to_step = sums(flat * noise, group)
-        to_span = (to_step * unit).sum()
+        to_span = torch.dot(to_step, unit)
         to_weight = None
         if ctx.needs_input_grad[0]:
             to_weight = flat.index_add(0, places, torch.stack([-to_span, to_span]))
             to_weight = to_weight.view(gradient.shape)
         to_logits = None
         if ctx.needs_input_grad[1]:
-            slope = share * (1 - share) * (ends[1] - ends[0]) * unit
-            if is_bits:
-                slope = slope * (1 + unit) * -math.log(2)
-            to_logits = to_step * slope * span
+            slope = (1 - share).mul_(share).mul_(unit)
+            factor = span * (ends[1] - ends[0])
+            if param == "bits":
+                slope.addcmul_(slope, unit)  # the slope of 1 / (2**b - 1), but for -log(2)
+                factor = factor * -math.log(2)
+            to_logits = slope.mul_(to_step).mul_(factor)
         return to_weight, to_logits, None, None, None, None, None

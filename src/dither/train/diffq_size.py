@@ -80,10 +80,15 @@ def _size(run: Run, *, is_exact: bool, half: bool) -> Tensor:
 
 
 def _learned_bits(surrogate: LearnedBits, *, is_exact: bool) -> Tensor:
-    bits = surrogate.widths() if is_exact else surrogate.bits() + surrogate.spec.extra_bits
-    top = round(float(surrogate.bits().detach().amax()))
-    width = math.ceil(math.log2(1 + max(top - surrogate.spec.min_bits, 0)))
-    return (bits * surrogate.sizes()).sum() + (_RANGE_BITS + width * len(bits))
+    extra = surrogate.spec.extra_bits
+    bits = surrogate.widths() if is_exact else surrogate.bits()
+    highest = surrogate.bits_of(surrogate.logits.detach().amax())
+    width = math.ceil(math.log2(1 + max(round(float(highest)) - surrogate.spec.min_bits, 0)))
+    # The last group may have fewer weights.
+    total = bits.sum() * surrogate.group
+    total = total - bits[-1] * (len(bits) * surrogate.group - surrogate.numel)
+    total = total if is_exact else total + extra * surrogate.numel
+    return total + (_RANGE_BITS + width * len(bits))
 
 
 def _fixed_bits(surrogate: object, parameter: Tensor, rest: int) -> float:

@@ -102,7 +102,7 @@ class WidthCosts:
     def total(self, weight: Tensor, bits: Tensor) -> Tensor:
         """Coded bits, a scalar, with gradients to widths and weights."""
         pulled: Tensor = _Pull.apply(weight, self.pull)  # type: ignore[no-untyped-call]
-        return self.constant.to(bits.dtype) + (bits * self.per_bit).sum() + pulled
+        return self.constant.to(bits.dtype) + torch.dot(bits, self.per_bit) + pulled
 
 
 def sums(flat: Tensor, group: int) -> Tensor:
