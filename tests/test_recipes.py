@@ -12,6 +12,7 @@ import dither
 from dither.core import SpecError
 from dither.formats import Affine, Product
 from dither.recipes import (
+    bayesian_bits,
     differentiable_quantization,
     diffq,
     ipq,
@@ -76,6 +77,7 @@ RECIPES: dict[str, Attach] = {
     "ipq by layers": lambda m, o: ipq.attach(m, steps=STEPS, stages="layers", optimizer=o),
     "diffq": lambda m, o: diffq.attach(m, penalty=5.0, min_size=0.0, optimizer=o, steps=STEPS),
     "diffq resnet20": lambda m, o: diffq.attach(m, "resnet20", optimizer=o),
+    "bayesian_bits": lambda m, o: bayesian_bits.attach(m, optimizer=o, inputs=INPUTS),
     "quantized_distillation": lambda m, o: quantized_distillation.attach(m, 4, optimizer=o),
     "differentiable_quantization": lambda m, o: differentiable_quantization.attach(m, 8),
     "oscillations freeze": lambda m, o: oscillations.attach(m, 3, optimizer=o, steps=STEPS),
@@ -125,6 +127,7 @@ def test_every_recipe_trains_and_its_file_is_what_was_evaluated(name: str, tmp_p
         lambda m: diffq.attach(m, min_size=0.0),
         quantized_distillation.attach,
         lambda m: oscillations.attach(m, steps=3),
+        bayesian_bits.attach,
     ],
 )
 def test_tied_weights_stay_tied(attach: Callable[[nn.Module], Run], tmp_path: Path) -> None:
@@ -223,6 +226,33 @@ def test_points_are_shared_by_gradient() -> None:
     assert {n: len(s.points) for n, s in run.surrogates.items()} == counts  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="leave out"):
         differentiable_quantization.plan(network(), {"0.weight": 8})
+
+
+def test_bayesian_bits_count_multiplications_and_fix_gates() -> None:
+    model = network()
+    macs = bayesian_bits.multiplications(model, INPUTS)
+    assert macs["0.weight"] == 16 * 27 * 64
+    assert macs["5.weight"] == 32 * 9 * 64
+    assert macs["8.weight"] == 128 * 64
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    run = bayesian_bits.attach(model, penalty=1.0, inputs=INPUTS, lr=0.3, optimizer=optimizer)
+    begun = bayesian_bits.bit_operations(run, macs)
+    assert begun == pytest.approx(16 / 32)
+    for step in range(40):
+        if step == 30:
+            bayesian_bits.fix_gates(run)
+            fixed = [p.detach().clone() for s in run.surrogates.values() for p in s.parameters()]
+        optimizer.zero_grad()
+        (functional.cross_entropy(model(INPUTS), LABELS) + run.penalty()).backward()
+        optimizer.step()
+        run.step()
+    after = [p for s in run.surrogates.values() for p in s.parameters()]
+    same = [torch.equal(a, b) for a, b in zip(fixed, after, strict=True)]
+    assert same == [not parameter.requires_grad for parameter in after]
+    assert bayesian_bits.bit_operations(run, macs) < 0.7 * begun
+    shown = model(INPUTS)  # in train(): gates are drawn, but none is left to chance
+    run.step()
+    assert torch.equal(shown, model(INPUTS))
 
 
 def test_distillation_mixes_teacher_and_labels() -> None:

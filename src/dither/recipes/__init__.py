@@ -12,6 +12,7 @@ Each file is meant to be read, copied and changed.
 """
 
 from dither.recipes import (
+    bayesian_bits,
     differentiable_quantization,
     diffq,
     ipq,
@@ -21,6 +22,7 @@ from dither.recipes import (
 )
 
 __all__ = [
+    "bayesian_bits",
     "differentiable_quantization",
     "diffq",
     "ipq",

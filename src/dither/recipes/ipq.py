@@ -15,12 +15,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dither.core import SpecError, code_width
+from dither.core import SpecError
 from dither.formats import Product
 from dither.recipes.layers import Layer, layers, plan_of
 from dither.recipes.quant_noise import block, product
 from dither.train.attach import attach as attach_plan
-from dither.train.ipq import IterativePQ, ProductCodes
+from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
 from dither.train.run import Run
@@ -105,18 +105,17 @@ def attach(
 def size_mib(model: nn.Module, rules: Plan) -> float:
     """The papers' size in MiB (2**20 bytes): codes, float16 centroids, and float32 for the rest.
 
-    Without entropy coding: files are smaller.
+    Without entropy coding: files are smaller. Count before attaching, which adds parameters.
     """
-    total, counted = 0.0, 0
+    quantized = []
     for layer in layers(model):
         spec = rules.find(layer.name)
         fmt = spec.format if isinstance(spec, ProductCodes | QuantNoise) else None
         if isinstance(fmt, Product):
-            rows, across = fmt.grid(tuple(layer.weight.shape))
-            total += rows * across * code_width(fmt.points) / 8 + 2 * fmt.points * fmt.block
-            counted += layer.weight.numel()
-    rest = sum(parameter.numel() for parameter in model.parameters()) - counted
-    return (total + 4 * rest) / 2**20
+            quantized.append((layer.weight.numel(), fmt.block, fmt.points))
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    rest = everything - sum(numel for numel, _, _ in quantized)
+    return published_nbytes(quantized, rest) / 2**20
 
 
 def _blocks(stages: str) -> str:
