@@ -170,10 +170,9 @@ def trained(mu: float) -> float:
 
 def test_a_stronger_regulariser_leaves_fewer_bits() -> None:
     bits = [trained(mu) for mu in (0.0, 1e-3, 3.0)]
-    assert bits == sorted(bits, reverse=True)
     assert bits[0] == 16
+    assert 2 < bits[1] < 16
     assert bits[2] == 2
-    assert bits[1] in {2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 9.0, 10.0, 12.0, 16.0}
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -245,3 +244,16 @@ def test_constant_zero_and_vector_weights() -> None:
         assert surrogate(weight).shape == weight.shape
         torch.testing.assert_close(surrogate.eval()(weight), weight, rtol=1e-3, atol=0)
         assert bool(surrogate.soft_bits(weight).isfinite())
+
+
+# torch's compiler itself still makes instances of autograd functions
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_whole() -> None:
+    weight = numbers(8, 16)
+    surrogate = begun(BayesianBits(prune=True), weight)
+    draw(surrogate, weight)
+    weight.requires_grad_()
+    compiled = torch.compile(lambda w: surrogate(w).square().sum(), fullgraph=True, backend="eager")
+    for seed in (1, 2):
+        draw(surrogate, weight.detach(), seed)
+        torch.testing.assert_close(compiled(weight), surrogate(weight).square().sum())
