@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -214,6 +215,36 @@ def test_blocks_of_convolutions_are_kernels_or_runs_of_channels(
     dropped = (surrogate(weight) == 0).reshape(-1, block)
     assert torch.equal(dropped.any(1), dropped.all(1))
     assert 0 < dropped.sum() < weight.numel()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"format": Affine(4, axis=0)},
+        {"format": Affine(3, group=8, grid="asymmetric"), "refresh": 9},
+        {"format": Product(8, points=16)},
+        {"format": Product(7, points=16), "kind": "mean"},
+        {"format": Affine(4), "block": 4, "kind": "proxy", "rescale": True},
+    ],
+    ids=str,
+)
+def test_an_embedding_reads_the_rows_that_the_table_has(p: float, settings: dict[str, Any]) -> None:
+    if p == 1:
+        settings = settings | {"rescale": False}
+    table = nn.Embedding(40, 20, padding_idx=3)
+    run = attach(table, {"weight": QuantNoise(p=p, **settings)})
+    surrogate, index = run.surrogates["weight"], torch.tensor([[3, 1, 39], [1, 0, 7]])
+    with torch.no_grad():
+        table.weight.mul_(1.5)  # some are clipped, where parameters are not chosen anew
+    assert surrogate.reads_rows()
+    slope, results = torch.randn(2, 3, 20), []
+    for read in (table(index), nn.functional.embedding(index, surrogate(table.weight), 3)):
+        (gradient,) = torch.autograd.grad((read * slope).sum(), table.weight)
+        results.append((read.detach().clone(), gradient))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+    assert not torch.equal(results[0][0], table.weight.detach()[index])
 
 
 def test_attention_projections_are_noised() -> None:

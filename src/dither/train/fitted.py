@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ _AGAIN = 3
 def default_refresh(fmt: Format, ranges: str) -> int:
     """Steps after which parameters are chosen anew: always, unless that is slow."""
     return _SELDOM if isinstance(fmt, Product | Codebook) or ranges == "mse" else 1
+
+
+_Values = tuple[Tensor, Tensor | None]
 
 
 class Fitted:
@@ -106,6 +109,34 @@ class Fitted:
         else:
             out.copy_(fmt.assign(weight, held).decode())
         return None
+
+    def rows(self, rows: Tensor, index: Tensor, shape: tuple[int, ...]) -> _Values:
+        """Decoded rows of a matrix.
+
+        Args:
+            rows: ``weight[index]``, float32.
+            index: of any shape.
+            shape: of the whole.
+
+        Returns:
+            Values like ``rows``, and which of them lie beyond the ends: flat positions, or None.
+        """
+        if self.indices is not None:
+            blocks = self.indices.view(shape[0], -1)[index]
+            table = decoded_table(self.format, self._held(rows))
+            return table[blocks].flatten(-2)[..., : shape[1]], None
+        at = index.reshape(-1, 1) * shape[1] + torch.arange(shape[1], device=index.device)
+        fmt = cast(Affine, self.format)
+        grid = fmt.line(self.shared_at(shape, at.view(-1)))
+        values, clipped = round_some(grid, rows.reshape(-1))
+        beyond = None if clipped is None else clipped.nonzero().squeeze(1)
+        return values.view(rows.shape), beyond
+
+    @property
+    def knows_rows(self) -> bool:
+        """Whether :meth:`rows` can be asked."""
+        fitted = self.params is not None
+        return fitted and (self.indices is not None or isinstance(self.format, Affine))
 
     @property
     def points(self) -> int:

@@ -123,6 +123,7 @@ class Noised(Replacing):
         self._needs_fit = spec.kind == "quantizer" or spec.selection == "clusters"
         # Chosen blocks: positions in order, or marks; None for all or none.
         self._chosen: Tensor | None = None
+        self._marked: Tensor | None = None
         self._mean: Tensor | None = None
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
@@ -133,7 +134,7 @@ class Noised(Replacing):
             self._drawn += 1
         if self.spec.kind == "mean" and (self._mean is None or step % self.refresh == 0):
             self._mean = self._blocks(weight.float()).mean(0)
-        self._chosen = None
+        self._chosen = self._marked = None
         if 0 < self.share < 1:
             self._chosen = self._draw(generator, weight.device)
 
@@ -142,12 +143,9 @@ class Noised(Replacing):
             return weight
         values, clipped = self.replacement(weight)
         if self.spec.rescale and self._chosen is not None:
-            kept: Tensor = _Rescaled.apply(  # type: ignore[no-untyped-call]
-                weight, values, self._positions(self._chosen), 1 / (1 - self.share)
-            )
-            return kept
-        replaced: Tensor = Replaced.apply(weight, values, clipped)  # type: ignore[no-untyped-call]
-        return replaced
+            at = self._positions(self._chosen)
+            return _apply(_Rescaled, weight, values, at, 1 / (1 - self.share))
+        return _apply(Replaced, weight, values, clipped)
 
     def fill(self, weight: Tensor, out: Tensor) -> Tensor | None:
         if self.spec.kind != "quantizer":
@@ -169,6 +167,28 @@ class Noised(Replacing):
         torch.where(marks, out, weight, out=out)
         return None if clipped is None else clipped[marks.view(-1)[clipped]]
 
+    def reads_rows(self) -> bool:
+        return self.share == 0 or self.spec.kind != "quantizer" or self.fitted.knows_rows
+
+    def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        if self.share == 0 or not rows.numel():
+            return rows
+        clipped: Tensor | None = None
+        if self.spec.kind == "quantizer":
+            values, clipped = self.fitted.rows(rows.detach(), index, (self._rows, self._columns))
+        else:
+            values = self._constant_row(rows).expand_as(rows)
+        if self._chosen is not None:
+            marks = self._marks_of_rows(self._chosen, index)
+            if self.spec.rescale:
+                factor = 1 / (1 - self.share)
+                values = torch.where(marks, values, rows.detach() * factor)
+                at = marks.reshape(-1).nonzero().squeeze(1)
+                return _apply(_Rescaled, rows, values, at, factor)
+            values = torch.where(marks, values, rows.detach())
+            clipped = clipped if clipped is None else clipped[marks.reshape(-1)[clipped]]
+        return _apply(Replaced, rows, values, clipped)
+
     # --- inside ----------------------------------------------------------------------------------
 
     def _draw(self, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -181,29 +201,25 @@ class Noised(Replacing):
         return draw(count, self.share, generator, device)
 
     def _fill_constant(self, weight: Tensor, out: Tensor) -> None:
+        row = self._constant_row(weight)
+        if self._chosen is None:
+            out.view(self._rows, self._columns).copy_(row.expand(self._rows, -1))
+            return
         out.copy_(weight)
         if self.spec.rescale:
             out.mul_(1 / (1 - self.share))
-        if self._chosen is None:
-            constant = self._mean if self.spec.kind == "mean" else None
-            self._spread(out, constant)
-            return
-        if not self._is_whole():
-            whole = torch.empty_like(out)
-            self._spread(whole, self._mean if self.spec.kind == "mean" else None)
-            torch.where(self._marks(self._chosen, tuple(out.shape)), whole, out, out=out)
-        elif self.spec.kind == "mean" and self._mean is not None:
-            self._view(out)[self._chosen] = self._mean
+        if self._is_whole():
+            self._view(out)[self._chosen] = row[: self._block]
         else:
-            self._view(out)[self._chosen] = 0
+            marks = self._marks(self._chosen, (self._rows, self._columns))
+            table = out.view(self._rows, self._columns)
+            torch.where(marks, row, table, out=table)
 
-    def _spread(self, out: Tensor, block: Tensor | None) -> None:
-        """Fill with zeros, or with one block again and again."""
-        if block is None:
-            out.zero_()
-        else:
-            row = block.repeat(self._across)[: self._columns]
-            out.view(self._rows, self._columns).copy_(row.expand(self._rows, -1))
+    def _constant_row(self, like: Tensor) -> Tensor:
+        """What a row of chosen blocks becomes: zeros, or the mean block again and again."""
+        if self.spec.kind != "mean" or self._mean is None:
+            return like.new_zeros(self._columns)
+        return self._mean.repeat(self._across)[: self._columns]
 
     def _fill_rounded(
         self, fmt: Affine, weight: Tensor, out: Tensor, chosen: Tensor
@@ -227,11 +243,23 @@ class Noised(Replacing):
             table = torch.nn.functional.pad(table, (0, -self._columns % self._block))
         return table.reshape(-1, self._block)
 
+    def _marks_of_rows(self, chosen: Tensor, index: Tensor) -> Tensor:
+        """Whether each weight of some rows is chosen: a mask ``(*index.shape, columns)``."""
+        if chosen.dtype == torch.int64:
+            if self._marked is None:
+                self._marked = self._mark(chosen)
+            chosen = self._marked
+        marks = chosen.view(self._rows, self._across)[index]
+        return marks.repeat_interleave(self._block, -1)[..., : self._columns]
+
+    def _mark(self, listed: Tensor) -> Tensor:
+        marks = torch.zeros(self._rows * self._across, dtype=torch.bool, device=listed.device)
+        return marks.index_fill_(0, listed, value=True)
+
     def _marks(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Whether each weight is chosen, a mask of the weight's shape."""
         if chosen.dtype == torch.int64:
-            marks = torch.zeros(self._rows * self._across, dtype=torch.bool, device=chosen.device)
-            chosen = marks.index_fill_(0, chosen, value=True)
+            chosen = self._mark(chosen)
         table = chosen.view(self._rows, self._across, 1).expand(-1, -1, self._block)
         return table.reshape(self._rows, -1)[:, : self._columns].reshape(shape)
 
@@ -262,6 +290,11 @@ class _Rescaled(torch.autograd.Function):
         scaled = flat * ctx.factor
         scaled[ctx.dropped] = flat[ctx.dropped]
         return scaled.view(gradient.shape), None, None, None
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    values: Tensor = function.apply(*arguments)
+    return values
 
 
 def marked(count: int, share: float, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -156,6 +156,7 @@ class Quantized(Replacing):
         every = spec.refresh or default_refresh(spec.format, spec.ranges)
         super().__init__(Fitted(spec.format, spec.ranges), every)
         self.spec = spec
+        self._shape = tuple(weight.shape)
         self._noise: Tensor | None = None
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
@@ -165,3 +166,11 @@ class Quantized(Replacing):
 
     def fill(self, weight: Tensor, out: Tensor) -> Tensor | None:
         return self.fitted.values(weight, out, self._noise)
+
+    def reads_rows(self) -> bool:
+        return self.fitted.knows_rows and not self.spec.stochastic
+
+    def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        values, clipped = self.fitted.rows(rows.detach(), index, self._shape)
+        replaced: Tensor = Replaced.apply(rows, values, clipped)  # type: ignore[no-untyped-call]
+        return replaced
