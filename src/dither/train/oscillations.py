@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dither.core import SpecError
 from dither.train.schedules import Ramp, value_at
+from dither.train.surrogate import Surrogate, gathered, plain, whole
 
 if TYPE_CHECKING:
     from dither.train.run import Run
-    from dither.train.surrogate import Surrogate
 
 FREEZING = Ramp(0.1, 0.011, begin=0.25, shape="cosine")
 """The paper's threshold at 3 bits; at 4 bits it ends at 0.01."""
@@ -217,11 +217,13 @@ class Dampening:
         if not factor:
             return total
         for _, surrogate, weight in run.weights():
-            if isinstance(surrogate, Watchable) and weight.numel():
+            if not isinstance(surrogate, Watchable) or not weight.numel():
+                continue
+            with whole(surrogate):
                 low, high = surrogate.ends()
-                rounded = surrogate.noisy(weight.detach().float()).detach()
-                distance = rounded - torch.clamp(weight.float(), low, high)
-                total = total + distance.square().sum(0).mean()
+                rounded = surrogate.noisy(plain(weight).float()).detach()
+            distance = rounded - torch.clamp(gathered(weight).float(), low, high)
+            total = total + distance.square().sum(0).mean()
         return total * factor
 
 
@@ -263,7 +265,8 @@ def _look(
             continue
         if max_bits is not None and (surrogate.bits is None or surrogate.bits > max_bits):
             continue
-        integers = surrogate.integers(weight.detach().float())
+        with whole(surrogate):
+            integers = surrogate.integers(plain(weight).float())
         if surrogate.watch is None:
             surrogate.watch = Watch(integers)
             surrogate.watch.step = step

@@ -117,7 +117,8 @@ class Vary:
 class WarmUp:
     """A schedule that trains without noise first: weights are read as they are.
 
-    Evaluation and files are quantized all the same.
+    Evaluation and files are quantized all the same. What surrogates learn has no gradient as long:
+    under DDP, give it ``find_unused_parameters=True``.
 
     Attributes:
         until: share of the steps without noise.
