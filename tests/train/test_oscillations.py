@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import dither
 from dither.core import SpecError
+from dither.formats import Affine, Codebook
 from dither.train import (
     LSQ,
     CountOscillations,
@@ -15,6 +16,7 @@ from dither.train import (
     FreezeOscillations,
     Ramp,
     Run,
+    StraightThrough,
     frozen_share,
     oscillating,
 )
@@ -251,3 +253,55 @@ def test_questions_without_an_answer_are_refused() -> None:
     assert frozen_share(run) == 0
     with pytest.raises(SpecError, match="momentum"):
         CountOscillations(0.0)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_rounding_straight_through_can_be_watched_and_frozen(
+    axis: int | None, tmp_path: Path
+) -> None:
+    def begin() -> tuple[Run, torch.optim.Optimizer]:
+        model = Noisy()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        schedule = FreezeOscillations(Ramp(0.05, 0.02, begin=0.4), momentum=0.02)
+        plan = {"*": StraightThrough(Affine(3, axis=axis))}
+        return dither.attach(
+            model, plan, steps=160, schedules=[schedule], penalties=[Dampening(1e-4)]
+        ), optimizer
+
+    run, optimizer = begin()
+    train(run, optimizer, 80)
+    torch.save([part.state_dict() for part in (run.model, optimizer, run)], tmp_path / "half.pt")
+    train(run, optimizer, 120)
+    watch = getattr(run.surrogates["layer.weight"], "watch", None)
+    assert isinstance(watch, Watch)
+    frozen, codes = watch.frozen.clone(), watch.last.clone()
+    assert frozen.float().mean() > 0.1
+    train(run, optimizer, 160)
+    assert torch.equal(watch.last[frozen], codes[frozen])
+
+    states = torch.load(tmp_path / "half.pt", weights_only=True)
+    again, another = begin()
+    again.model.load_state_dict(states[0])
+    another.load_state_dict(states[1])
+    again.load_state_dict(states[2])
+    train(again, another, 160)
+    assert torch.equal(run.parameter("layer.weight"), again.parameter("layer.weight"))
+
+    weight = run.parameter("layer.weight")
+    training = run.surrogates["layer.weight"].train()(weight).detach()
+    run.finish()
+    levels = run.encode()["layer.weight"].codes["levels"].values.float() - 4
+    assert torch.equal(levels[frozen], codes[frozen])
+    assert torch.equal(training, run.encode()["layer.weight"].decode())
+
+
+def test_grids_whose_integers_do_not_stay_are_not_watched() -> None:
+    formats = (Affine(3, grid="asymmetric"), Affine(3, group=4), Codebook(8), Affine(None))
+    for fmt in formats:
+        run = dither.attach(
+            Noisy(), {"*": StraightThrough(fmt)}, schedules=[FreezeOscillations(max_bits=None)]
+        )
+        assert frozen_share(run) == 0
+        run.step()
+        with pytest.raises(SpecError, match="watched"):
+            oscillating(run)

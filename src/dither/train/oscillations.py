@@ -37,7 +37,7 @@ class Watchable(Protocol):
     ``watch`` on in ``aside``.
 
     Attributes:
-        watch: None until someone watches.
+        watch: None until someone watches; missing where its integers cannot be held.
     """
 
     watch: Watch | None

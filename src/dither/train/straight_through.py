@@ -14,6 +14,7 @@ from dither.core import Encoded, Format, SpecError, Stats
 from dither.formats import Affine
 from dither.formats.settings import check_choice, check_count, check_kind
 from dither.train.fitted import Fitted, default_refresh, uniform
+from dither.train.oscillations import Watch, hold
 from dither.train.spec import Method
 from dither.train.surrogate import Surrogate
 
@@ -150,7 +151,14 @@ class Replacing(Surrogate):
 
 
 class Quantized(Replacing):
-    """One weight as the file would hold it, at every step."""
+    """One weight as the file would hold it, at every step.
+
+    Attributes:
+        watch: on symmetric bounded grids without groups only: of codes that go back and forth, see
+            :mod:`dither.train.oscillations`.
+    """
+
+    watch: Watch | None
 
     def __init__(self, spec: StraightThrough, weight: Tensor) -> None:
         every = spec.refresh or default_refresh(spec.format, spec.ranges)
@@ -158,6 +166,10 @@ class Quantized(Replacing):
         self.spec = spec
         self._shape = tuple(weight.shape)
         self._noise: Tensor | None = None
+        fmt = spec.format
+        is_plain = isinstance(fmt, Affine) and fmt.grid == "symmetric" and fmt.group is None
+        if is_plain and (self.bits or 0) > 1:
+            self.watch = None
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         super().draw(weight, generator, step)
@@ -167,8 +179,58 @@ class Quantized(Replacing):
     def fill(self, weight: Tensor, out: Tensor) -> Tensor | None:
         return self.fitted.values(weight, out, self._noise)
 
+    def noisy(self, weight: Tensor) -> Tensor:
+        values = super().noisy(weight)
+        watch = self._watching()
+        return values if watch is None else hold(watch, values, self._steps(self.fitted.params))
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        encoded, watch = super().encode(weight), self._watching()
+        if watch is None:
+            return encoded
+        held = hold(watch, weight.float(), self._steps(encoded.params)).to(weight.dtype)
+        return encoded.format.assign(held, encoded.format.params_of(encoded))
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight, or None where they are not those of a uniform grid."""
+        fmt = self.spec.format
+        return fmt.bits if isinstance(fmt, Affine) else None
+
+    def integers(self, weight: Tensor) -> Tensor:
+        """The codes of a weight now, from 0 in both directions; float32, without a graph."""
+        codes = self.fitted.assign(weight.detach()).codes["levels"].values
+        return codes.float() - (1 << (self.bits or 1) - 1)
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and greatest value, broadcastable to the weight; no graph."""
+        half, steps = 1 << (self.bits or 1) - 1, self._steps(self.fitted.params)
+        return steps * -half, steps * (half - 1)
+
+    def aside(self) -> dict[str, Any]:
+        watch = self._watching()
+        return {**super().aside(), "watch": None if watch is None else watch.state_dict()}
+
+    def load_aside(self, state: Mapping[str, Any]) -> None:
+        super().load_aside(state)
+        if state["watch"] is not None:
+            self.watch = Watch.from_state(state["watch"])
+
+    def _watching(self) -> Watch | None:
+        return getattr(self, "watch", None)
+
+    def _steps(self, params: Mapping[str, Tensor] | None) -> Tensor:
+        """Steps as they broadcast to the weight."""
+        steps = (params or {})["scale"].float()
+        axis = self.fitted.format.axis if isinstance(self.fitted.format, Affine) else None
+        if axis is None:
+            return steps.reshape([1] * max(len(self._shape), 1))
+        place = axis % len(self._shape)
+        return steps.reshape([-1 if a == place else 1 for a in range(len(self._shape))])
+
     def reads_rows(self) -> bool:
-        return self.fitted.knows_rows and not self.spec.stochastic
+        is_plain = not self.spec.stochastic and self._watching() is None
+        return is_plain and self.fitted.knows_rows
 
     def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         values, clipped = self.fitted.rows(rows.detach(), index, self._shape)
