@@ -60,6 +60,9 @@ _EVERY = 10
 _NUDGE = 0.6
 """Share of the error in size that is mended at once, by steps that all grow or shrink."""
 
+_LEAST_NUDGE = 0.15
+"""What is left of that share at the end of training."""
+
 _FARTHEST = 0.05
 """Octaves by which they do at most."""
 
@@ -119,7 +122,10 @@ class Controller:
         self.update(predicted, run.progress)
         weights = list(run.weights())
         bits = 8 * predicted / max(sum(weight.numel() for _, _, weight in weights), 1)
-        octaves = min(max(_NUDGE * self.error * bits, -_FARTHEST), _FARTHEST)
+        # Late in training many weights stand near the middle between two grid points, where a
+        # little change of the step moves many codes.
+        gain = _NUDGE * max(1 - run.progress, _LEAST_NUDGE)
+        octaves = min(max(gain * self.error * bits, -_FARTHEST), _FARTHEST)
         for _, surrogate, _ in weights:
             surrogate.nudge(octaves)
 
