@@ -229,10 +229,13 @@ def test_blocks_of_convolutions_are_kernels_or_runs_of_channels(
     ],
     ids=str,
 )
-def test_an_embedding_reads_the_rows_that_the_table_has(p: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rows", [40, 400])
+def test_an_embedding_reads_the_rows_that_the_table_has(
+    p: float, settings: dict[str, Any], rows: int
+) -> None:
     if p == 1:
         settings = settings | {"rescale": False}
-    table = nn.Embedding(40, 20, padding_idx=3)
+    table = nn.Embedding(rows, 20, padding_idx=3)
     run = attach(table, {"weight": QuantNoise(p=p, **settings)})
     surrogate, index = run.surrogates["weight"], torch.tensor([[3, 1, 39], [1, 0, 7]])
     with torch.no_grad():
@@ -307,6 +310,23 @@ def test_accumulated_gradients_see_one_draw() -> None:
     assert torch.equal(model.weight.grad, torch.full((32, 32), 2.0))
     run.step()
     assert not torch.equal(model(torch.eye(32)), outputs[0])
+
+
+@pytest.mark.parametrize("fmt", [Affine(4, axis=0), Product(4, points=32)], ids=repr)
+@pytest.mark.parametrize("p", [0.2, 0.7])
+def test_weights_that_are_loaded_get_parameters_of_their_own(
+    fmt: Affine | Product, p: float
+) -> None:
+    model = nn.Linear(16, 16, bias=False)
+    run = attach(model, {"weight": QuantNoise(fmt, p=p)})
+    model.load_state_dict({"weight": model.weight.detach() * 100})
+    with torch.no_grad():
+        moved = model(torch.eye(16)).T - model.weight
+        assert 0 < moved.norm() < 0.7 * (model.weight * (moved != 0)).norm()
+    assert torch.equal(
+        run.surrogates["weight"].soft_bits(model.weight),
+        torch.tensor(float(run.encode()["weight"].bits)),
+    )
 
 
 def test_noise_is_a_function_of_seed_step_and_name() -> None:

@@ -127,7 +127,7 @@ class Fitted:
             return table[blocks].flatten(-2)[..., : shape[1]], None
         at = index.reshape(-1, 1) * shape[1] + torch.arange(shape[1], device=index.device)
         fmt = cast(Affine, self.format)
-        grid = fmt.line(self.shared_at(shape, at.view(-1)))
+        grid = fmt.line(self.shared_at(rows, at.view(-1), shape))
         values, clipped = round_some(grid, rows.reshape(-1))
         beyond = None if clipped is None else clipped.nonzero().squeeze(1)
         return values.view(rows.shape), beyond
@@ -147,9 +147,9 @@ class Fitted:
         """The centroids of a Product as they decode, ``(centroids, block)``."""
         return decoded_table(self.format, self._held(weight))
 
-    def shared_at(self, shape: tuple[int, ...], at: Tensor) -> dict[str, Tensor]:
-        """Parameters of an Affine for the weights at flat positions, int64."""
-        fmt, held = self.format, self.params or {}
+    def shared_at(self, weight: Tensor, at: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Parameters of an Affine for the weights at flat positions, int64, of a shape."""
+        fmt, held = self.format, self._held(weight)
         if not isinstance(fmt, Affine):
             raise SpecError(f"{fmt!r} has no parameters for single weights")
         grouping, (_, columns) = fmt.grouping(shape), rows_of(shape)

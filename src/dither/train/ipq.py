@@ -41,7 +41,8 @@ class ProductCodes(Method):
     Until it is placed, by :class:`IterativePQ` or ``surrogate.place(weight)``, a weight trains as
     it is, or through ``noise``. Then its blocks keep their centroids, and the centroids learn: the
     gradient of each is the mean over its blocks. What has not been placed at the end is quantized
-    by k-means as it is.
+    by k-means as it is. The loss is the user's: Stock et al. distil, with no labels, see
+    :class:`Teacher`.
 
     The centroids wait from the start as extras without a gradient, so that optimizers, state dicts
     and DDP know them; an optimizer's moments begin when they are placed.

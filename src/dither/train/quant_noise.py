@@ -27,6 +27,9 @@ SELECTIONS = ("blocks", "clusters")
 _RARE = 0.25
 """Below this share, chosen blocks are listed rather than marked."""
 
+_TABLE = 16
+"""Matrices with so many more rows than columns are embeddings as a rule."""
+
 
 @dataclass(frozen=True)
 class QuantNoise(Method):
@@ -155,7 +158,7 @@ class Noised(Replacing):
         if chosen is None:
             return self.fitted.values(weight, out)
         is_listed = chosen.dtype == torch.int64
-        if is_listed and isinstance(self.spec.format, Affine):
+        if self.share < _RARE and isinstance(self.spec.format, Affine):
             return self._fill_rounded(self.spec.format, weight, out, chosen)
         if is_listed and self.fitted.indices is not None and self._is_whole():
             out.copy_(weight)
@@ -197,7 +200,8 @@ class Noised(Replacing):
             if indices is not None:  # which :meth:`Replacing.draw` has seen to
                 return marked(points, self.share, generator, device)[indices]
         count = self._rows * self._across
-        draw = listed if self.share < _RARE else marked
+        is_table = self._rows >= _TABLE * self._columns  # of which a few rows will be read
+        draw = listed if self.share < _RARE and not is_table else marked
         return draw(count, self.share, generator, device)
 
     def _fill_constant(self, weight: Tensor, out: Tensor) -> None:
@@ -226,7 +230,7 @@ class Noised(Replacing):
     ) -> Tensor | None:
         at = self._positions(chosen)
         out.copy_(weight)
-        shared = self.fitted.shared_at(tuple(weight.shape), at)
+        shared = self.fitted.shared_at(weight, at, tuple(weight.shape))
         values, clipped = round_some(fmt.line(shared), weight.view(-1)[at])
         out.view(-1).index_copy_(0, at, values)
         return None if clipped is None else at[clipped]

@@ -16,7 +16,7 @@ from dither.formats.settings import check_choice, check_count, check_kind
 from dither.train.fitted import Fitted, default_refresh, uniform
 from dither.train.oscillations import Watch, hold
 from dither.train.spec import Method
-from dither.train.surrogate import Surrogate
+from dither.train.surrogate import Surrogate, plain
 
 
 class Replaced(torch.autograd.Function):
@@ -97,6 +97,7 @@ class Replacing(Surrogate):
         self.fitted = fitted
         self.refresh = refresh
         self._drawn = 0
+        self._bits: float | None = None
         self._kept: tuple[object, Tensor, Tensor | None] | None = None
 
     def fill(self, weight: Tensor, out: Tensor) -> Tensor | None:
@@ -134,6 +135,12 @@ class Replacing(Surrogate):
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         return self.fitted.encode(weight)
+
+    def soft_bits(self, weight: Tensor) -> Tensor:
+        """A constant: the exact bits at fixed width when first asked."""
+        if self._bits is None:
+            self._bits = float(self.encode(plain(weight)).bits)
+        return torch.tensor(self._bits, device=weight.device)
 
     def aside(self) -> dict[str, Any]:
         return self.fitted.state()
