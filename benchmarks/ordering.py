@@ -236,7 +236,7 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(describe() | {"rows": found}, indent=1)
                 path.write_text(text + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(table(found), encoding="utf-8")
+                path.with_suffix(".md").write_text(table(found), encoding="utf-8")
         print(table(found))
 
 

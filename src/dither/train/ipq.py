@@ -45,7 +45,8 @@ class ProductCodes(Method):
     :class:`Teacher`.
 
     The centroids wait from the start as extras without a gradient, so that optimizers, state dicts
-    and DDP know them; an optimizer's moments begin when they are placed.
+    and DDP know them; an optimizer's moments begin when they are placed. Among several processes
+    the gradient is 0 until then, since DDP waits for one.
 
     Attributes:
         format: a Product; ``Product(8, dtype=torch.int8)`` for centroids on an int8 grid.
