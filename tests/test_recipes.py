@@ -21,7 +21,15 @@ from dither.recipes import (
     quantized_distillation,
 )
 from dither.recipes.layers import layers
-from dither.train import LSQ, DiffQ, Plan, Run, Teacher, oscillating
+from dither.train import (
+    LSQ,
+    DiffQ,
+    Plan,
+    Run,
+    Teacher,
+    oscillating,
+    reestimate_batch_norm,
+)
 from dither.train.ipq import LearnedCentroids
 from dither.train.learned_codebook import LearnedCodebook, polino_bits
 from dither.train.quant_noise import QuantNoise
@@ -270,6 +278,26 @@ def test_oscillations_are_counted_with_every_remedy() -> None:
         assert oscillating(run) == 0
     with pytest.raises(SpecError, match="remedies"):
         oscillations.attach(network(), remedy="hope", steps=4)
+
+
+def test_batch_norm_is_reestimated_as_it_is_evaluated() -> None:
+    model = network()
+    run = oscillations.attach(model, 3, "none", steps=4)
+    norm = model.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    reestimate_batch_norm(model, [INPUTS[:16], (INPUTS[16:], LABELS[16:])])
+    with torch.no_grad():
+        seen = model.eval().get_submodule("0")(INPUTS)
+    assert norm.running_mean is not None
+    assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+    assert norm.momentum == 0.1
+    assert run.finish() > 0
+
+
+def test_stages_may_be_named() -> None:
+    run = ipq.attach(network(), steps=6, stages=["8.*", "10.*"], blocks="large")
+    placed = [n for n, s in run.surrogates.items() if getattr(s, "is_placed", False)]
+    assert placed == ["8.weight"]
 
 
 def test_what_makes_no_sense_is_refused() -> None:

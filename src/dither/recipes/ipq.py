@@ -9,7 +9,7 @@ on WikiText-103 (Table 1) and MNLI 83.6 in 38 MiB (Table 2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -68,7 +68,8 @@ def attach(
     steps: int,
     start: int = 0,
     p: float = 0.0,
-    stages: str = "transformer",
+    stages: str | Sequence[str | Sequence[str]] = "transformer",
+    blocks: str | None = None,
     loader: Iterable[Any] | None = None,
     optimizer: Optimizer | None = None,
 ) -> Run:
@@ -84,6 +85,8 @@ def attach(
         p: share of blocks that Quant-Noise drops until then.
         stages: ``"transformer"``, or ``"layers"`` as in Stock et al., or anything that
             :class:`~dither.train.IterativePQ` takes.
+        blocks: see :func:`plan`; by default ``"small"`` for stages by layers, and else
+            ``"quant-noise"``.
         loader: batches for the error of the outputs; without, that of the weights is minimised.
         optimizer: of the weights; centroids join it.
 
@@ -92,7 +95,8 @@ def attach(
     """
     if not 0 <= start < steps:
         raise SpecError(f"start={start} leaves no step of {steps} for placing layers")
-    run = attach_plan(model, plan(model, p=p, blocks=_blocks(stages)), steps=steps)
+    usual = "small" if stages == "layers" else "quant-noise"
+    run = attach_plan(model, plan(model, p=p, blocks=blocks or usual), steps=steps)
     groups = len(IterativePQ(1, stages).groups(run))
     schedule = IterativePQ(max(1, (steps - start) // groups), stages, start, loader)
     run.schedules.append(schedule)
@@ -116,10 +120,6 @@ def size_mib(model: nn.Module, rules: Plan) -> float:
     everything = sum(parameter.numel() for parameter in model.parameters())
     rest = everything - sum(numel for numel, _, _ in quantized)
     return published_nbytes(quantized, rest) / 2**20
-
-
-def _blocks(stages: str) -> str:
-    return "small" if stages == "layers" else "quant-noise"
 
 
 def _resnet_block(layer: Layer, blocks: str) -> int:
