@@ -123,14 +123,35 @@ class Codes:
 class Stats:
     """What data says about one weight; encoders use what is there.
 
+    The *inputs* of a weight are what its columns multiply: all axes but the one of the outputs.
+
     Attributes:
         importance: weight of each squared error, broadcastable to the weight's shape (a diagonal
             Fisher, a Hessian diagonal, token counts); no unit, only ratios matter.
-        gram: second moments of the inputs, ``(inputs, inputs)``.
+        gram: second moments of the inputs, ``(inputs, inputs)``, or, of a smaller number of
+            inputs, for each group of as many. With three axes one matrix for each of ``n`` equal
+            groups: of the outputs where a matrix covers all inputs, else of the inputs.
+        outputs: the weight's axis that counts outputs: 0, but 1 for transposed convolutions and
+            GPT-2's Conv1D.
+        mean: first moments of the inputs, with the leading axes of ``gram``: ``(inputs,)`` or
+            ``(n, inputs)``.
+        cross: second moments of what the inputs should be with what they are, as ``gram``: where
+            layers before are quantized already.
+        counts: how often each row of a table was read, ``(rows,)``.
+        low: the least input seen.
+        high: the greatest input seen.
+        samples: input vectors seen.
     """
 
     importance: Tensor | None = None
     gram: Tensor | None = None
+    outputs: int = 0
+    mean: Tensor | None = None
+    cross: Tensor | None = None
+    counts: Tensor | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,20 @@
+"""What a little data says about each weight: statistics, in one pass or layer by layer."""
+
+from dither.calibrate.collect import Loss, collect
+from dither.calibrate.inputs import input_vectors
+from dither.calibrate.moments import MOST_INPUTS, Moments
+from dither.calibrate.quiet import Call, call, evaluating, some_batches
+from dither.calibrate.sequential import in_sequence
+
+__all__ = [
+    "MOST_INPUTS",
+    "Call",
+    "Loss",
+    "Moments",
+    "call",
+    "collect",
+    "evaluating",
+    "in_sequence",
+    "input_vectors",
+    "some_batches",
+]

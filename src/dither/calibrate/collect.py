@@ -1,0 +1,219 @@
+"""Statistics of every weight, from one pass over a loader."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dither.calibrate.inputs import (
+    attention_vectors,
+    has_vectors,
+    input_vectors,
+    outputs_axis,
+    recurrent_vectors,
+)
+from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
+from dither.calibrate.quiet import Call, call, evaluating, parameters_of, some_batches
+from dither.core import SpecError, Stats
+
+Loss = Callable[[Any, Any], Tensor]
+"""A model's output and the batch to a scalar."""
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    batches: int | None = None,
+    forward: Call = call,
+    most_inputs: int = MOST_INPUTS,
+) -> dict[str, Stats]:
+    """What data says about each weight of a model.
+
+    Second and first moments and the range of inputs for Linear, convolutions (also transposed),
+    GPT-2's Conv1D, MultiheadAttention, RNN, LSTM and GRU; token counts for Embedding and
+    EmbeddingBag; with a loss, the mean squared gradient of every parameter. The model runs in
+    evaluation mode and is left as it was: modes, running statistics, gradients, no hooks.
+
+    Weights are seen where modules of these kinds are called. An RNN is taken to start from zeros,
+    and packed sequences are passed over. Padding counts as input: batches of like length are best.
+
+    Args:
+        model: runs on its own device; attached models run as they are.
+        loader: of batches, as :func:`~dither.calibrate.call` takes them; labels are not needed.
+        loss: of an output and its batch, for ``Stats.importance``: the squared gradient of each
+            batch, averaged (the empirical Fisher information, with batches of one example).
+        batches: how many to read, or all.
+        forward: runs the model on a batch, where it is called differently.
+        most_inputs: a weight with more has a block-diagonal Gram matrix.
+
+    Returns:
+        By the (first) name of the parameter. What was never called and has no gradient is missing.
+        Without a loss, token counts are the importance of a table's rows.
+
+    Raises:
+        SpecError: the loader is empty.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> stats = collect(layer, [torch.tensor([[1.0, 2.0]])])
+    >>> stats["weight"].gram
+    tensor([[1., 2.],
+            [2., 4.]])
+    """
+    watch = Watch(model, most_inputs)
+    squares: dict[str, Tensor] = {}
+    count = 0
+    with evaluating(model), watch.hooks():
+        for batch in some_batches(loader, batches):
+            count += 1
+            if loss is None:
+                with torch.no_grad():
+                    forward(model, batch)
+            else:
+                _add_gradients(squares, model, batch, loss, forward)
+    fisher = {name: total / count for name, total in squares.items()}
+    return {
+        name: watch.stats(name, fisher.get(name))
+        for name in parameters_of(model).values()
+        if name in watch.moments or name in watch.counts or name in fisher
+    }
+
+
+class Watch:
+    """Hooks that see the inputs of a model's weights.
+
+    Args:
+        model: the model.
+        most_inputs: of one Gram matrix.
+        only: names of the weights to watch, or all.
+    """
+
+    def __init__(
+        self, model: nn.Module, most_inputs: int = MOST_INPUTS, only: Iterable[str] | None = None
+    ) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.outputs: dict[str, int] = {}
+        self._model = model
+        self._names = parameters_of(model)
+        self._only = None if only is None else set(only)
+        self._most = most_inputs
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Watch for a while; the hooks go, whatever happens."""
+        handles: list[RemovableHandle] = []
+        try:
+            handles += [
+                module.register_forward_pre_hook(self._see, with_kwargs=True)
+                for module in self._model.modules()
+                if any(self._name(module, path) for path, _ in module.named_parameters())
+            ]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stats(self, name: str, importance: Tensor | None = None) -> Stats:
+        """What was seen of one weight."""
+        seen, counts = self.moments.get(name), self.counts.get(name)
+        if importance is None and counts is not None:
+            rows = counts.float().clamp(min=0.5)  # never seen is not never read
+            importance = rows.unsqueeze(1)
+        if seen is None:
+            return Stats(importance, counts=counts)
+        return Stats(
+            importance,
+            seen.gram(),
+            self.outputs.get(name, 0),
+            seen.mean(),
+            seen.cross(),
+            counts,
+            seen.low,
+            seen.high,
+            seen.samples,
+        )
+
+    def note(self, name: str, vectors: Vectors) -> None:
+        """Count input vectors of a weight, ``(groups, vectors, inputs)``."""
+        self.moments.setdefault(name, Moments(self._most)).add(vectors)
+
+    def _name(self, module: nn.Module, path: str) -> str | None:
+        """The first name of a module's parameter, where it is watched."""
+        owner, _, local = path.rpartition(".")
+        parameter = module.get_submodule(owner)._parameters.get(local)  # noqa: SLF001 - as placed
+        name = self._names.get(id(parameter))
+        return name if self._only is None or name in self._only else None
+
+    def _add(self, module: nn.Module, path: str, vectors: Vectors, outputs: int = 0) -> None:
+        name = self._name(module, path)
+        if name is not None:
+            self.note(name, vectors)
+            self.outputs[name] = outputs
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            given = _by_name(module, args, kwargs)
+            first = next(iter(given.values()), None)
+            if isinstance(module, nn.MultiheadAttention):
+                for path, groups in attention_vectors(module, given):
+                    self._add(module, path, groups)
+            elif not isinstance(first, Tensor):
+                return  # a packed sequence, or nothing
+            elif isinstance(module, nn.RNNBase):
+                for path, vectors in recurrent_vectors(module, first):
+                    self._add(module, path, vectors)
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                self._count(module, first)
+            elif has_vectors(module) and self._name(module, "weight"):
+                for vectors in input_vectors(module, first):
+                    self._add(module, "weight", vectors, outputs_axis(module))
+
+    def _count(self, module: nn.Embedding | nn.EmbeddingBag, indices: Tensor) -> None:
+        name = self._name(module, "weight")
+        if name is None:
+            return
+        size = module.num_embeddings
+        counts = torch.bincount(indices.reshape(-1), minlength=size)[:size]  # torch refuses others
+        if module.padding_idx is not None and isinstance(module, nn.EmbeddingBag):
+            counts[module.padding_idx] = 0  # a bag leaves padding out
+        self.counts[name] = self.counts[name] + counts if name in self.counts else counts
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if not kwargs:
+        names = ["query", "key", "value"] if isinstance(module, nn.MultiheadAttention) else []
+        if len(args) == len(names) or not names:
+            return dict(zip(names or ["input"], args, strict=False))
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+def _add_gradients(
+    squares: dict[str, Tensor], model: nn.Module, batch: object, loss: Loss, forward: Call
+) -> None:
+    """Add the squared gradients of one batch; parameters and their ``grad`` stay as they are."""
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    wanted = [parameter.requires_grad for _, parameter in named]
+    try:
+        for _, parameter in named:
+            parameter.requires_grad_(True)  # noqa: FBT003 - torch's own signature
+        with torch.enable_grad():
+            value = loss(forward(model, batch), batch)
+            if value.ndim:
+                raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
+            parameters = [parameter for _, parameter in named]
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    finally:
+        for (_, parameter), flag in zip(named, wanted, strict=True):
+            parameter.requires_grad_(flag)
+    for (name, _), gradient in zip(named, gradients, strict=True):
+        if gradient is not None:
+            square = gradient.detach().float().square()
+            squares[name] = squares[name] + square if name in squares else square

@@ -1,0 +1,110 @@
+"""Moments of input vectors, summed up batch by batch in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MOST_INPUTS = 4096
+"""Inputs of one Gram matrix, 64 MiB; more are cut into equal blocks."""
+
+
+Vectors = Tensor | Sequence[Tensor]
+"""Input vectors ``(groups, vectors, inputs)``, or ``(vectors, inputs)`` for each group."""
+
+
+class Moments:
+    """Running first and second moments of one weight's inputs.
+
+    Sums are float32 matrices and float64 vectors; with more than ``most`` inputs, second moments
+    are kept of equal blocks of consecutive inputs only; a shorter last block is filled with zeros.
+
+    Args:
+        most: inputs of one matrix.
+
+    >>> moments = Moments()
+    >>> moments.add(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    >>> moments.gram().tolist(), moments.mean().tolist()
+    ([[5.0, 7.0], [7.0, 10.0]], [2.0, 3.0])
+    """
+
+    def __init__(self, most: int = MOST_INPUTS) -> None:
+        self._most = most
+        self._squares: Tensor | None = None
+        self._crossed: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+        self.low = torch.inf
+        self.high = -torch.inf
+
+    @property
+    def samples(self) -> int:
+        """Input vectors seen, in the group that saw most."""
+        return 0 if self._counts is None else int(self._counts.max())
+
+    def add(self, vectors: Vectors, original: Vectors | None = None) -> None:
+        """Count more input vectors.
+
+        Args:
+            vectors: ``(groups, vectors, inputs)``, or for each group ``(vectors, inputs)``.
+            original: what they should be, of the same shape, for the cross moments.
+        """
+        for group, some in enumerate(vectors):
+            self._prepare(len(vectors), some.shape[1], some.device)
+            assert self._squares is not None  # noqa: S101 - for the type checker
+            assert self._sums is not None  # noqa: S101
+            assert self._counts is not None  # noqa: S101
+            if not len(some):
+                continue
+            blocks = _cut(some, *self._squares.shape[1:3])
+            self._squares[group].baddbmm_(blocks.transpose(1, 2), blocks)
+            self._sums[group] += some.sum(0, dtype=torch.float64)
+            self._counts[group] += len(some)
+            self.low = min(self.low, float(some.min()))
+            self.high = max(self.high, float(some.max()))
+            if original is not None:
+                if self._crossed is None:
+                    self._crossed = torch.zeros_like(self._squares)
+                wanted = _cut(original[group], *self._squares.shape[1:3])
+                self._crossed[group].baddbmm_(wanted.transpose(1, 2), blocks)
+
+    def gram(self) -> Tensor | None:
+        """Mean second moments, ``(inputs, inputs)`` or ``(n, inputs, inputs)``."""
+        return self._mean_of(self._squares)
+
+    def cross(self) -> Tensor | None:
+        """Mean products of original and actual inputs, as :meth:`gram`."""
+        return self._mean_of(self._crossed)
+
+    def mean(self) -> Tensor | None:
+        """Mean inputs, ``(inputs,)`` or ``(groups, inputs)``, float32."""
+        if self._sums is None or self._counts is None:
+            return None
+        means = (self._sums / self._counts.clamp(min=1)[:, None]).float()
+        return means[0] if len(means) == 1 else means
+
+    def _mean_of(self, sums: Tensor | None) -> Tensor | None:
+        if sums is None or self._counts is None:
+            return None
+        means = (sums / self._counts.clamp(min=1).float()[:, None, None, None]).flatten(0, 1)
+        return means[0] if len(means) == 1 else means
+
+    def _prepare(self, groups: int, inputs: int, device: torch.device) -> None:
+        if self._squares is not None:
+            return
+        # One axis cannot tell groups of outputs from groups of inputs: the former stay whole.
+        blocks = -(-inputs // self._most) if groups == 1 else 1
+        size = -(-inputs // blocks)
+        self._squares = torch.zeros(groups, blocks, size, size, device=device)
+        self._sums = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(groups, dtype=torch.int64, device=device)
+
+
+def _cut(vectors: Tensor, blocks: int, size: int) -> Tensor:
+    """Vectors ``(vectors, inputs)`` as ``(blocks, vectors, size)``, zeros behind the last."""
+    missing = blocks * size - vectors.shape[1]
+    filled = functional.pad(vectors, (0, missing)) if missing else vectors
+    return filled.reshape(-1, blocks, size).transpose(0, 1)
