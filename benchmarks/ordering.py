@@ -204,9 +204,9 @@ def table(found: list[dict[str, Any]]) -> str:
             if not rows:
                 continue
             scores = [r["score"] for r in rows]
-            spread = statistics.stdev(scores) if len(scores) > 1 else math.nan
+            spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
             nbytes = round(statistics.mean(r["nbytes"] for r in rows))
-            score = f"{statistics.mean(scores):.2f} ± {spread:.2f}"
+            score = f"{statistics.mean(scores):.2f}{spread}"
             lines.append(
                 f"| {name}, {task.metric} | {row} | {nbytes:,} | {score} | {len(scores)} |"
             )
