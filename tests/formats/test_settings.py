@@ -49,7 +49,7 @@ def test_bad_settings(kind: type[Format], values: dict[str, Any]) -> None:
     "values",
     [
         {"version": 1},
-        {"format": "trellis", "version": 1},
+        {"format": "sparse", "version": 1},
         {"format": ["affine"], "version": 1},
         {"format": "affine"},
         {"format": "affine", "version": 2},

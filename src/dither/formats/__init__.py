@@ -1,8 +1,7 @@
 """How numbers are rebuilt from codes: one frozen dataclass for each format.
 
 Names and versions are permanent, because files carry them; a file resolves them in the closed
-table :data:`FORMATS` and nowhere else. The names ``trellis``, ``sparse`` and ``factors`` are
-reserved.
+table :data:`FORMATS` and nowhere else. The names ``sparse`` and ``factors`` are reserved.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from dither.formats.codebook import Codebook
 from dither.formats.mixed import Mixed
 from dither.formats.product import Product
 from dither.formats.raw import Raw
+from dither.formats.trellis import Trellis
 
 __all__ = [
     "FORMATS",
@@ -25,12 +25,13 @@ __all__ = [
     "Mixed",
     "Product",
     "Raw",
+    "Trellis",
     "format_from_json",
     "format_to_json",
 ]
 
 FORMATS: Mapping[str, type[Format]] = MappingProxyType(
-    {kind.name: kind for kind in (Raw, Affine, Codebook, Product, Mixed)}
+    {kind.name: kind for kind in (Raw, Affine, Codebook, Product, Mixed, Trellis)}
 )
 """Every format a file may name."""
 
