@@ -10,6 +10,15 @@ from torch.nn.parameter import is_lazy
 
 from dither.core import CheckpointError, dtype_name
 
+SITES = "dither_sites"
+"""Reserved in state dicts: ranges of activations stand there as ``<module>.dither_sites.*``. They
+are no weights: no plan matches them, and the file has a place of its own for them."""
+
+
+def is_weight(name: str) -> bool:
+    """Whether a name in a state dict is one of the model's own, and not of its sites."""
+    return SITES not in name.split(".")
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -48,6 +57,8 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     for name, value in state.items():
+        if isinstance(name, str) and not is_weight(name):
+            continue
         _check(name, value)
         # A conjugate view shares memory with numbers that differ.
         tensor = value.detach().resolve_conj().resolve_neg()

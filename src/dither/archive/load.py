@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dither.archive.reader import Archive
 from dither.core import CheckpointError
+from dither.model import is_weight
 
 _SHOWN = 8
 
@@ -88,7 +89,7 @@ def load_into(
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes) as archive:
             return load_into(model, archive, strict=strict)
-    state = model.state_dict(keep_vars=True)
+    state = {n: v for n, v in model.state_dict(keep_vars=True).items() if is_weight(n)}
     entries, aliases = source.entries, source.aliases
     shapes = {name: entries[aliases.get(name, name)].shape for name in source}
     mismatched = {

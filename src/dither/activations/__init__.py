@@ -1,0 +1,28 @@
+"""Activations and gradients on integer grids: where, and with which ranges."""
+
+from dither.activations.attach import apply, begin, call, encodings_of, observe, remove, step
+from dither.activations.encodings import Encoding, Encodings
+from dither.activations.gradients import GradientQuantizer
+from dither.activations.quantizer import Quantizer
+from dither.activations.sites import Site, placed, resolve
+from dither.activations.spec import Activation, Gradient, site_from_json
+
+__all__ = [
+    "Activation",
+    "Encoding",
+    "Encodings",
+    "Gradient",
+    "GradientQuantizer",
+    "Quantizer",
+    "Site",
+    "apply",
+    "begin",
+    "call",
+    "encodings_of",
+    "observe",
+    "placed",
+    "remove",
+    "resolve",
+    "site_from_json",
+    "step",
+]

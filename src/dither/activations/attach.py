@@ -1,0 +1,265 @@
+"""Observe, apply, train and remove the quantization of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dither.activations.encodings import Encoding, Encodings
+from dither.activations.gradients import GradientQuantizer
+from dither.activations.observers import Observer, sort_dimensions
+from dither.activations.quantizer import Quantizer
+from dither.activations.sites import Rules, displace, on_input, on_output, place, placed, resolve
+from dither.activations.spec import Activation
+from dither.core import SpecError
+
+Call = Callable[[nn.Module, Any], Any]
+"""Runs a model on a batch of the loader."""
+
+
+def call(model: nn.Module, batch: object) -> object:
+    """Run a model on a batch, moved to the model's device.
+
+    A dict is passed by name; of a tuple or a list the first element is the input, the others are
+    labels.
+    """
+    first = next(iter(model.parameters()), None)
+
+    def moved(value: object) -> object:
+        return value.to(first.device) if isinstance(value, Tensor) and first is not None else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    return model(moved(batch[0] if isinstance(batch, list | tuple) else batch))
+
+
+def observe(
+    model: nn.Module,
+    plan: Rules,
+    loader: Iterable[Any],
+    *,
+    batches: int | None = None,
+    forward: Call = call,
+) -> Encodings:
+    """Choose a grid for every site of a plan by what passes there.
+
+    The model runs in evaluation mode without gradients, as it is: with its weights quantized or
+    not, and without quantized activations. It is left as it was. Sites at which no floating-point
+    tensor passes are left out, unless a rule names them exactly.
+
+    Args:
+        model: any module.
+        plan: ``glob -> Activation``; rules about weights and gradients are passed over.
+        loader: of batches, as ``forward`` takes them; labels are not needed.
+        batches: how many to read, or all. They are kept in memory where two passes are needed
+            (groups sorted by range).
+        forward: runs the model on a batch, where it is called differently.
+
+    Returns:
+        The encodings, for :func:`apply` and the file.
+
+    Raises:
+        SpecError: a rule that matches nothing, an empty loader, values that are not finite, or
+            dimensions that do not divide into groups.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> found = observe(layer, {"@in": Activation(8)}, [torch.tensor([[0.0, 2.55]])])
+    >>> found["@in"]
+    Encoding(spec=Activation(bits=8), scale=(0.009999999776482582,), zero=(0,), order=())
+    """
+    if placed(model):
+        raise SpecError("this model's activations are quantized already; call remove(model) first")
+    rules = list(plan.items() if isinstance(plan, Mapping) else plan)
+    sites = {
+        site: spec for site, spec in resolve(model, rules).items() if isinstance(spec, Activation)
+    }
+    read = _first(loader, batches)
+    is_twofold = any(spec.is_sorted for spec in sites.values())
+    data = list(read) if is_twofold else read
+    orders: dict[str, Tensor] = {}
+    if is_twofold:
+        widths = {site: Observer(site, spec) for site, spec in sites.items() if spec.is_sorted}
+        _run(model, widths, data, forward)
+        orders = sort_dimensions(widths)
+    observers = {site: Observer(site, spec, orders.get(site)) for site, spec in sites.items()}
+    if _run(model, observers, data, forward) == 0:
+        raise SpecError("the loader gave no batch; a loader that is an iterator can be read once")
+    named = {glob for glob, _ in rules}
+    silent = [site for site, observer in observers.items() if not observer.seen]
+    if missed := [site for site in silent if site in named]:
+        raise SpecError(
+            f"no floating-point tensor passed at {missed[0]!r}: the module was not called (its "
+            "owner may read its weights directly), or it takes integers; name another site"
+        )
+    return Encodings({s: o.encoding() for s, o in observers.items() if s not in silent})
+
+
+def apply(model: nn.Module, encodings: Encodings | Mapping[str, Any]) -> Encodings:
+    """Quantize activations from here on: the integers that the encodings say, in floating point.
+
+    In place: parameters and their names stay; call it before the model is compiled or wrapped.
+    Sites that are quantized already get the new grid.
+
+    Args:
+        model: any module.
+        encodings: from :func:`observe`, or their JSON (``archive.sites``).
+
+    Returns:
+        The encodings.
+
+    Raises:
+        SpecError: the model lacks a site, or an encoding is damaged; nothing is changed then.
+    """
+    _refuse_wrapped(model)
+    table = encodings if isinstance(encodings, Encodings) else Encodings.from_json(encodings)
+    quantizers = {site: encoding.quantizer() for site, encoding in table.items()}
+    names = dict(model.named_modules())
+    for site in quantizers:
+        path, at, end = site.rpartition("@")
+        if path not in names or not at or end not in {"in", "out"}:
+            raise SpecError(
+                f"the model has no site {site!r}: it has no module {path!r}; use the model that "
+                "the encodings are of"
+            )
+    for site, quantizer in quantizers.items():
+        place(model, site, quantizer)
+    return table
+
+
+def begin(model: nn.Module, plan: Rules) -> list[str]:
+    """Quantize activations and gradients whose ranges come from training itself.
+
+    A site's first step uses the extremes of the tensor at hand; call :func:`step` after each
+    optimizer step (a :class:`dither.Run` does). Sites that are quantized already stay as they are,
+    so :func:`apply` may go before.
+
+    Args:
+        model: any module.
+        plan: ``glob -> Activation or Gradient``; rules about weights are passed over.
+
+    Returns:
+        The sites of the plan.
+
+    Raises:
+        SpecError: a rule that matches nothing, or groups that need calibration data.
+    """
+    _refuse_wrapped(model)
+    there = placed(model)
+    specs = resolve(model, plan)
+    for site, spec in specs.items():
+        if site not in there and isinstance(spec, Activation) and spec.is_sorted:
+            raise SpecError(
+                f"{site!r} has groups sorted by range, which need calibration data: observe and "
+                "apply first, or give permute=False"
+            )
+    for site, spec in specs.items():
+        if site in there:
+            continue
+        if isinstance(spec, Activation):
+            place(model, site, Quantizer(spec))
+        else:
+            place(model, site, GradientQuantizer(spec, site))
+    return list(specs)
+
+
+def step(model: nn.Module) -> None:
+    """Say that an optimizer step is done: ranges move to what was seen."""
+    for quantizer in placed(model).values():
+        quantizer.step()
+
+
+def encodings_of(model: nn.Module) -> Encodings:
+    """The grids that a model's activations are on in evaluation.
+
+    Raises:
+        SpecError: a site has no range yet.
+    """
+    return Encodings(
+        {s: Encoding.of(q) for s, q in placed(model).items() if isinstance(q, Quantizer)}
+    )
+
+
+def remove(model: nn.Module) -> None:
+    """Take all quantization of activations and gradients away; weights stay as they are."""
+    for module in list(model.modules()):
+        displace(module)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod") or isinstance(
+        model, nn.DataParallel | nn.parallel.DistributedDataParallel
+    ):
+        raise SpecError(
+            f"this {type(model).__name__} is wrapped already; quantize the activations of the "
+            "plain model, and then give it to DDP or torch.compile"
+        )
+
+
+def _first(loader: Iterable[Any], batches: int | None) -> Iterator[Any]:
+    if batches is not None and batches < 1:
+        raise SpecError(f"batches={batches!r}: give the number of batches to read, 1 or more")
+    for number, batch in enumerate(loader):
+        yield batch
+        if number + 1 == batches:
+            return
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no fused attention, which passes over hooks, for a while."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _run(
+    model: nn.Module, observers: Mapping[str, Observer], data: Iterable[Any], forward: Call
+) -> int:
+    """Let observers see what passes; returns the number of batches."""
+    handles = []
+    count = 0
+    try:
+        for site, observer in observers.items():
+            path, _, end = site.rpartition("@")
+            module = model.get_submodule(path)
+            if end == "in":
+                handles.append(
+                    module.register_forward_pre_hook(_input_hook(observer), with_kwargs=True)
+                )
+            else:
+                handles.append(module.register_forward_hook(_output_hook(observer)))
+        with _evaluating(model), torch.no_grad():
+            for batch in data:
+                forward(model, batch)
+                for observer in observers.values():
+                    observer.end_batch()
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def _input_hook(observer: Observer) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_input(observer.see, args, kwargs)
+
+    return hook
+
+
+def _output_hook(observer: Observer) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        on_output(observer.see, output)
+
+    return hook
