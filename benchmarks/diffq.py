@@ -24,6 +24,7 @@ import dither
 from benchmarks.environment import describe
 from benchmarks.peers.diffq_peer import BATCH, rate_at
 from benchmarks.tasks import resnet20_cifar10
+from benchmarks.training import keep, report, take_up
 from dither.train import DiffQ, Plan
 from dither.train.defaults import default_plan
 
@@ -44,13 +45,7 @@ def train(peer: dict[str, Any], noise: str, folder: Path) -> tuple[Path, dict[st
     optimizer = torch.optim.Adam(model.parameters(), peer["rate"])
     run.join(optimizer)
     saved = folder / f"{noise}-{budget}-{seed}.pt"
-    seconds = 0.0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        run.load_state_dict(state["run"])
-        seconds = state["seconds"]
+    seconds = take_up(saved, model, optimizer, run)
     begun = time.monotonic() - seconds
     model.train()
     for step in range(run.done, steps):
@@ -66,15 +61,8 @@ def train(peer: dict[str, Any], noise: str, folder: Path) -> tuple[Path, dict[st
         run.step()
         if run.done % _SAVE_EVERY == 0:
             seconds = time.monotonic() - begun
-            print(
-                f"step {run.done}/{steps} loss {float(loss.detach()):.4f} "
-                f"{run.predicted_nbytes():.0f} B {seconds:.0f} s",
-                flush=True,
-            )
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"run": run.state_dict(), "seconds": seconds}
-            torch.save(state, saved.with_suffix(".new"))
-            saved.with_suffix(".new").replace(saved)
+            report(run, float(loss.detach()), seconds)
+            keep(saved, model, optimizer, run, seconds)
     seconds = time.monotonic() - begun
     untrimmed = run.measure()
     run.finish(batches[step][0] for step in range(50))

@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 distilled from its own outputs to a budget, on sentences without labels.
 
-``python -m benchmarks.train_minilm --budgets 4930000 2670000 --split test``
+``python -m benchmarks.train_minilm --split test``
 
 The sentences are those of SST-2 and of STS-B's training part; no score is read. Every run saves its
 state as it goes and takes up where it was stopped.
@@ -8,12 +8,7 @@ state as it goes and takes up where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import dither
-from benchmarks.environment import describe
 from benchmarks.tasks import data_path, minilm_stsb
+from benchmarks.training import keep, main, report, take_up, write_file
 from dither.search import token_counts
 
 TABLE = "embeddings.word_embeddings.weight"
@@ -124,13 +119,7 @@ def train(budget: int, seed: int, steps: int, folder: Path) -> tuple[Path, dict[
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = folder / f"minilm-{budget}-{seed}.pt"
-    seconds = 0.0
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        run.load_state_dict(state["run"])
-        seconds = state["seconds"]
+    seconds = take_up(saved, model, optimizer, run)
     begun, losses = time.monotonic() - seconds, []
     model.train()
     for module in model.modules():
@@ -146,61 +135,15 @@ def train(budget: int, seed: int, steps: int, folder: Path) -> tuple[Path, dict[
         run.step()
         losses.append(float(loss.detach()))
         if run.done % 50 == 0:
-            weight = run.controller.weight if run.controller else 0.0
-            print(
-                f"step {run.done}/{steps}  loss {np.mean(losses[-50:]):.4f}  predicted "
-                f"{run.predicted_nbytes():.0f} B  lambda {weight:.4f}  "
-                f"{time.monotonic() - begun:.0f} s",
-                flush=True,
-            )
+            report(run, float(np.mean(losses[-50:])), time.monotonic() - begun)
         if run.done % _SAVE_EVERY == 0 or run.done == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"run": run.state_dict(), "seconds": time.monotonic() - begun}
-            torch.save(state, saved.with_suffix(".new"))
-            saved.with_suffix(".new").replace(saved)
+            keep(saved, model, optimizer, run, time.monotonic() - begun)
     before = run.measure()
     run.finish()
-    path = folder / f"minilm-{budget}-{seed}.dither"
-    nbytes = run.save(path)
-    trim = max(surrogate.trim for surrogate in run.surrogates.values())
-    row = {"budget": budget, "seed": seed, "steps": steps, "bytes": nbytes, "untrimmed": before}
-    return path, row | {"trim_octaves": trim, "seconds": round(time.monotonic() - begun)}
-
-
-def score(path: Path, split: str) -> float:
-    """Spearman's correlation of a file, times 100, loaded in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.data_free", "--score", str(path)]
-    command += ["--tasks", "minilm_stsb", "--split", split]
-    command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[4_930_000, 2_670_000])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--split", choices=["dev", "test"], default="dev")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=Path("out/train_minilm"))
-    parser.add_argument("--output", type=Path, help="results file (JSON)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    output = options.output or Path(f"benchmarks/results/train_minilm_{options.split}.json")
-    result = json.loads(output.read_text()) if output.exists() else {"rows": []}
-    known = {(row["budget"], row["seed"], row["steps"]) for row in result["rows"]}
-    for budget in options.budgets:
-        for seed in options.seeds:
-            if (budget, seed, options.steps) in known:
-                continue
-            path, row = train(budget, seed, options.steps, options.folder)
-            row |= {"split": options.split, "spearman": score(path, options.split)}
-            print(row, flush=True)
-            result = {"environment": describe(), "rows": [*result["rows"], row]}
-            output.write_text(json.dumps(result, indent=1) + "\n")
+    path = saved.with_suffix(".dither")
+    row = write_file(run, path, before)
+    return path, row | {"seconds": round(time.monotonic() - begun)}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "minilm_stsb", train, [4_930_000, 2_670_000], 1600)
