@@ -97,12 +97,11 @@ def test_no_path_is_nearer(states: int) -> None:
     weight = normal(6, 5, seed=states)
     fmt, scale = Trellis(states), torch.tensor([0.7])
     found = (fmt.assign(weight, {"scale": scale}).decode() - weight).square().sum(1)
-    least = torch.full((6,), torch.inf)
-    for codes in itertools.product(range(-3, 4), repeat=5):
-        levels = Codes((torch.tensor(codes) + 3).reshape(5, 1), 7)
-        parts = {"levels": levels, "zero": Codes(torch.tensor([3]), MOST_CODES)}
-        path = Encoded(fmt, (1, 5), torch.float32, parts, {"scale": scale}).decode()
-        least = torch.minimum(least, (path - weight).square().sum(1))
+    paths = torch.tensor(list(itertools.product(range(-3, 4), repeat=5)))
+    levels = Codes((paths + 3).T, 7)
+    parts = {"levels": levels, "zero": Codes(torch.tensor([3]), MOST_CODES)}
+    every = Encoded(fmt, tuple(paths.shape), torch.float32, parts, {"scale": scale}).decode()
+    least = (every[None] - weight[:, None]).square().sum(2).amin(1)
     assert torch.allclose(found, least, rtol=1e-6)
 
 

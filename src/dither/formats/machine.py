@@ -2,8 +2,9 @@
 
 The machine is linear over the integers modulo 2: with ``z(t)`` the quantizer and ``p(t)`` the
 parity of the code at step ``t``, ``sum(a[i] * z(t - i)) = sum(b[i] * p(t - i))``, and everything
-before the first step is 0. The polynomials ``a`` and ``b`` are those of Ungerboeck's amplitude modulation codes (IEEE Trans.
-Inf. Theory 28, 1982, table I), as trellis coded quantization uses them (Marcellin, Fischer 1990).
+before the first step is 0. The polynomials are those of Ungerboeck's amplitude modulation codes
+(IEEE Trans. Inf. Theory 28, 1982, table I), as trellis coded quantization uses them (Marcellin,
+Fischer 1990).
 """
 
 from __future__ import annotations
