@@ -723,7 +723,9 @@ def read_index(data: bytes) -> tuple[dict[str, Any], int]:
     must(isinstance(index["formats"], list), "formats")
     must(isinstance(index.get("aliases", {}), dict), "aliases")
     must(isinstance(index.get("metadata", {}), dict), "metadata")
-    must(not index.get("sites") and index.get("base") is None, "reserved field")
+    must(isinstance(index.get("sites", {}), dict), "sites")
+    must(all(isinstance(site, dict) for site in index.get("sites", {}).values()), "site")
+    must(index.get("base") is None, "reserved field")
     return index, begin
 
 

@@ -101,8 +101,8 @@ class Entry:
 class Index:
     """Everything in a file but the payloads.
 
-    ``sites`` is the place of activation encodings, ``base`` that of the archive to which this
-    one stores differences; version 1 writers leave both empty.
+    ``sites`` holds activation encodings, ``base`` is the place of the archive to which this one
+    stores differences; version 1 writers leave that empty.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -228,10 +228,10 @@ class _Parser:
         fields = _expect(document, dict, "index")
         if unknown := sorted(set(fields) - _FIELDS):
             raise ArchiveError(f"the archive's index has unknown fields {unknown}; upgrade dither")
-        if fields.get("base") is not None or fields.get("sites"):
+        if fields.get("base") is not None:
             raise ArchiveError(
-                "the archive holds activation sites or differences to a base archive, which "
-                "this release does not read; upgrade dither"
+                "the archive holds differences to a base archive, which this release does not "
+                "read; upgrade dither"
             )
         formats = [_format(item) for item in _expect(fields.get("formats"), list, "formats")]
         entries = tuple(self.entries(fields, formats))
@@ -248,7 +248,10 @@ class _Parser:
             if not isinstance(target, str) or target not in names or alias in names:
                 raise ArchiveError(f"alias {alias!r} of {target!r} is not possible")
         metadata = _expect(fields.get("metadata", {}), dict, "metadata")
-        return Index(entries, aliases, metadata)
+        sites = _expect(fields.get("sites", {}), dict, "sites")
+        for name, site in sites.items():
+            _expect(site, dict, f"site {name!r}")
+        return Index(entries, aliases, metadata, sites)
 
     def entries(self, fields: dict[str, Any], formats: list[Format]) -> Iterator[Entry]:
         tensors = _columns(fields.get("tensors"), "tensors", _TENSOR)

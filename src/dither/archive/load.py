@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dither.archive.reader import Archive
 from dither.core import CheckpointError
-from dither.model import is_weight
+from dither.model import SITES, is_weight
 
 _SHOWN = 8
 
@@ -24,17 +24,20 @@ class Loaded:
         unexpected: names that the archive has and the model lacks.
         mismatched: names whose shapes differ, with both shapes.
         cast: names whose types differ and were converted to the model's.
+        sites: where the archive quantizes activations and the model does not.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
-        """Whether the model now holds exactly the archive's numbers."""
-        return not (self.missing or self.unexpected or self.mismatched or self.cast)
+        """Whether the model now computes with exactly the archive's numbers."""
+        found = (self.missing, self.unexpected, self.mismatched, self.cast, self.sites)
+        return not any(found)
 
     def __str__(self) -> str:
         """One line for each kind of difference."""
@@ -43,6 +46,8 @@ class Loaded:
             "unknown to the model": self.unexpected,
             "of another shape": self.mismatched,
             "converted to the model's type": self.cast,
+            "activations that the archive quantizes, and the model does not (call "
+            "dither.activations.apply(model, archive.sites) first)": self.sites,
         }
         lines = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
         return "\n".join(lines) or "all tensors match"
@@ -76,14 +81,15 @@ def load_into(
     Args:
         model: its own types and devices are kept.
         source: an archive or the path of one.
-        strict: refuse, before anything is changed, where names or shapes differ.
+        strict: refuse, before anything is changed, where names or shapes differ, or activations
+            are quantized in the archive only.
         max_nbytes: see :meth:`Archive.open`.
 
     Returns:
         What differed.
 
     Raises:
-        CheckpointError: ``strict`` and a name or shape differs.
+        CheckpointError: ``strict`` and a name, a shape or a site differs.
         ArchiveError: the file is no archive or is damaged.
     """
     if not isinstance(source, Archive):
@@ -105,6 +111,7 @@ def load_into(
         ),
         unexpected=tuple(name for name in source if name not in state),
         mismatched=tuple(mismatched.values()),
+        sites=tuple(site for site in source.sites if not _is_quantized(model, site)),
     )
     if strict and not found.exact:
         raise CheckpointError(
@@ -116,7 +123,16 @@ def load_into(
         for name, value in tensors.items():
             state[name].copy_(value)
     cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
-    return Loaded(found.missing, found.unexpected, found.mismatched, cast)
+    return replace(found, cast=cast)
+
+
+def _is_quantized(model: nn.Module, site: str) -> bool:
+    path, _, end = site.rpartition("@")
+    try:
+        held = model.get_submodule(f"{path}.{SITES}" if path else SITES)
+    except AttributeError:
+        return False
+    return isinstance(held, nn.ModuleDict) and end in held
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:

@@ -114,6 +114,11 @@ class Archive(Mapping[str, Tensor]):
         return MappingProxyType(dict(self._index.metadata))
 
     @property
+    def sites(self) -> Mapping[str, Any]:
+        """Encodings of activations by site, as JSON: see ``dither.activations.apply``."""
+        return MappingProxyType(dict(self._index.sites))
+
+    @property
     def original_nbytes(self) -> int:
         """Bytes of all tensors once decoded, each tied weight counted once."""
         return sum(entry.decoded_nbytes for entry in self._entries.values())

@@ -88,9 +88,12 @@ class ArchiveWriter:
         self._claim(name)
         self._aliases[name] = target
 
-    def finish(self, metadata: Mapping[str, Any] | None = None) -> int:
+    def finish(
+        self, metadata: Mapping[str, Any] | None = None, sites: Mapping[str, Any] | None = None
+    ) -> int:
         """Write the index; returns the size of the archive in bytes."""
-        index = Index(tuple(self._entries.values()), self._aliases, metadata or {})
+        entries = tuple(self._entries.values())
+        index = Index(entries, self._aliases, metadata or {}, sites or {})
         self._write(pack_index(index))
         return self._offset
 
@@ -124,7 +127,7 @@ def code(encoded: Encoded) -> CodedTensor:
 
 
 def _code_codes(part: Codes) -> CodedPart:
-    codec, payload = encode_codes(part.values.detach().cpu().numpy(), part.alphabet)
+    codec, payload = encode_codes(part.values.detach().cpu().numpy(), part.alphabet, part.machine)
     return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, payload)
 
 
@@ -140,6 +143,7 @@ def pack(
     tensors: Mapping[str, Encoded | CodedTensor],
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    sites: Mapping[str, Any] | None = None,
 ) -> Archive:
     """An archive in memory.
 
@@ -147,9 +151,10 @@ def pack(
         tensors: tensors by name.
         aliases: second names, ``{alias: name}``.
         metadata: JSON values of the user's own.
+        sites: encodings of activations, as ``dither.activations.Encodings.to_json`` gives them.
     """
     stream = io.BytesIO()
-    _write_all(ArchiveWriter(stream), tensors, aliases, metadata)
+    _write_all(ArchiveWriter(stream), tensors, aliases, metadata, sites)
     return Archive.from_bytes(stream.getvalue())
 
 
@@ -157,9 +162,10 @@ def packed_nbytes(
     tensors: Mapping[str, Encoded | CodedTensor],
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    sites: Mapping[str, Any] | None = None,
 ) -> int:
     """The exact size of the archive that :func:`pack` would make."""
-    return _write_all(ArchiveWriter(_Sink()), tensors, aliases, metadata)
+    return _write_all(ArchiveWriter(_Sink()), tensors, aliases, metadata, sites)
 
 
 def write(
@@ -167,10 +173,11 @@ def write(
     tensors: Mapping[str, Encoded | CodedTensor],
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    sites: Mapping[str, Any] | None = None,
 ) -> int:
     """Write an archive to ``path``, which appears whole or not at all; returns its bytes."""
     with atomic_write(path) as file:
-        return _write_all(ArchiveWriter(file), tensors, aliases, metadata)
+        return _write_all(ArchiveWriter(file), tensors, aliases, metadata, sites)
 
 
 class _Sink:
@@ -185,9 +192,10 @@ def _write_all(
     tensors: Mapping[str, Encoded | CodedTensor],
     aliases: Mapping[str, str] | None,
     metadata: Mapping[str, Any] | None,
+    sites: Mapping[str, Any] | None,
 ) -> int:
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     for name, target in (aliases or {}).items():
         writer.alias(name, target)
-    return writer.finish(metadata)
+    return writer.finish(metadata, sites)
