@@ -28,9 +28,11 @@ TOKENS = 768
 STS_SHARE = 0.6
 MAX_TOKENS = 128
 LEAST_TOKENS = 5
-RATE, VECTOR_RATE, STEP_RATE = 2.5e-4, 1e-4, 7e-3
+RATES = {4_930_000: 1.5e-4, 2_670_000: 2.5e-4}
+"""Learning rates of matrices for budgets; the finer, the less there is to mend."""
+VECTOR_RATE, STEP_RATE = 1e-4, 7e-3
 WARM_STEPS = 20
-START = {4_930_000: 4_930_000, 2_670_000: 4_000_000}
+START = {4_930_000: 5_750_000, 2_670_000: 4_000_000}
 """Where training to a budget begins, in bytes; other budgets begin at themselves."""
 _SAVE_EVERY = 200
 
@@ -114,7 +116,10 @@ def train(budget: int, seed: int, steps: int, folder: Path) -> tuple[Path, dict[
     run = dither.attach(model, budget=goal, steps=steps, noise=seed)
     vectors = [p for n, p in model.named_parameters() if n in run.surrogates and p.ndim < 2]
     tables = [p for n, p in model.named_parameters() if n in run.surrogates and p.ndim > 1]
-    groups = [{"params": tables, "lr": RATE}, {"params": vectors, "lr": VECTOR_RATE}]
+    groups = [
+        {"params": tables, "lr": RATES.get(budget, 2e-4)},
+        {"params": vectors, "lr": VECTOR_RATE},
+    ]
     groups.append({"params": run.extras.parameters(), "lr": STEP_RATE})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]

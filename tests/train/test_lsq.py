@@ -128,3 +128,21 @@ def test_an_embedding_reads_only_its_rows() -> None:
             gradients.append((rows.detach(), table.grad, surrogate.log_step.grad))
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_the_size_pulls_only_rows_that_are_read() -> None:
+    w = weight(10, 8).requires_grad_()
+    surrogate = LSQ(None, axis=0).begin(weight(10, 8))
+    everything = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
+    surrogate.draw(w, torch.Generator(), 1)
+    index = torch.tensor([[2, 5], [5, 7]])
+    assert surrogate.look_up(w[index], index) is not None
+    partial = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
+    rows = torch.zeros(10, dtype=torch.bool).index_fill(0, index.reshape(-1), value=True)
+    for one, other in zip(partial, everything, strict=True):
+        assert torch.equal(one[rows], other[rows])
+        assert not one[~rows].any()
+    surrogate.draw(w, torch.Generator(), 2)
+    surrogate(w)  # a head that shares the table reads all of it
+    again = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
+    assert torch.equal(again[0], everything[0])

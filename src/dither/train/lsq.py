@@ -90,6 +90,7 @@ class LearnedStep(Surrogate):
         self.classes: Tensor | None = None
         self.watch: Watch | None = None
         self._rate: tuple[Tensor, Tensor, Tensor] | None = None
+        self._read: Tensor | None = None
         self._shape = tuple(weight.shape)
         self._grouping = spec.format.grouping(self._shape)
         steps = self._first(weight)
@@ -136,6 +137,7 @@ class LearnedStep(Surrogate):
         return steps.detach().bfloat16().float() + (steps - steps.detach())
 
     def noisy(self, weight: Tensor) -> Tensor:
+        self._read = None
         (low, high), steps = self._ends(), self.steps()
         values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
             weight, steps, low, high
@@ -148,6 +150,8 @@ class LearnedStep(Surrogate):
     def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         low, high = self._ends()
         steps = self._stored()
+        if self._read is not None:
+            self._read[index] = True
         if self.classes is not None:
             steps = steps[self.classes[index]]
         elif len(steps) > 1:
@@ -169,10 +173,17 @@ class LearnedStep(Surrogate):
         return fmt.assign(weight, {"scale": steps.bfloat16()})
 
     def soft_bits(self, weight: Tensor) -> Tensor:
-        """The entropy of the codes, with the slopes of interpolated lengths: `CodeLengths`."""
-        rate = self._rate or self._look(weight.detach())
+        """The entropy of the codes, with the slopes of interpolated lengths: `CodeLengths`.
+
+        Of a table of which only rows are read, only these have slopes: a row that no batch reads
+        would otherwise fall to 0, with nothing to hold it.
+        """
+        bits, slopes, by_row = self._rate or self._look(weight.detach())
+        if self._read is not None and bool(self._read.any()):
+            slopes = slopes * self._read.unsqueeze(1)
+            by_row = by_row * self._read
         value: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
-            weight, self.log_step, rate[0], rate[1:]
+            weight, self.log_step, bits, (slopes, self._gather(by_row))
         )
         return value
 
@@ -194,6 +205,11 @@ class LearnedStep(Surrogate):
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         if step % self.spec.refresh == 0:
             self.renew()
+        # Of all rows, until some are looked up and the table as a whole is not.
+        is_table = weight.ndim == 2 and self.reads_rows()
+        self._read = torch.zeros(len(weight), dtype=torch.bool) if is_table else None
+        if self._read is not None:
+            self._read = self._read.to(weight.device)
 
     def renew(self) -> None:
         self._rate = None
@@ -211,24 +227,37 @@ class LearnedStep(Surrogate):
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bits now, and their gradients to the weight and to the logarithms of the steps."""
+        """Bits now, and their slopes by weights and by logarithms of steps.
+
+        The latter are summed over rows where all of a row shares a step, ``(rows,)``, or else over
+        all that share one, ``(steps,)``.
+        """
         steps = self.steps()
         held = hold(self.watch, weight.float(), steps)
         place = (held / steps).clamp_(*self._ends())
         lengths = CodeLengths.of(place, self.classes)
         slopes = lengths.slopes(place, self.classes)
-        to_log = self._gather(place.mul_(slopes)).neg_()
+        by_log = place.mul_(slopes).neg_()
+        is_table = weight.ndim == 2 and self.reads_rows()
+        by_row = by_log.sum(1) if is_table else self._share(by_log)
         value = torch.tensor(lengths.total, dtype=torch.float32, device=weight.device)
-        self._rate = (value, slopes.div_(steps).to(weight.dtype), to_log)
+        self._rate = (value, slopes.div_(steps).to(weight.dtype), by_row)
         return self._rate
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def _gather(self, by_row: Tensor) -> Tensor:
+        """Sums over rows that share a step, ``(steps,)``."""
+        if len(by_row) == len(self.log_step):
+            return by_row
+        if self.classes is None:
+            return by_row.sum().reshape(1)
+        return torch.zeros_like(self.log_step).index_add_(0, self.classes, by_row)
+
+    def _share(self, values: Tensor) -> Tensor:
         """Sums over the weights that share a step, ``(steps,)``."""
         if len(self.log_step) == 1:
             return values.sum().reshape(1)
         if self.classes is not None:
-            sums = values.reshape(len(values), -1).sum(1)
-            return torch.zeros_like(self.log_step).index_add_(0, self.classes, sums)
+            return self._gather(values.reshape(len(values), -1).sum(1))
         total = torch.zeros_like(self.log_step)
         pieces = zip(self._grouping.views(values), self._grouping.spread(total), strict=True)
         for box, part in pieces:
