@@ -100,11 +100,14 @@ class Codes:
     """Integers ``0 .. alphabet - 1`` of any shape.
 
     The shape is a hint to the coder, which may treat rows (first axis) and columns (the others)
-    differently. ``values`` is kept in the smallest type that holds the alphabet.
+    differently. ``values`` is kept in the smallest type that holds the alphabet. Another hint is
+    ``machine``, the polynomials of a machine along all axes but the last, driven by the parities
+    of codes (:mod:`dither.formats.machine`); neither is needed to read the codes.
     """
 
     values: Tensor
     alphabet: int
+    machine: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.alphabet <= MAX_ALPHABET:

@@ -81,7 +81,7 @@ def test_noise(name: str, payload: bytes) -> None:
     attempt(name, payload)
     attempt(name, payload, "bits")
     # Without reserved flags, so that more of it is read.
-    attempt(name, bytes([payload[0] & 0x3F]) + payload[1:] if payload else b"")
+    attempt(name, bytes([payload[0] & 0x7F]) + payload[1:] if payload else b"")
 
 
 def test_every_flip_in_a_head_with_contexts() -> None:
@@ -108,11 +108,10 @@ def test_arrays(data: st.DataObject) -> None:
         assert damaged != payload
 
 
-@pytest.mark.parametrize("flag", [0x40, 0x80, 0xC0])
-def test_unknown_flags_are_refused(flag: int) -> None:
+def test_unknown_flags_are_refused() -> None:
     payload = bytearray(CODED["small"][1])
-    payload[0] |= flag
-    with pytest.raises(CodingError, match=f"unknown flags {flag:#x}"):
+    payload[0] |= 0x80
+    with pytest.raises(CodingError, match="unknown flags 0x80"):
         decode_codes("rans", bytes(payload), (120,), int(PARTS["small"].max()) + 1)
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import code_dtype, packed_nbytes, unpack_bits, width_of
 from dither.coding.errors import CodingError
+from dither.coding.machine import Machine
 from dither.coding.payload import decode_rans
 from dither.coding.plan import plan_part, smaller
 
@@ -29,13 +30,17 @@ def checked(values: NDArray[Any], alphabet: int) -> NDArray[Any]:
     return values.reshape(-1).astype(code_dtype(alphabet), copy=False)
 
 
-def encode_codes(values: NDArray[Any], alphabet: int) -> tuple[str, bytes]:
+def encode_codes(
+    values: NDArray[Any], alphabet: int, machine: tuple[int, int] | None = None
+) -> tuple[str, bytes]:
     """Compress integer codes without loss.
 
     Args:
         values: integers ``0 .. alphabet - 1`` of any shape and integer type. The shape guides the
             choice of contexts and must be given again to decode.
         alphabet: 1 to 2**24.
+        machine: polynomials of a machine whose state says more about the codes; it is used where
+            that saves bytes. See :mod:`dither.coding.machine`.
 
     Returns:
         Codec name, ``"bits"`` or ``"rans"``, and the payload, the smaller of the two; ``"bits"``
@@ -55,7 +60,8 @@ def encode_codes(values: NDArray[Any], alphabet: int) -> tuple[str, bytes]:
     flat = checked(values, alphabet)
     if alphabet == 1 or flat.size == 0:
         return "bits", b""
-    plan = plan_part(flat, values.shape, alphabet, is_thorough=True)
+    steering = None if machine is None else Machine(*machine)
+    plan = plan_part(flat, values.shape, alphabet, steering, is_thorough=True)
     return smaller(plan, flat, values.shape, alphabet)
 
 

@@ -20,14 +20,15 @@ from dither.coding.bits import (
 )
 from dither.coding.contexts import MAX_AXES, Contexts
 from dither.coding.errors import CodingError
+from dither.coding.machine import Machine, Steering
 from dither.coding.rans import decode_lanes
 from dither.coding.tables import MIN_PRECISION, Curve, Steps, Table, read_table
 
-WINDOWED, CONTEXTUAL, LANED = 1, 2, 4
-"""Flags of the first byte. Bits 3 to 5 hold the precision less 8; 6 and 7 are reserved."""
+WINDOWED, CONTEXTUAL, LANED, STEERED = 1, 2, 4, 0x40
+"""Flags of the first byte. Bits 3 to 5 hold the precision less 8; bit 7 is reserved."""
 
-RESERVED = 0xC0
-"""Bit 6 is kept for contexts with a finite-state machine, bit 7 for a longer head."""
+RESERVED = 0x80
+"""Kept for a longer head."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Head:
         contexts: which table codes which element, None with one table.
         descriptions: the tables.
         class_payloads: codec and payload of the classes of each axis that has some.
+        machine: chooses between two sets of tables, None with one set.
     """
 
     precision: int
@@ -74,6 +76,17 @@ class Head:
     contexts: Contexts | None
     descriptions: Sequence[Curve | Steps]
     class_payloads: Sequence[tuple[str, bytes]]
+    machine: Machine | None = None
+
+    def choices(self, codes: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+        """The table of every code, flat; None with one table."""
+        chosen = None if self.contexts is None else self.contexts.of(shape)
+        if self.machine is None:
+            return chosen
+        second = self.machine.run(codes & 1, stride_of(shape))
+        if self.contexts is not None and chosen is not None:
+            return np.asarray(chosen + np.uint8(self.contexts.tables) * second, np.uint8)
+        return second
 
     def write(self, ndim: int, alphabet: int) -> bytes:
         """The head in bytes, the classes behind it."""
@@ -82,13 +95,17 @@ class Head:
         flags = (self.precision - MIN_PRECISION) << 3
         flags |= WINDOWED * is_windowed | CONTEXTUAL * (contexts is not None)
         head = BitWriter()
-        head.write(flags | LANED * (self.lanes_log2 > 0), 8)
+        flags |= LANED * (self.lanes_log2 > 0) | STEERED * (self.machine is not None)
+        head.write(flags, 8)
         if self.lanes_log2:
             head.write(self.lanes_log2, 4)
         if is_windowed:
             head.write(window.shift, 5)
             for number in (window.begin + 1, window.size, window.escapes + 1):
                 head.gamma(number)
+        if self.machine is not None:
+            head.gamma(self.machine.divisor)
+            head.gamma(self.machine.factor)
         if contexts is not None:
             head.write(contexts.tables - 1, 4)
             head.gamma(contexts.offset + 1)
@@ -107,6 +124,11 @@ class Head:
         return head.getvalue() + b"".join(payload for _, payload in self.class_payloads)
 
 
+def stride_of(shape: tuple[int, ...]) -> int:
+    """How many machines run side by side."""
+    return shape[-1] if len(shape) > 1 else 1
+
+
 def _take(rest: memoryview, nbytes: int, what: str) -> tuple[memoryview, memoryview]:
     if len(rest) < nbytes:
         raise CodingError(f"the payload ends within its {what}")
@@ -120,6 +142,13 @@ def _read_window(head: BitReader, alphabet: int, count: int) -> Window:
     if window.begin + window.size > highs or window.escapes > count:
         raise CodingError(f"{window} does not fit {count} codes of {alphabet} symbols")
     return window
+
+
+def _read_machine(head: BitReader, shape: tuple[int, ...], window: Window, lanes: int) -> Machine:
+    machine = Machine(head.gamma(), head.gamma())
+    if lanes > stride_of(shape) or window.shift or window.escapes:
+        raise CodingError("a machine with more lanes than rows, or with codes that are split")
+    return machine
 
 
 def _read_contexts(
@@ -165,11 +194,12 @@ def _decode_tokens(
     precision: int,
     lanes_log2: int,
     out: NDArray[Any],
+    steering: Steering | None = None,
 ) -> None:
     if any(len(table.symbols) > 1 for table in tables):
-        decode_lanes(rest, contexts, tables, precision, 1 << lanes_log2, out)
+        decode_lanes(rest, contexts, tables, precision, 1 << lanes_log2, out, steering)
         return
-    if len(rest) or lanes_log2:
+    if len(rest) or lanes_log2 or steering is not None:
         raise CodingError("a stream follows tables of one symbol each")
     constants = np.array([table.symbols[0] for table in tables]).astype(out.dtype)
     out[:] = constants[0] if contexts is None else constants[contexts]
@@ -201,15 +231,20 @@ def decode_rans(
     window = Window(0, 0, alphabet, 0)
     if flags & WINDOWED:
         window = _read_window(head, alphabet, count)
+    machine = _read_machine(head, shape, window, 1 << lanes_log2) if flags & STEERED else None
     axes: list[tuple[int, int, int | None]] = []
     choices, offset = 1, 0
+    if is_nested and machine is not None:
+        raise CodingError("classes with contexts of their own")
     if flags & CONTEXTUAL:
         if is_nested:
             raise CodingError("classes with contexts of their own")
         choices, offset, axes = _read_contexts(head, shape)
     has_escape = window.escapes > 0
+    sets = 1 if machine is None else 2
     tables = [
-        read_table(head, window.size, precision, has_escape=has_escape) for _ in range(choices)
+        read_table(head, window.size, precision, has_escape=has_escape)
+        for _ in range(sets * choices)
     ]
     classes, rest = _read_classes(head.finish(), shape, axes)
     contexts = Contexts(classes, offset, choices).of(shape) if classes else None
@@ -217,11 +252,15 @@ def decode_rans(
     high_width = width_of(-(-alphabet >> window.shift))
     escaped, rest = _take(rest, packed_nbytes(window.escapes, high_width), "escapes")
     out = np.empty(count, code_dtype(alphabet))
+    steering = None
+    if machine is not None:
+        odd = window.begin & 1
+        steering = Steering(machine, stride_of(shape), odd, contexts, tables, count)
     if not flags & WINDOWED:
-        _decode_tokens(rest, contexts, tables, precision, lanes_log2, out)
+        _decode_tokens(rest, contexts, tables, precision, lanes_log2, out, steering)
         return out.reshape(shape)
     tokens = np.empty(count, np.uint8 if window.symbols <= 256 else np.uint32)
-    _decode_tokens(rest, contexts, tables, precision, lanes_log2, tokens)
+    _decode_tokens(rest, contexts, tables, precision, lanes_log2, tokens, steering)
     _join(tokens, window, lows, unpack_bits(escaped, window.escapes, high_width), alphabet, out)
     return out.reshape(shape)
 

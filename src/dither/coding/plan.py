@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
 from dither.coding.fit import Fit, entropy_bits, fit_table
-from dither.coding.payload import Head, Window
+from dither.coding.machine import Machine
+from dither.coding.payload import Head, Window, stride_of
 from dither.coding.rans import MAX_LANES_LOG2, MAX_ROWS, encode_lanes
 from dither.coding.refine import refine
 from dither.coding.tables import MAX_PRECISION, MIN_PRECISION, Ints
@@ -278,7 +279,12 @@ def plan_contexts(
 
 
 def plan_part(
-    values: NDArray[Any], shape: tuple[int, ...], alphabet: int, *, is_thorough: bool
+    values: NDArray[Any],
+    shape: tuple[int, ...],
+    alphabet: int,
+    machine: Machine | None = None,
+    *,
+    is_thorough: bool,
 ) -> Plan:
     """The best plan for a part of at least one code and an alphabet of at least 2.
 
@@ -286,13 +292,66 @@ def plan_part(
         values: flat codes in their canonical type.
         shape: of the part.
         alphabet: number of symbols.
+        machine: one that may say more about the codes; see :mod:`dither.coding.machine`.
         is_thorough: take four times as long to save another thousandth where contexts pay.
     """
-    plain = plan_counts(*pairs_of(values, alphabet), alphabet, len(shape))
-    if len(shape) < 2:
-        return plain
-    contextual = plan_contexts(values, shape, alphabet, plain, is_thorough=is_thorough)
-    return plain if contextual is None or contextual.nbytes >= plain.nbytes else contextual
+    best = plan_counts(*pairs_of(values, alphabet), alphabet, len(shape))
+    if len(shape) > 1:
+        found = plan_contexts(values, shape, alphabet, best, is_thorough=is_thorough)
+        best = best if found is None or found.nbytes >= best.nbytes else found
+    if machine is not None and len(values) <= MAX_COUNT:
+        found = plan_steered(values, shape, alphabet, best, machine)
+        best = best if found is None or found.nbytes >= best.nbytes else found
+    return best
+
+
+def plan_steered(
+    values: NDArray[Any],
+    shape: tuple[int, ...],
+    alphabet: int,
+    plain: Plan,
+    machine: Machine,
+) -> Plan | None:
+    """A plan like another one with two sets of tables; None where a machine cannot run.
+
+    Args:
+        values: flat codes.
+        shape: of the part.
+        alphabet: number of symbols.
+        plain: where contexts are taken from.
+        machine: says which set holds.
+    """
+    low, high, stride = int(values.min()), int(values.max()), stride_of(shape)
+    if low == high or high - low >= 1024:
+        return None
+    window = Window(0, low, high - low + 1, 0)
+    if 2 * window.size >= alphabet:
+        window = _whole(0, alphabet)
+    contexts, before = plain.head.contexts, plain.head.lanes_log2
+    lanes = min(before, stride.bit_length() - 1)
+    if len(values) > MAX_ROWS << lanes:
+        return None
+    precision = plain.head.precision
+    if window.size > 1 << precision:
+        return None
+    payloads = plain.head.class_payloads
+    head = Head(precision, lanes, window, contexts, [], payloads, machine)
+    choices, count = head.choices(values, shape), 2 * (1 if contexts is None else contexts.tables)
+    joint = np.zeros(len(values), np.int64) if choices is None else choices.astype(np.int64)
+    joint = joint * window.size + split(values, window)[0]
+    rows = np.bincount(joint, minlength=count * window.size).reshape(count, window.size)
+    is_empty = rows.sum(axis=1) == 0
+    rows[is_empty] = rows.sum(axis=0)
+    fits = [fit_table(row, precision) for row in rows]
+    if all(len(fit.table.symbols) == 1 for fit in fits):
+        return None
+    descriptions = [fit.description for fit in fits]
+    fits = [
+        replace(fit, symbol_bits=0.0) if empty else fit
+        for fit, empty in zip(fits, is_empty, strict=True)
+    ]
+    head = replace(head, descriptions=descriptions)
+    return _finish(head, fits, len(values), len(shape), alphabet, 0)
 
 
 def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: int) -> bytes:
@@ -303,7 +362,7 @@ def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: in
     pieces.append(pack_bits(escaped, width_of(-(-alphabet >> window.shift))))
     tables = [fit.table for fit in plan.fits]
     if any(len(table.symbols) > 1 for table in tables):
-        contexts = None if head.contexts is None else head.contexts.of(shape)
+        contexts = head.choices(values, shape)
         lanes = 1 << head.lanes_log2
         pieces.append(encode_lanes(tokens, contexts, tables, head.precision, lanes))
     return b"".join(pieces)

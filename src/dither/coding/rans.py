@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits, width_of
 from dither.coding.errors import CodingError
+from dither.coding.machine import Steering
 from dither.coding.tables import Ints, Table
 
 Symbols = NDArray[Any]
@@ -316,6 +317,25 @@ def _decode_rows(
     return state
 
 
+def _decode_steered(
+    states: NDArray[np.uint32],
+    words: NDArray[Any],
+    tables: Sequence[Table],
+    out: Symbols,
+    precision: int,
+    steering: Steering,
+) -> NDArray[Any]:
+    """The same where the table of a symbol depends on those before."""
+    if len(states) <= SCALAR_LANES:
+        current = states.tolist()
+        out[:] = steering.scalar(current, words.tolist(), len(out), precision)
+        return np.array(current, np.int64)
+    current_rows = states.astype(np.int64)
+    slots = _slot_tables(tables, out.dtype, np.int64)
+    steering.rows(current_rows, words.astype(np.int64), slots, out, precision)
+    return current_rows
+
+
 def decode_lanes(
     payload: memoryview,
     contexts: NDArray[np.uint8] | None,
@@ -323,6 +343,7 @@ def decode_lanes(
     precision: int,
     lanes: int,
     out: Symbols,
+    steering: Steering | None = None,
 ) -> None:
     """The inverse of :func:`encode_lanes`.
 
@@ -333,6 +354,7 @@ def decode_lanes(
         precision: frequencies sum to ``2**precision``.
         lanes: a power of two.
         out: ``(n,)``, receives the symbols; of a type that holds them.
+        steering: says which table instead of ``contexts``.
 
     Raises:
         CodingError: a payload that :func:`encode_lanes` does not write.
@@ -347,6 +369,10 @@ def decode_lanes(
         raise CodingError("the words have an odd number of bytes")
     words = np.frombuffer(rest, "<u2")
     coded = geometry.coded
+    if steering is not None:
+        ends = _decode_steered(states, words, tables, out[:coded], precision, steering)
+        steering.tail(_unpack_tail(ends, geometry), out)
+        return
     if lanes <= SCALAR_LANES:
         out[:coded], ends = _decode_scalar(states, words, contexts, tables, coded, precision)
     else:

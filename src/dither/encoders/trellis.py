@@ -97,8 +97,8 @@ class Viterbi:
         for start in range(0, len(inputs), len(gram)):
             group = inputs[start : start + len(gram)]
             if len(group) < len(gram):  # of a part of the inputs, not a part of the spread
-                part = gram[: len(group), : len(group)]
-                spread, worth = _spread(part, part._version, self.damping)  # noqa: SLF001
+                corner = gram[: len(group), : len(group)]
+                spread, worth = _spread(corner, 0, self.damping)
             out = found[start : start + len(gram)]
             total = _fed(group, out, spread, worth, lengths, total, self.states)
         return found

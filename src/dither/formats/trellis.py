@@ -149,7 +149,7 @@ class Trellis(Format):
                 "tensor; give a larger step, or use Raw()"
             )
         zero = torch.full((1,), -low, dtype=torch.int32, device=codes.device)
-        levels = Codes(codes.sub_(low).reshape(_stored(shape)), alphabet)
+        levels = Codes(codes.sub_(low).reshape(_stored(shape)), alphabet, POLYNOMIALS[self.states])
         parts = {"levels": levels, "zero": Codes(zero, MOST_CODES)}
         return Encoded(self, shape, dtype, parts, {"scale": scale})
 
