@@ -57,9 +57,9 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     for name, value in state.items():
-        if isinstance(name, str) and not is_weight(name):
-            continue
         _check(name, value)
+        if not is_weight(name):
+            continue
         # A conjugate view shares memory with numbers that differ.
         tensor = value.detach().resolve_conj().resolve_neg()
         place = (

@@ -172,14 +172,19 @@ def step(model: nn.Module) -> None:
         quantizer.step()
 
 
-def encodings_of(model: nn.Module) -> Encodings:
+def encodings_of(model: nn.Module, *, is_partial: bool = False) -> Encodings:
     """The grids that a model's activations are on in evaluation.
+
+    Args:
+        model: any module.
+        is_partial: leave out sites that have no range yet.
 
     Raises:
         SpecError: a site has no range yet.
     """
+    quantizers = {s: q for s, q in placed(model).items() if isinstance(q, Quantizer)}
     return Encodings(
-        {s: Encoding.of(q) for s, q in placed(model).items() if isinstance(q, Quantizer)}
+        {s: Encoding.of(q) for s, q in quantizers.items() if q.has_range or not is_partial}
     )
 
 

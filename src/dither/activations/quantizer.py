@@ -18,8 +18,8 @@ _STATE = ("scale", "zero", "low", "high", "seen_low", "seen_high", "order")
 class Quantizer(nn.Module):
     """Puts activations on the grid of a spec; keeps and moves its ranges.
 
-    Without ranges of its own, each tensor's are used, until :meth:`step` or :meth:`set` gives it
-    some. Ranges move in :meth:`step` only, never in `forward`, which notes what it saw: so a
+    Before it has ranges, by :meth:`step` or :meth:`set`, training uses each tensor's own, and
+    evaluation leaves values as they are. Ranges move in :meth:`step` only, never in `forward`, which notes what it saw: so a
     forward pass that is computed again (activation checkpointing) sees the same grid, and gradient
     accumulation counts as one step. In ``eval()`` nothing is noted, so threads may share it.
 
@@ -65,6 +65,8 @@ class Quantizer(nn.Module):
         """Values of the grid, of the shape and type of ``values``; integers pass unchanged."""
         if not values.is_floating_point() or not values.numel():
             return values
+        if not self.training and not self.has_range:
+            return values
         with torch.autocast(values.device.type, enabled=False):
             single = values.float()
             scale, zero = self._grid(single)
@@ -89,6 +91,11 @@ class Quantizer(nn.Module):
             )
         scale, zero = self._static()
         return scale.detach().clone(), zero.detach().round()
+
+    @property
+    def has_range(self) -> bool:
+        """Whether evaluation knows its range, or needs none."""
+        return self.ready or self.spec.is_dynamic
 
     def _grid(self, values: Tensor, *, is_noted: bool = True) -> tuple[Tensor, Tensor]:
         """Scale and zero as they broadcast to the values."""

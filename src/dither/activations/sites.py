@@ -80,7 +80,7 @@ def resolve(model: nn.Module, rules: Rules) -> dict[str, SiteSpec]:
 def _modules(model: nn.Module) -> Iterator[tuple[str, bool]]:
     """Path of each module, and whether it holds no other."""
     for path, module in model.named_modules():
-        if SITES not in path.split("."):
+        if _RESERVED.isdisjoint(path.split(".")):
             yield path, not any(name not in _RESERVED for name, _ in module.named_children())
 
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dither.activations import begin as begin_sites
+from dither.activations import placed, remove
 from dither.core import SpecError
 from dither.model import collect
 from dither.search import compress, parse_size
@@ -15,7 +17,7 @@ from dither.train.budget import Budget, Controller
 from dither.train.defaults import default_plan
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
-from dither.train.plan import Plan, Spec, as_plan
+from dither.train.plan import Plan, Rule, Spec, as_plan
 from dither.train.run import Run
 from dither.train.schedules import Schedule
 from dither.train.shadow import find_sites, is_shadowed, shadow
@@ -25,7 +27,7 @@ from dither.train.surrogate import Surrogate, plain
 
 def attach(
     model: nn.Module,
-    plan: Plan | Mapping[str, Spec] | None = None,
+    plan: Plan | Mapping[str, Rule] | None = None,
     *,
     budget: int | str | Budget | None = None,
     steps: int | None = None,
@@ -42,7 +44,8 @@ def attach(
     Args:
         model: any module.
         plan: ``glob -> format, encoder or training method``, the first match wins; by default,
-            with a budget, learned steps on an entropy-coded grid for every tensor.
+            with a budget, learned steps on an entropy-coded grid for every tensor. Rules about
+            activations begin from the first batch, unless ``dither.activations.apply`` went before.
         budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
             bytes, or a :class:`Budget`. Training is steered there by :meth:`Run.penalty`.
         steps: optimizer steps that training will take; needed for a budget.
@@ -62,7 +65,14 @@ def attach(
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, goal)
-    _place(model, rules, surrogates)
+    quantized = placed(model)
+    begin_sites(model, rules)
+    try:
+        _place(model, rules, surrogates)
+    except BaseException:
+        if not quantized:
+            remove(model)
+        raise
     run = Run(
         model,
         rules,

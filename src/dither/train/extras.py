@@ -9,15 +9,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Adam, Optimizer
 
+from dither.activations import Quantizer
 from dither.train.surrogate import Surrogate
 
 _PATIENCE = 20
 
 
 class Extras:
-    """The learned parameters of all surrogates."""
+    """The learned parameters of all surrogates, and of quantizers of activations."""
 
-    def __init__(self, surrogates: Mapping[str, Surrogate]) -> None:
+    def __init__(self, surrogates: Mapping[str, Surrogate | Quantizer]) -> None:
         self._surrogates = dict(surrogates)
         self._own: Adam | None = None
         self._first: list[int] = [p._version for p in self.parameters()]

@@ -49,7 +49,7 @@ def trim_to(run: Run, budget: int, aliases: Mapping[str, str], slack: int = 0) -
             surrogate.trim = octaves
             encoded[name] = run.encode_one(name)
             coded[name] = code(encoded[name])
-        return packed_nbytes(coded, aliases)
+        return packed_nbytes(coded, aliases, sites=run.sites())
 
     size = measure(0.0)
     if _fits(size, budget):

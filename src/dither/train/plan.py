@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dither.activations import Activation, Gradient, site_from_json
 from dither.core import Encoder, SpecError
 from dither.model import collect
 from dither.train.spec import Method, spec_from_json, spec_to_json
 
 Spec = Encoder | Method
+Rule = Spec | Activation | Gradient
 
 _WILD = set("*?[]!")
 
@@ -27,6 +29,9 @@ class Plan:
     named: a rule matches one only if what follows the last dot of the glob matches the buffer's own
     name and is more than a wildcard: ``"*.running_mean"``, ``"*running_*"``, but not ``"*"``.
 
+    Globs with an ``@`` are about activations and gradients: ``"*.dense@in"``, see
+    :mod:`dither.activations`. All others are about weights.
+
     Attributes:
         rules: globs and specs.
         owners: for weights that another module's ``forward`` reads than the one that holds them,
@@ -38,24 +43,25 @@ class Plan:
     (Raw(dtype=None), True)
     """
 
-    rules: Mapping[str, Spec]
+    rules: Mapping[str, Rule]
     owners: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for glob, spec in self.rules.items():
+            if "@" in glob and isinstance(spec, Activation | Gradient):
+                continue
             if not isinstance(spec, Encoder | Method):
                 raise SpecError(
-                    f"a plan maps globs to formats, encoders and training methods, not {glob!r} "
-                    f"to {spec!r}"
+                    f"a plan maps globs to formats, encoders and training methods, and globs with "
+                    f"an @ to activations and gradients; not {glob!r} to {spec!r}"
                 )
 
-    def __iter__(self) -> Iterator[tuple[str, Spec]]:
+    def __iter__(self) -> Iterator[tuple[str, Rule]]:
         return iter(self.rules.items())
 
     def find(self, name: str, *, is_buffer: bool = False) -> Spec | None:
         """The spec for a tensor, or None: it is then stored raw."""
-        rule = self._rule(name, is_buffer=is_buffer)
-        return None if rule is None else self.rules[rule]
+        return self._spec(self._rule(name, is_buffer=is_buffer))
 
     def resolve(self, model: nn.Module) -> dict[str, Spec]:
         """The spec for each floating-point parameter and named buffer that a rule matches.
@@ -83,21 +89,22 @@ class Plan:
                     f"{first!r} and {name!r} are the same tensor, but the rules {other!r} and "
                     f"{rule!r} treat them differently; give both the same spec"
                 )
-            if rule is not None:
-                found[target] = self.rules[rule]
+            spec = self._spec(rule)
+            if spec is not None:
+                found[target] = spec
         self._refuse_unused(used, tensors.values)
         return found
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the order of the rules is kept."""
-        rules = [[glob, spec_to_json(spec)] for glob, spec in self.rules.items()]
+        rules = [[glob, _to_json(spec)] for glob, spec in self.rules.items()]
         return {"rules": rules, **({"owners": dict(self.owners)} if self.owners else {})}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
         """The inverse of :meth:`to_json`."""
         try:
-            rules = {glob: spec_from_json(spec) for glob, spec in values["rules"]}
+            rules = {glob: _from_json(spec) for glob, spec in values["rules"]}
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, SpecError):
                 raise
@@ -108,16 +115,23 @@ class Plan:
         return cls(rules, dict(values.get("owners", {})))
 
     def _rule(self, name: str, *, is_buffer: bool) -> str | None:
-        for glob in self.rules:
+        for glob in self._of_weights():
             if fnmatchcase(name, glob) and (not is_buffer or _names(glob, name)):
                 return glob
         return None
 
     def _spec(self, rule: str | None) -> Spec | None:
-        return None if rule is None else self.rules[rule]
+        return None if rule is None else self._of_weights()[rule]
+
+    def _of_weights(self) -> dict[str, Spec]:
+        return {
+            glob: spec
+            for glob, spec in self.rules.items()
+            if not isinstance(spec, Activation | Gradient)
+        }
 
     def _refuse_unused(self, used: set[str], tensors: Mapping[str, Tensor]) -> None:
-        for glob in self.rules:
+        for glob in self._of_weights():
             is_general = set(glob) <= _WILD or any(fnmatchcase(name, glob) for name in tensors)
             if glob not in used and not is_general and not set(glob) & _WILD:
                 raise SpecError(
@@ -126,12 +140,20 @@ class Plan:
                 )
 
 
+def _to_json(spec: Rule) -> dict[str, Any]:
+    return spec.to_json() if isinstance(spec, Activation | Gradient) else spec_to_json(spec)
+
+
+def _from_json(values: Mapping[str, Any]) -> Rule:
+    return site_from_json(values) if "site" in values else spec_from_json(values)
+
+
 def _names(glob: str, name: str) -> bool:
     """Whether a glob names a buffer: its last part matches the buffer's own name, with letters."""
     last = glob.rpartition(".")[2]
     return bool(set(last) - _WILD) and fnmatchcase(name.rpartition(".")[2], last)
 
 
-def as_plan(plan: Plan | Mapping[str, Spec]) -> Plan:
+def as_plan(plan: Plan | Mapping[str, Rule]) -> Plan:
     """A plan, from the dict that users write."""
     return plan if isinstance(plan, Plan) else Plan(dict(plan))

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dither.activations import Quantizer, encodings_of, placed
+from dither.activations import step as step_sites
 from dither.archive import Archive, code, pack, packed_nbytes, write
 from dither.core import Encoded, SpecError
 from dither.formats import Raw
+from dither.model import is_weight
 from dither.rewrite import absorbed, norms
 from dither.train.budget import Controller
 from dither.train.extras import Extras
@@ -59,13 +62,19 @@ class Run:
         self.penalties: list[Penalty] = []
         self.schedules: list[Schedule] = []
         self.history: list[dict[str, float]] = []
-        self.extras = Extras(self.surrogates)
+        learning = {
+            site: quantizer
+            for site, quantizer in placed(model).items()
+            if isinstance(quantizer, Quantizer)
+        }
+        self.extras = Extras({**self.surrogates, **learning})
         self._buffers = dict(buffers)
         self._noise = noise
         self._aliases = dict(aliases)
         self._bits: Tensor | None = None
         self._ratio, self._rest = 1.0, 0.0
         self._finished: dict[str, Encoded] | None = None
+        self._sites: dict[str, Any] = {}
         self._replaced: dict[str, Tensor] = {}
         self._draw()
 
@@ -103,6 +112,7 @@ class Run:
         """Say that an optimizer step is done: schedules act, and new noise is drawn."""
         self._unfinish()
         self.extras.step()
+        step_sites(self.model)
         self.done += 1
         for schedule in self.schedules:
             schedule(self, self.done)
@@ -129,7 +139,7 @@ class Run:
         """Bytes that the file would take now: everything is encoded and coded."""
         trained = {name for name, _, _ in self.weights()}
         coded = {name: code(encoded) for name, encoded in self.encode().items()}
-        nbytes = packed_nbytes(coded, self._aliases)
+        nbytes = packed_nbytes(coded, self._aliases, sites=self.sites())
         bits = self.look()
         variable = sum(part.nbytes for name, part in coded.items() if name in trained)
         self._ratio = variable / (bits / 8) if bits else 1.0
@@ -184,7 +194,7 @@ class Run:
             if self.controller is not None:
                 trim_to(self, self.controller.nbytes, self._aliases, slack=attempt)
             self._commit(data)
-            nbytes = packed_nbytes(self.encode(), self._aliases)
+            nbytes = packed_nbytes(self.encode(), self._aliases, sites=self._sites)
             if self.controller is None or nbytes <= self.controller.nbytes:
                 break
         return nbytes
@@ -196,7 +206,7 @@ class Run:
         Raises:
             SpecError: the run is not finished.
         """
-        return pack(self._final(), self._aliases)
+        return pack(self._final(), self._aliases, sites=self._sites)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> int:
         """Write the file, which holds exactly what evaluation computes with; returns its bytes.
@@ -204,10 +214,14 @@ class Run:
         Raises:
             SpecError: the run is not finished, or was trained on since.
         """
-        return write(path, self._final(), self._aliases, metadata)
+        return write(path, self._final(), self._aliases, metadata, self._sites)
+
+    def sites(self) -> dict[str, Any]:
+        """Encodings of activations as the file would hold them now, those that have a range."""
+        return encodings_of(self.model, is_partial=True).to_json()
 
     def detach(self, *, commit: bool | None = None) -> nn.Module:
-        """Give the model its plain classes back.
+        """Give the model its plain classes back; ``dither.activations.remove`` does activations'.
 
         Args:
             commit: copy the file's values into the parameters; by default if the run is finished.
@@ -297,7 +311,7 @@ class Run:
         values = {
             name: plain(value)
             for name, value in self.model.state_dict().items()
-            if SHADOWS not in name.split(".") and name not in self._aliases
+            if SHADOWS not in name.split(".") and is_weight(name) and name not in self._aliases
         }
         for path, norm in norms(self.model).items() if self.controller else ():
             mean, variance, weight, bias = (
@@ -335,6 +349,7 @@ class Run:
                 self._replaced[name] = state[name].clone()
                 state[name].copy_(encoded[name].decode())
         self._finished = encoded
+        self._sites = self.sites()
 
     def _unfinish(self) -> None:
         """Training goes on: buffers get their own values back."""
@@ -352,6 +367,11 @@ class Run:
             raise SpecError(
                 "the run is not finished, or was trained on since: call finish() first, so that "
                 "what you evaluate is what is saved"
+            )
+        if self._sites != self.sites():
+            raise SpecError(
+                "ranges of activations changed since finish(), so that what you evaluate is not "
+                "what would be saved; call finish() again"
             )
         changed = first_changed(self.model, self._finished, set(self.surrogates))
         if changed is not None:
