@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dither.encoders.adaround import AdaRound
 from dither.encoders.gptq import GPTQ
 from dither.encoders.kmeans import KMeans
 from dither.encoders.nearest import Nearest
 from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
+from dither.encoders.sequential_mse import SequentialMSE
 
-__all__ = ["GPTQ", "KMeans", "Nearest", "Ranges", "RateDistortion"]
+__all__ = [
+    "GPTQ",
+    "AdaRound",
+    "KMeans",
+    "Nearest",
+    "Ranges",
+    "RateDistortion",
+    "SequentialMSE",
+]

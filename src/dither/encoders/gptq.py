@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
+from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
 
 _BLOCK = 64
+_PASSES = 2
+_MOST_SYMBOLS = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
 class GPTQ:
     """Frantar et al. 2022 (arXiv 2210.17323) on a uniform, entropy-coded grid.
 
-    The weight is viewed as ``(outputs, inputs)``: first axis against all others. Inputs are
-    rounded in order; the error of each is spread over those that follow so that the output error
-    ``tr(E H E')`` is least, with ``H`` the inputs' second moments, ``Stats.gram``. They may be
-    measured, or be what is known of any layer's inputs: see :mod:`dither.search.priors`.
+    The weight is viewed as ``(outputs, inputs)``: the axis ``Stats.outputs`` (the first) against
+    all others. Inputs are rounded in order; the error of each is spread over those that follow so
+    that the output error ``tr(E H E')`` is least, with ``H`` the inputs' second moments,
+    ``Stats.gram``. They may be measured, or be what is known of any layer's inputs: see
+    :mod:`dither.search.priors`. With ``Stats.cross`` the aim is the output of the original inputs.
+
+    With a ``strength``, each value takes that of its two neighbours on the grid for which error
+    plus lambda times code length is least. The error counts as what the inputs behind cannot make
+    up for, and lengths are those of the codes that the pass before chose, with one table.
 
     Attributes:
         step: the step, or one for each output (1-D).
         damping: added to the diagonal of ``H``, as a share of its mean.
+        strength: lambda in squared steps (times the mean of what the inputs behind cannot make up
+            for) for each coded bit; 0 rounds to nearest, 0.1155 is the slope of a fine grid.
 
     >>> weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     >>> gram = 0.9 * torch.eye(64) + 0.1  # inputs with a mean
@@ -39,58 +52,107 @@ class GPTQ:
 
     step: float | Tensor
     damping: float = 0.0
+    strength: float = 0.0
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Codes in ``Affine(bits=None)``; rounded to nearest where ``stats`` holds no Gram matrix.
 
         Args:
             weight: floating point, finite; with a Gram matrix, at least one axis.
-            stats: ``gram``, ``(inputs, inputs)``, positive definite once damped; a smaller one
-                holds for each group of as many consecutive inputs.
+            stats: ``gram``, positive definite once damped, ``(inputs, inputs)``, or of a group
+                of inputs or outputs as :class:`~dither.Stats` says; ``cross``, ``outputs``.
 
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
         steps = grid_steps(self.step)
-        scaled = in_steps(weight, steps)
+        if not math.isfinite(self.strength) or self.strength < 0:
+            raise SpecError(f"GPTQ(strength={self.strength!r}): give a finite number, 0 or more")
+        if stats is not None and stats.outputs and len(steps) > 1 and stats.gram is not None:
+            raise SpecError("a step for each row needs outputs in the first axis; give one step")
+        if stats is not None and stats.cross is not None and weight.numel():
+            aim = retargeted(weight, stats, self.damping)
+        else:
+            aim = weight
+        scaled = in_steps(aim, steps)
         if not weight.numel():
             return on_grid(weight, steps, scaled, 0, 0)
         if stats is None or stats.gram is None:
             rounded = scaled.round_()
         else:
-            gram = _square(stats.gram, weight)
-            inputs = scaled.reshape(len(scaled), -1).T.contiguous()
-            spread = _feedback(gram, gram._version, self.damping)  # noqa: SLF001
-            for group in inputs.split(len(gram)):
-                if len(group) < len(gram):  # of a part of the inputs, not a part of the spread
-                    spread = feedback(gram[: len(group), : len(group)], self.damping)
-                feed_errors(group, spread)
-            rounded = inputs.T.reshape(weight.shape)
+            matrix = matrix_of(scaled, stats.outputs)
+            rounded = tensor_of(self._fed(matrix, stats.gram), weight.shape, stats.outputs)
         low, high = code_range(weight, *(float(end) for end in torch.aminmax(rounded)))
         return on_grid(weight, steps, rounded.sub_(low), low, high)
 
+    def _fed(self, matrix: Tensor, gram: Tensor) -> Tensor:
+        """Rounded values ``(outputs, inputs)`` of the values in steps."""
+        rounded = self._pass(matrix, gram, None)
+        for _ in range(_PASSES if self.strength and bool(rounded.isfinite().all()) else 0):
+            low, high = (float(end) for end in torch.aminmax(rounded))
+            if high - low >= _MOST_SYMBOLS:  # so fine that no length differs from the next
+                break
+            # One code more at either end, which has not occurred yet.
+            counts = torch.histc(rounded, int(high - low) + 3, low - 1.5, high + 1.5)
+            lengths = torch.from_numpy(code_lengths(counts.numpy().astype(np.float64))).float()
+            rounded = self._pass(matrix, gram, Rate(lengths, int(low) - 1, self.strength))
+        return rounded
 
-def _square(gram: Tensor, weight: Tensor) -> Tensor:
-    """The Gram matrix, refused where it is none or the weight has no inputs."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
-        raise SpecError(f"a Gram matrix is (inputs, inputs), not of shape {tuple(gram.shape)}")
-    if weight.ndim == 0:
-        raise SpecError("a single number has no inputs; encode it without a Gram matrix")
-    return gram
+    def _pass(self, matrix: Tensor, gram: Tensor, rate: Rate | None) -> Tensor:
+        rounded = torch.empty_like(matrix)
+        for rows, columns, moments in gram_groups(matrix, gram):
+            part = matrix[rows, columns].T.contiguous()
+            if moments is gram:
+                spread, variances = _factors(gram, gram._version, self.damping)  # noqa: SLF001
+            else:
+                spread, variances = factors(moments, self.damping)
+            feed_errors(part, spread, rate, variances)
+            rounded[rows, columns] = part.T
+        return rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Rate:
+    """What codes cost.
+
+    Attributes:
+        lengths: bits of the codes ``lowest, lowest + 1, ...``; codes beyond cost as the ends.
+        lowest: the first of them, in steps.
+        strength: lambda, as for :class:`GPTQ`.
+    """
+
+    lengths: Tensor
+    lowest: int
+    strength: float
+
+    def choose(self, values: Tensor, weight: float) -> Tensor:
+        """That neighbour of each value for which weighted error plus lambda bits is least."""
+        below = values.floor()
+        share = values - below
+        index = (below - self.lowest).long()
+        last = len(self.lengths) - 1
+        down, up = (self.lengths[(index + i).clamp_(0, last)] for i in (0, 1))
+        # share^2 w + lambda down > (1 - share)^2 w + lambda up
+        return below + ((2 * share - 1) * weight > self.strength * (up - down))
 
 
 @lru_cache(maxsize=4)
-def _feedback(gram: Tensor, version: int, damping: float) -> Tensor:
-    """As :func:`feedback`, kept for the next weight: layers share prior Gram matrices.
+def _factors(gram: Tensor, version: int, damping: float) -> tuple[Tensor, Tensor]:
+    """As :func:`factors`, kept for the next weight: layers share prior Gram matrices.
 
     A tensor is its own key; ``version`` rises whenever it is written to.
     """
     del version
-    return feedback(gram, damping)
+    return factors(gram, damping)
 
 
 def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
-    """How the error of each input is spread over those behind it.
+    """How the error of each input is spread over those behind it: the first of :func:`factors`."""
+    return factors(gram, damping)[0]
+
+
+def factors(gram: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
+    """How errors are spread, and what they cost then.
 
     Args:
         gram: second moments of the inputs, ``(inputs, inputs)``.
@@ -98,7 +160,8 @@ def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
 
     Returns:
         ``(inputs, inputs)``, strictly upper triangular: row ``i`` is added, times the error of
-        input ``i``, to the inputs behind it.
+        input ``i``, to the inputs behind it. And ``(inputs,)``, mean 1: what a unit of squared
+        error of each input costs when those behind make up for it as well as they can.
 
     Raises:
         SpecError: the matrix is not positive definite.
@@ -111,29 +174,38 @@ def feedback(gram: Tensor, damping: float = 0.0) -> Tensor:
     # With H = U U', U upper: the inverse of the Cholesky factor that GPTQ takes from H's inverse.
     upper = factor.flip(0, 1)
     del moments, factor  # wide layers: each copy takes megabytes
+    variances = upper.diagonal().square()
     inverse = torch.eye(len(upper), dtype=torch.float64)
     torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
     inverse /= inverse.diagonal().clone()[:, None]
-    return inverse.triu_(1).float()
+    return inverse.triu_(1).float(), (variances / variances.mean()).float()
 
 
-def feed_errors(inputs: Tensor, spread: Tensor) -> Tensor:
+def feed_errors(
+    inputs: Tensor, spread: Tensor, rate: Rate | None = None, variances: Tensor | None = None
+) -> Tensor:
     """Round each row of ``inputs`` in order, passing its error on to the rows behind it.
 
     Args:
         inputs: ``(inputs, outputs)``, in steps; is overwritten.
-        spread: from :func:`feedback`.
+        spread: from :func:`factors`.
+        rate: what codes cost; None rounds to nearest.
+        variances: from :func:`factors`; read with ``rate`` only.
 
     Returns:
         The rounded values, in the same memory.
     """
+    costs = [1.0] * len(inputs) if variances is None else variances.tolist()
     for start in range(0, len(inputs), _BLOCK):
         block = inputs[start : start + _BLOCK]
         within = spread[start : start + _BLOCK, start : start + _BLOCK]
         errors = torch.empty_like(block)
         for i in range(len(block)):
             value = block[i].clone()
-            torch.round(value, out=block[i])
+            if rate is None:
+                torch.round(value, out=block[i])
+            else:
+                block[i] = rate.choose(value, costs[start + i])
             torch.sub(block[i], value, out=errors[i])
             block[i + 1 :].addr_(within[i, i + 1 :], errors[i])
         behind = inputs[start + _BLOCK :]
