@@ -84,7 +84,7 @@ def main(
     parser.add_argument("--budgets", type=int, nargs="+", default=budgets)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--length", type=type(length), default=length, help="epochs or steps")
-    parser.add_argument("--split", choices=["dev", "test"], default="dev")
+    parser.add_argument("--split", choices=["dev", "test"], default="dev", help="test: both")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path, default=Path("out", name))
     parser.add_argument("--output", type=Path, help="results file (JSON)")
@@ -100,7 +100,8 @@ def main(
                 continue
             path, row = train(budget, seed, options.length, options.folder)
             row = {"budget": budget, "seed": seed, "length": options.length} | row
-            row |= {"split": options.split, "score": score(task, path, options.split)}
+            splits = ["dev", "test"] if options.split == "test" else ["dev"]
+            row |= {split: round(score(task, path, split), 2) for split in splits}
             print(row, flush=True)
             result = {"environment": describe(), "rows": [*result["rows"], row]}
             output.write_text(json.dumps(result, indent=1) + "\n")
