@@ -249,13 +249,15 @@ class Head(NamedTuple):
     axes: list[tuple[int, int, int | None]]  # axis, number of classes, bytes if they are coded
     tables: list[Levels]
     nbytes: int
+    machine: tuple[int, int] | None
 
 
 def read_head(payload: bytes, shape: Shape, alphabet: int) -> Head:
     head = Bits(payload)
     windowed, contextual, laned = head.u(1), head.u(1), head.u(1)
     precision = head.u(3) + 8
-    must(head.u(2) == 0, "reserved bits")
+    steered = head.u(1)
+    must(head.u(1) == 0, "reserved bit")
     exponent = head.u(4) if laned else 0
     must(exponent >= 1 or not laned, "lanes")
 
@@ -264,6 +266,12 @@ def read_head(payload: bytes, shape: Shape, alphabet: int) -> Head:
         shift, begin, size, escapes = head.u(5), head.gamma() - 1, head.gamma(), head.gamma() - 1
     highs = -(-alphabet >> shift)
     must(shift < 24 and begin + size <= highs and escapes <= math.prod(shape), "window")
+
+    machine = None
+    if steered:
+        machine = head.gamma(), head.gamma()
+        must_be_machine(*machine)
+        must(shift == escapes == 0 and 1 << exponent <= stride_of(shape), "machine")
 
     count, offset = 1, 0
     axes: list[tuple[int, int, int | None]] = []
@@ -275,11 +283,46 @@ def read_head(payload: bytes, shape: Shape, alphabet: int) -> Head:
                 classes = head.u(4) + 1
                 axes.append((axis, classes, head.gamma() if head.u(1) else None))
         must(axes, "contexts without classes")
-    tables = [read_levels(head, size, escapes > 0, precision) for _ in range(count)]
+    sets = 2 if steered else 1
+    tables = [read_levels(head, size, escapes > 0, precision) for _ in range(sets * count)]
     nbytes = head.finish()
     return Head(
-        precision, 1 << exponent, shift, begin, size, escapes, highs, offset, axes, tables, nbytes
+        *(precision, 1 << exponent, shift, begin, size, escapes, highs, offset, axes, tables),
+        *(nbytes, machine),
     )
+
+
+def must_be_machine(a: int, b: int) -> None:
+    degree = a.bit_length() - 1
+    must(a % 2 == 1 and 1 <= degree <= 8 and b % 2 == 0 and 0 < b < 2 ** (degree + 1), "machine")
+
+
+def stride_of(shape: Shape) -> int:
+    return shape[-1] if len(shape) > 1 else 1
+
+
+class Machines:
+    """For each element in turn, its quantizer, which depends on the parities before."""
+
+    def __init__(self, a: int, b: int, stride: int) -> None:
+        self.a, self.b, self.stride = a, b, stride
+        self.quantizers: list[int] = []
+        self.parities: list[int] = []
+
+    def quantizer(self) -> int:
+        at, found = len(self.quantizers), 0
+        for i in range(1, 9):
+            if at - i * self.stride >= 0:
+                found ^= self.a >> i & self.quantizers[at - i * self.stride]
+                found ^= self.b >> i & self.parities[at - i * self.stride]
+        return found & 1
+
+    def take(self, parity: int) -> int:
+        """The quantizer of the next element, whose parity is this."""
+        found = self.quantizer()
+        self.quantizers.append(found)
+        self.parities.append(parity)
+        return found
 
 
 def decode_rans(
@@ -288,7 +331,7 @@ def decode_rans(
     n = math.prod(shape)
     must(1 <= n <= 2**31 and alphabet >= 2, "codec not allowed here")
     head = read_head(payload, shape, alphabet)
-    must(contextual_allowed or not head.axes, "contexts not allowed here")
+    must(contextual_allowed or not (head.axes or head.machine), "contexts not allowed here")
 
     data = Bytes(payload)
     data.take(head.nbytes)
@@ -303,12 +346,17 @@ def decode_rans(
         context += of_axis.reshape([-1 if i == axis else 1 for i in range(len(shape))])
     low = data.packed(n, head.shift)
     escaped = data.packed(head.escapes, width(head.highs))
+    tables = [Table(levels, head.precision) for levels in head.tables]
+    choices = len(tables) // (2 if head.machine else 1)
+    machines = Machines(*head.machine, stride_of(shape)) if head.machine else None
     symbols = decode_stream(
         data.data,
-        [Table(levels, head.precision) for levels in head.tables],
-        np.clip(context, 0, len(head.tables) - 1).reshape(-1).tolist(),
+        tables,
+        np.clip(context, 0, choices - 1).reshape(-1).tolist(),
         head.precision,
         head.lanes,
+        machines,
+        head.begin,
     )
 
     begin, size = head.begin, head.size
@@ -323,11 +371,23 @@ def decode_rans(
 
 
 def decode_stream(
-    stream: bytes, tables: list[Table], context: list[int], precision: int, lanes: int
+    stream: bytes,
+    tables: list[Table],
+    context: list[int],
+    precision: int,
+    lanes: int,
+    machines: Machines | None = None,
+    begin: int = 0,
 ) -> Array:
     n = len(context)
+
+    def table_of(i: int) -> Table:
+        second = machines.quantizer() * (len(tables) // 2) if machines else 0
+        return tables[context[i] + second]
+
     most = max(len(table.symbols) for table in tables)
     if most == 1:
+        must(machines is None, "machine without a stream")
         must(not stream and lanes == 1, "stream of single symbols")
         return np.array([tables[k].symbols[0] for k in context], np.int64)
     bits = width(most)
@@ -356,11 +416,13 @@ def decode_stream(
     mask = (1 << precision) - 1
     body = (rows - tail) * lanes
     for i in range(body):
-        lane, table = i % lanes, tables[context[i]]
+        lane, table = i % lanes, table_of(i)
         state = states[lane]
         slot = state & mask
         rank = table.ranks[slot]
         symbols.append(table.symbols[rank])
+        if machines:
+            machines.take((symbols[-1] + begin) & 1)
         state = table.frequencies[rank] * (state >> precision) + slot - table.starts[rank]
         if state < 2**16:
             must(used < len(words), "payload too short")
@@ -372,10 +434,12 @@ def decode_stream(
 
     fields = [state & 0xFFFF for state in states]
     for i in range(body, n):
-        lane, table = i % lanes, tables[context[i]]
+        lane, table = i % lanes, table_of(i)
         rank = fields[lane] & ((1 << bits) - 1)
         must(rank < len(table.symbols), "rank")
         symbols.append(table.symbols[rank])
+        if machines:
+            machines.take((symbols[-1] + begin) & 1)
         fields[lane] >>= bits
     must(not any(fields), "unused bits")
     return np.array(symbols, np.int64)
@@ -663,11 +727,38 @@ def decode_mixed(settings: Settings, parts: Parts, kind: str, shape: Shape) -> A
     return values
 
 
+MACHINES = {
+    4: (5, 2), 8: (11, 4), 16: (19, 4), 32: (37, 8), 64: (67, 20), 128: (157, 86), 256: (333, 242),
+}  # fmt: skip
+
+
+def decode_trellis(settings: Settings, parts: Parts, kind: str, shape: Shape) -> Array:
+    states = settings.integer("states", 8, 4, 256)
+    axis = settings.optional("axis", None, -len(shape), len(shape) - 1)
+    scale_dtype = settings.choice("scale_dtype", *SCALES)
+    settings.end()
+    must(states in MACHINES, "states")
+    count = 1 if axis is None else shape[axis]
+    stored = (*shape[1:], *shape[:1])
+    levels = parts.parts.get("levels")
+    must(levels is None or not isinstance(levels.holds, int) or levels.holds <= 2**23, "alphabet")
+    codes = parts.codes("levels", stored, None) - parts.codes("zero", (1,), 2**23)
+    rows, columns = rows_and_columns(shape)
+    machines = Machines(*MACHINES[states], rows)
+    second = [machines.take(code & 1) for code in codes.tolist()]
+    steps = (2 * codes + np.array(second, np.int64)).reshape(columns, rows).T.reshape(shape)
+    scale = parts.singles("scale", (count,), scale_dtype)
+    if axis is not None:
+        scale = scale.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+    return np.asarray(steps.astype(np.float32) * scale).reshape(-1)
+
+
 FORMATS: dict[str, Callable[[Settings, Parts, str, Shape], Array]] = {
     "affine": decode_affine,
     "codebook": decode_codebook,
     "product": decode_product,
     "mixed": decode_mixed,
+    "trellis": decode_trellis,
 }
 
 
