@@ -1,5 +1,19 @@
-"""Edits of a model that leave what it computes as it was."""
+"""Edits of a model that leave what it computes as it was, or restore it on average."""
 
 from dither.rewrite.batch_norm import absorbed, norms
+from dither.rewrite.bias import correct_bias, correct_biases, expected_input
+from dither.rewrite.equalize import absorb_biases, chains, equalize
+from dither.rewrite.fold import Channels, fold_batch_norm
 
-__all__ = ["absorbed", "norms"]
+__all__ = [
+    "Channels",
+    "absorb_biases",
+    "absorbed",
+    "chains",
+    "correct_bias",
+    "correct_biases",
+    "equalize",
+    "expected_input",
+    "fold_batch_norm",
+    "norms",
+]

@@ -1,0 +1,154 @@
+"""Bias correction: encoded weights shift the mean of outputs, and biases can take it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dither.core import SpecError
+from dither.rewrite.channels import Layer, bias_of, layer, responses
+from dither.rewrite.fold import Channels
+
+Forward = Callable[[nn.Module, Any], object]
+"""Runs a model on a batch of the loader."""
+
+
+def expected_input(channels: Channels) -> Tensor:
+    """Mean of a ReLU's outputs where its inputs are normal, ``(channels,)``.
+
+    ``deviation * pdf(-mean / deviation) + mean * (1 - cdf(-mean / deviation))``.
+
+    >>> expected_input(Channels(torch.zeros(1), torch.ones(1)))
+    tensor([0.3989])
+    """
+    mean, deviation = channels.mean.double(), channels.deviation.double()
+    ratio = mean / deviation.clamp(min=1e-30)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    share = (1 + torch.erf(ratio / math.sqrt(2))) / 2
+    return (deviation * density + mean * share).to(channels.mean.dtype)
+
+
+def correct_bias(module: Layer, original: Tensor, mean: Tensor) -> Tensor:
+    """Take back what an encoded weight adds to the mean output, in place; no data is needed.
+
+    Args:
+        module: holds the encoded weight; a bias is registered where there is none.
+        original: the weight before.
+        mean: of each input channel, ``(channels,)``: from :func:`expected_input`, or measured.
+
+    Returns:
+        What was subtracted from the bias, ``(outputs,)``: ``dW E[x]``, borders apart.
+
+    Raises:
+        SpecError: the original weight has another shape.
+    """
+    if original.shape != module.weight.shape:
+        raise SpecError(
+            f"the original weight is {tuple(original.shape)}, not {tuple(module.weight.shape)}"
+        )
+    with torch.no_grad():
+        error = module.weight.detach().double() - original.detach().double()
+        shift = responses(module, mean, error)
+        bias = bias_of(module)
+        bias.sub_(shift.to(bias.dtype))
+    return shift.to(module.weight.dtype)
+
+
+def correct_biases(
+    model: nn.Module,
+    original: nn.Module,
+    loader: Iterable[Any],
+    *,
+    names: Iterable[str] | None = None,
+    forward: Forward | None = None,
+) -> dict[str, Tensor]:
+    """Give every layer's outputs their original means, from data, in place.
+
+    Layer by layer in the order of use, each behind those that are corrected already: the bias
+    loses ``E[y'] - E[y]``. One pass over the data for each layer, and one of the original. Layers
+    without a bias get one. Do not correct what AdaRound encoded (Nagel et al. 2021).
+
+    Args:
+        model: with encoded weights; is changed. Batch norms should be folded.
+        original: the same layers before.
+        loader: of batches, read again and again: no iterator.
+        names: of the layers, or all linear layers and convolutions.
+        forward: runs a model on a batch; otherwise the batch, or its first element, is the input.
+
+    Returns:
+        By name, what was subtracted, ``(outputs,)``.
+
+    Raises:
+        SpecError: a layer is missing, or the loader is empty.
+    """
+    held = list(loader)
+    run = forward or _forward
+    wanted = None if names is None else list(names)
+    if wanted is None:
+        wanted = [name for name, module in original.named_modules() if isinstance(module, Layer)]
+    for name in wanted:
+        layer(model, name)
+    means = _mean_outputs(original, held, wanted, run)
+    corrected = {}
+    for name, mean in means.items():
+        module = layer(model, name)
+        shift = _mean_outputs(model, held, [name], run)[name] - mean
+        with torch.no_grad():
+            bias = bias_of(module)
+            bias.sub_(shift.to(bias.dtype))
+        corrected[name] = shift.to(module.weight.dtype)
+    return corrected
+
+
+def _mean_outputs(
+    model: nn.Module, held: list[Any], names: list[str], run: Forward
+) -> dict[str, Tensor]:
+    """Mean outputs of layers, float64 ``(outputs,)``, in the order of their first use."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str, module: Layer) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            dims = 1 if isinstance(module, nn.Linear) else len(module.kernel_size) + 1
+            rows = output.detach().movedim(-dims, -1).flatten(0, -2).double()
+            sums[name] = sums.get(name, 0.0) + rows.sum(0)
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return hook
+
+    handles = []
+    try:
+        for name in names:
+            module = layer(model, name)
+            handles.append(module.register_forward_hook(watch(name, module)))
+        with _evaluating(model), torch.no_grad():
+            for batch in held:
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise SpecError("no layer was used: the loader is empty, or the names are of other layers")
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _forward(model: nn.Module, batch: object) -> object:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, list | tuple) else batch)
