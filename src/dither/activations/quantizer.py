@@ -19,9 +19,10 @@ class Quantizer(nn.Module):
     """Puts activations on the grid of a spec; keeps and moves its ranges.
 
     Before it has ranges, by :meth:`step` or :meth:`set`, training uses each tensor's own, and
-    evaluation leaves values as they are. Ranges move in :meth:`step` only, never in `forward`, which notes what it saw: so a
-    forward pass that is computed again (activation checkpointing) sees the same grid, and gradient
-    accumulation counts as one step. In ``eval()`` nothing is noted, so threads may share it.
+    evaluation leaves values as they are. Ranges move in :meth:`step` only, never in `forward`,
+    which notes what it saw: so a forward pass that is computed again (activation checkpointing)
+    sees the same grid, and gradient accumulation counts as one step. In ``eval()`` nothing is
+    noted, so threads may share it.
 
     Everything is computed in float32, outside autocast, and returned in the type that came in.
 

@@ -64,7 +64,8 @@ def resolve(model: nn.Module, rules: Rules) -> dict[str, SiteSpec]:
     names = [(f"{path}@{end}", is_leaf) for path, is_leaf in _modules(model) for end in ENDS]
     for name, is_leaf in names:
         for glob, spec in table:
-            if fnmatchcase(name, glob) and (is_leaf or _names(glob, name)):
+            is_kind = isinstance(spec, Gradient) == name.endswith("@grad")
+            if is_kind and fnmatchcase(name, glob) and (is_leaf or _names(glob, name)):
                 used.add(glob)
                 found[name] = spec
                 break
