@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.ablation`` compresses each model at two sizes with one step size for all
 matrices, with steps that grow with the cube root of a tensor's size, with error feedback from
-prior second moments too, and with token rows by frequency: the default.
+prior second moments too, with token rows by frequency (the default), and with codes on a trellis.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import dither
 from benchmarks.environment import describe
 from benchmarks.tasks import minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
+from dither.encoders.trellis import Viterbi
 from dither.search import Sensitivity, Weighted, data_free
 
+_WORTH_A_TRELLIS = 2048
 SIZES = {"minilm_stsb": [4_933_591, 3_248_904], "resnet20_cifar10": [83_264, 62_913]}
 
 
@@ -45,11 +47,19 @@ def _feedback(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
     return {n: replace(w, rows=None) for n, w in data_free(tensors).items()}
 
 
+def _trellis(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+    return {
+        name: replace(w, trellis=Viterbi(1.0)) if w.value.numel() >= _WORTH_A_TRELLIS else w
+        for name, w in data_free(tensors).items()
+    }
+
+
 VARIANTS: dict[str, Sensitivity] = {
     "one step for all": _one_step,
     "steps by size": _cube_root,
     "and error feedback": _feedback,
     "and token frequency (default)": data_free,
+    "and a trellis": _trellis,
 }
 
 

@@ -73,7 +73,10 @@ class Viterbi:
         fmt = Trellis(self.states, 0 if len(steps) > 1 else None, steps.dtype)
         rows, columns = rows_of(shape)
         inputs = in_steps(weight, steps).reshape(rows, columns).T.contiguous()
-        _check(weight, inputs)
+        largest = _largest(weight, inputs)
+        if (largest + 2 * CLASSES) * float(steps.max()) > torch.finfo(torch.float32).max:
+            # Only the format's own search knows which multiples are beyond float32.
+            return fmt.assign(weight, {"scale": steps})
         gram = None if stats is None else stats.gram
         if gram is not None and (gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram)):
             raise SpecError(f"a Gram matrix is (inputs, inputs), not of shape {tuple(gram.shape)}")
@@ -88,7 +91,8 @@ class Viterbi:
         """Multiples of the step, int32, for ``(inputs, outputs)`` in steps, overwritten if fed."""
         found = torch.empty(inputs.shape, dtype=torch.int32)
         if gram is None:
-            for start in range(0, inputs.shape[1], size := max(1, _SEARCHED // len(inputs or [0]))):
+            size = max(1, _SEARCHED // max(1, len(inputs)))
+            for start in range(0, inputs.shape[1], size):
                 part = slice(start, start + size)
                 found[:, part] = _separate(inputs[:, part], lengths, self.states)
             return found
@@ -104,10 +108,14 @@ class Viterbi:
         return found
 
 
-def _check(weight: Tensor, inputs: Tensor) -> None:
-    """Refuse what no multiple of the step can be near to."""
+def _largest(weight: Tensor, inputs: Tensor) -> float:
+    """The largest magnitude in steps.
+
+    Raises:
+        SpecError: no multiple of the step can be near to it.
+    """
     if not inputs.numel():
-        return
+        return 0.0
     largest = float(inputs.abs().max())
     if not largest < MOST_CODES:
         if not bool(weight.detach().float().isfinite().all()):
@@ -119,6 +127,7 @@ def _check(weight: Tensor, inputs: Tensor) -> None:
             f"a step is too small for values of {largest:.0f} steps; at most {MOST_CODES} are "
             "possible: take a larger step, or store the tensor with Raw()"
         )
+    return largest
 
 
 @lru_cache(maxsize=4)

@@ -14,6 +14,7 @@ from dither.core import Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.grid import in_steps
 from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
+from dither.encoders.trellis import Viterbi
 from dither.formats import Raw
 
 _SAMPLE = 1 << 15
@@ -48,6 +49,8 @@ class Weighted:
             sensitivity is then that of a row whose relative step is 1.
         gram: second moments of the inputs, for error feedback: see :class:`GPTQ`.
         coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
+        trellis: how codes are searched for on a trellis, whose step is then half that of the
+            option; its own step is not used. None for a scalar grid.
     """
 
     value: Tensor
@@ -55,6 +58,7 @@ class Weighted:
     rows: Tensor | None = None
     gram: Tensor | None = None
     coarsest: float | None = None
+    trellis: Viterbi | None = None
 
     def every(self, stride: int) -> Weighted:
         """The same of every ``stride``-th row."""
@@ -90,6 +94,8 @@ class Option:
         if tensor.rows is not None:
             steps = (self.step * tensor.rows).bfloat16().float()
         stats = Stats(gram=tensor.gram) if self.fed else None
+        if tensor.trellis is not None and self.fed:
+            return replace(tensor.trellis, step=steps / 2).encode(tensor.value, stats)
         return GPTQ(steps).encode(tensor.value, stats)
 
 

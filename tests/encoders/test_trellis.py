@@ -1,0 +1,114 @@
+"""Viterbi: the laws, what a trellis gains at equal bytes, error feedback, and rate."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dither.archive import Archive, code, pack
+from dither.core import Encoded, SpecError, Stats
+from dither.encoders.gptq import GPTQ
+from dither.encoders.trellis import BLOCK, Viterbi
+from dither.formats import Trellis
+from dither.search.options import Option, Weighted
+from dither.search.priors import prior_gram
+from dither.testing import awkward_weights, check_encoder, same_bits
+
+ENCODERS = [Viterbi(0.1), Viterbi(0.5, 0.4), Viterbi(0.3, states=32), Viterbi(0.2, 0.1, 4, 0.01)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss(encoded: Encoded, weight: Tensor, gram: Tensor) -> float:
+    error = (encoded.decode() - weight).reshape(len(weight), -1).double()
+    return float(((error @ gram.double()) * error).sum())
+
+
+@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+@pytest.mark.parametrize("fed", [False, True])
+def test_laws(encoder: Viterbi, fed: bool) -> None:
+    for name, weight in awkward_weights().items():
+        if name == "huge":
+            with pytest.raises(SpecError, match="larger step"):
+                encoder.encode(weight)
+            continue
+        gram = prior_gram(weight) if fed else None
+        check_encoder(encoder, weight, Stats(gram=gram), lambda e: pack({"w": e}).encoded("w"))
+
+
+def test_without_feedback_it_is_the_best_path_of_the_format() -> None:
+    weight = normal(30, 90)
+    encoded = Viterbi(0.25).encode(weight)
+    best = Trellis().assign(weight, {"scale": torch.tensor([0.25])})
+    errors = [float((e.decode() - weight).square().sum()) for e in (encoded, best)]
+    assert math.isclose(*errors, rel_tol=1e-6)
+    assert encoded.params["scale"].dtype == torch.bfloat16
+
+
+def test_a_step_for_each_row() -> None:
+    weight, steps = normal(6, 40), torch.tensor([0.5, 0.25, 1.0, 0.5, 0.125, 2.0])
+    encoded = Viterbi(steps).encode(weight)
+    assert encoded.format == Trellis(axis=0, scale_dtype=torch.bfloat16)
+    rows = [Viterbi(float(s)).encode(r[None]).decode() for s, r in zip(steps, weight, strict=True)]
+    assert same_bits(encoded.decode(), torch.cat(rows))
+
+
+@pytest.mark.parametrize(("step", "gain"), [(0.5, 0.85), (1.0, 0.85)])
+@pytest.mark.parametrize("shape", [(64, 4 * BLOCK), (64, 28, 3, 3)])
+def test_less_error_in_no_more_bytes(shape: tuple[int, ...], step: float, gain: float) -> None:
+    # 0.85 is 0.7 dB; at equal bytes errors of a grid fall by a quarter with each bit.
+    weight = normal(*shape) * normal(shape[0], *[1] * (len(shape) - 1), seed=1).mul(0.4).exp()
+    gram = prior_gram(weight)
+    assert gram is not None
+    grid = GPTQ(step).encode(weight, Stats(gram=gram))
+    found = Viterbi(step / 2).encode(weight, Stats(gram=gram))
+    more_bits = 8 * (code(found).nbytes - code(grid).nbytes) / weight.numel()
+    assert loss(found, weight, gram) * 4**more_bits < gain * loss(grid, weight, gram)
+
+
+@pytest.mark.parametrize("inputs", [3 * BLOCK + 5, BLOCK + 7])
+def test_errors_are_passed_on_between_blocks_within_groups(inputs: int) -> None:
+    weight = normal(40, 3 * BLOCK + 5)
+    gram = 0.5 * torch.eye(inputs) + 0.5
+    losses = []
+    for stats in (Stats(gram=gram), None):
+        error = (Viterbi(0.5).encode(weight, stats).decode() - weight).split(inputs, dim=1)
+        losses.append(sum(float(((e @ gram[: len(e.T), : len(e.T)]) * e).sum()) for e in error))
+    assert losses[0] < 0.75 * losses[1]
+
+
+def test_rate_counts() -> None:
+    weight = normal(100, 120)
+    nbytes, errors = [], []
+    for strength in (0.0, 0.4):
+        encoded = Viterbi(0.6, strength).encode(weight)
+        nbytes.append(code(encoded).nbytes)
+        errors.append(float((encoded.decode() - weight).square().mean()))
+    assert nbytes[1] < 0.97 * nbytes[0]
+    assert errors[1] * 4 ** (8 * (nbytes[1] - nbytes[0]) / weight.numel()) < errors[0]
+
+
+def test_the_search_may_use_it() -> None:
+    weight = normal(48, 60)
+    tensor = Weighted(weight, 1.0, gram=prior_gram(weight), trellis=Viterbi(1.0, states=16))
+    encoded = Option(0, 0, step=0.5).encode(tensor)
+    assert encoded.format == Trellis(16, scale_dtype=torch.bfloat16)
+    assert float(encoded.params["scale"]) == 0.25
+    archive = Archive.from_bytes(pack({"w": encoded}).to_bytes())
+    assert same_bits(archive["w"], encoded.decode())
+    assert Option(0, 0, step=0.5, fed=False).encode(tensor).format.name == "affine"
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight = normal(4, 6)
+    with pytest.raises(SpecError, match="positive"):
+        Viterbi(0.0).encode(weight)
+    with pytest.raises(SpecError, match="not finite"):
+        Viterbi(0.1).encode(weight / 0)
+    with pytest.raises(SpecError, match="larger step"):
+        Viterbi(1e-9).encode(weight)
+    with pytest.raises(SpecError, match="Gram"):
+        Viterbi(0.1).encode(weight, Stats(gram=torch.ones(6)))
