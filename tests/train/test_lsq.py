@@ -131,17 +131,19 @@ def test_an_embedding_reads_only_its_rows() -> None:
 
 
 def test_the_size_pulls_only_rows_that_are_read() -> None:
-    w = weight(10, 8).requires_grad_()
-    surrogate = LSQ(None, axis=0).begin(weight(10, 8))
+    w = weight(12, 8).requires_grad_()
+    surrogate = LSQ(None).begin(weight(12, 8))
+    steps = torch.tensor([0.25, 0.5, 1.0]).repeat_interleave(4)
+    surrogate.start(Affine(None, axis=0).assign(weight(12, 8), {"scale": steps}))
     everything = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
     surrogate.draw(w, torch.Generator(), 1)
     index = torch.tensor([[2, 5], [5, 7]])
     assert surrogate.look_up(w[index], index) is not None
-    partial = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
-    rows = torch.zeros(10, dtype=torch.bool).index_fill(0, index.reshape(-1), value=True)
-    for one, other in zip(partial, everything, strict=True):
-        assert torch.equal(one[rows], other[rows])
-        assert not one[~rows].any()
+    rows = torch.zeros(12, dtype=torch.bool).index_fill(0, index.reshape(-1), value=True)
+    to_weight, to_log = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
+    assert torch.equal(to_weight[rows], everything[0][rows])
+    assert not to_weight[~rows].any()
+    assert to_log.tolist() == [*everything[1][:2].tolist(), 0.0]  # nobody read the last class
     surrogate.draw(w, torch.Generator(), 2)
     surrogate(w)  # a head that shares the table reads all of it
     again = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])

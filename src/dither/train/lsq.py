@@ -175,15 +175,15 @@ class LearnedStep(Surrogate):
     def soft_bits(self, weight: Tensor) -> Tensor:
         """The entropy of the codes, with the slopes of interpolated lengths: `CodeLengths`.
 
-        Of a table of which only rows are read, only these have slopes: a row that no batch reads
-        would otherwise fall to 0, with nothing to hold it.
+        Of a table of which only rows are read, only these have slopes, and only steps that one of
+        them has: a row that no batch reads would otherwise fall to 0, with nothing to hold it.
         """
-        bits, slopes, by_row = self._rate or self._look(weight.detach())
+        bits, slopes, to_log = self._rate or self._look(weight.detach())
         if self._read is not None and bool(self._read.any()):
             slopes = slopes * self._read.unsqueeze(1)
-            by_row = by_row * self._read
+            to_log = to_log * (self._gather(self._read.to(to_log.dtype)) > 0)
         value: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
-            weight, self.log_step, bits, (slopes, self._gather(by_row))
+            weight, self.log_step, bits, (slopes, to_log)
         )
         return value
 
@@ -227,21 +227,15 @@ class LearnedStep(Surrogate):
 
     @torch.no_grad()
     def _look(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Bits now, and their slopes by weights and by logarithms of steps.
-
-        The latter are summed over rows where all of a row shares a step, ``(rows,)``, or else over
-        all that share one, ``(steps,)``.
-        """
+        """Bits now, and their gradients to the weight and to the logarithms of the steps."""
         steps = self.steps()
         held = hold(self.watch, weight.float(), steps)
         place = (held / steps).clamp_(*self._ends())
         lengths = CodeLengths.of(place, self.classes)
         slopes = lengths.slopes(place, self.classes)
-        by_log = place.mul_(slopes).neg_()
-        is_table = weight.ndim == 2 and self.reads_rows()
-        by_row = by_log.sum(1) if is_table else self._share(by_log)
+        to_log = self._share(place.mul_(slopes).neg_())
         value = torch.tensor(lengths.total, dtype=torch.float32, device=weight.device)
-        self._rate = (value, slopes.div_(steps).to(weight.dtype), by_row)
+        self._rate = (value, slopes.div_(steps).to(weight.dtype), to_log)
         return self._rate
 
     def _gather(self, by_row: Tensor) -> Tensor:
