@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dither.activations import Activation, Gradient
     from dither.archive import Archive, Loaded, load, load_into, verify
     from dither.core import (
         ArchiveError,
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LSQ",
+    "Activation",
     "Affine",
     "Archive",
     "ArchiveError",
@@ -69,6 +71,7 @@ __all__ = [
     "Format",
     "FreezeOscillations",
     "GatePenalty",
+    "Gradient",
     "IterativePQ",
     "Kurtosis",
     "LayerDrop",
@@ -99,7 +102,7 @@ __all__ = [
     "verify",
 ]
 
-_ROOMS = ("core", "formats", "archive", "search", "train")
+_ROOMS = ("core", "formats", "activations", "archive", "search", "train")
 
 
 def __getattr__(name: str) -> object:
