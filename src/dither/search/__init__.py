@@ -1,6 +1,7 @@
 """Spend a budget in bytes where the model needs it."""
 
 from dither.search.budget import LEAST_SHARE, SLACK_NBYTES
+from dither.search.calibrated import calibrated, divergence, squared
 from dither.search.compress import compress
 from dither.search.options import Weighted
 from dither.search.sensitivity import Sensitivity, data_free, token_counts
@@ -11,8 +12,11 @@ __all__ = [
     "SLACK_NBYTES",
     "Sensitivity",
     "Weighted",
+    "calibrated",
     "compress",
     "data_free",
+    "divergence",
     "parse_size",
+    "squared",
     "token_counts",
 ]
