@@ -23,7 +23,7 @@ from dither.checkpoint import read_checkpoint
 from dither.encoders.trellis import Viterbi
 from dither.search import Sensitivity, Weighted, data_free
 
-_WORTH_A_TRELLIS = 2048
+_WORTH_A_TRELLIS = 4096
 SIZES = {"minilm_stsb": [4_933_591, 3_248_904], "resnet20_cifar10": [83_264, 62_913]}
 
 
