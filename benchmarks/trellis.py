@@ -72,7 +72,7 @@ def measure(weight: Tensor, *, fed: bool, states: int) -> list[dict[str, float]]
         found = Viterbi(step / 2, states=states).encode(weight, stats)
         seconds = time.perf_counter() - start
         nbytes = code(found).nbytes
-        at_grid = float(np.interp(nbytes, *zip(*curve, strict=True)))
+        at_grid = float(np.interp(nbytes, [n for n, _ in curve], [loss for _, loss in curve]))
         row = {
             "bits": 8 * nbytes / weight.numel(),
             "gain_db": at_grid - _decibels(found, weight, gram),

@@ -9,6 +9,7 @@ from dither.encoders.nearest import Nearest
 from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
 from dither.encoders.sequential_mse import SequentialMSE
+from dither.encoders.trellis import Viterbi
 
 __all__ = [
     "GPTQ",
@@ -18,4 +19,5 @@ __all__ = [
     "Ranges",
     "RateDistortion",
     "SequentialMSE",
+    "Viterbi",
 ]
