@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dither.activations import Activation, Gradient
     from dither.archive import Archive, Loaded, load, load_into, verify
+    from dither.calibrate import collect, in_sequence
     from dither.core import (
         ArchiveError,
         BudgetError,
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
         SpecError,
         Stats,
     )
+    from dither.encoders import GPTQ, AdaRound, KMeans, SequentialMSE
     from dither.formats import Affine, Codebook, Mixed, Product, Raw
-    from dither.search import compress
+    from dither.rewrite import absorb_biases, correct_biases, equalize, fold_batch_norm
+    from dither.search import calibrated, compress
     from dither.train import (
         LSQ,
         BayesianBits,
@@ -52,8 +55,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTQ",
     "LSQ",
     "Activation",
+    "AdaRound",
     "Affine",
     "Archive",
     "ArchiveError",
@@ -73,6 +78,7 @@ __all__ = [
     "GatePenalty",
     "Gradient",
     "IterativePQ",
+    "KMeans",
     "Kurtosis",
     "LayerDrop",
     "LearnedCodebook",
@@ -86,6 +92,7 @@ __all__ = [
     "Ramp",
     "Raw",
     "Run",
+    "SequentialMSE",
     "Size",
     "SpecError",
     "Stats",
@@ -93,8 +100,15 @@ __all__ = [
     "Teacher",
     "Vary",
     "WarmUp",
+    "absorb_biases",
     "attach",
+    "calibrated",
+    "collect",
     "compress",
+    "correct_biases",
+    "equalize",
+    "fold_batch_norm",
+    "in_sequence",
     "load",
     "load_into",
     "open",
@@ -102,7 +116,8 @@ __all__ = [
     "verify",
 ]
 
-_ROOMS = ("core", "formats", "activations", "archive", "search", "train")
+_ROOMS = ("core", "formats", "encoders", "calibrate", "rewrite")
+_ROOMS += ("activations", "archive", "search", "train")
 
 
 def __getattr__(name: str) -> object:

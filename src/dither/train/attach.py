@@ -9,7 +9,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dither.activations import begin as begin_sites
-from dither.activations import placed, remove
 from dither.core import SpecError
 from dither.model import collect
 from dither.search import compress, parse_size
@@ -65,14 +64,7 @@ def attach(
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, goal)
-    quantized = placed(model)
-    begin_sites(model, rules)
-    try:
-        _place(model, rules, surrogates)
-    except BaseException:
-        if not quantized:
-            remove(model)
-        raise
+    _place(model, rules, surrogates)
     run = Run(
         model,
         rules,
@@ -113,11 +105,12 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
 
 
 def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) -> None:
-    """Let modules read surrogates; nothing is changed if one of them cannot."""
+    """Let modules read surrogates, and quantize activations; if one cannot, nothing is changed."""
     sites = {
         name: find_sites(model, name, plan.owners, is_noisy=not surrogate.is_still)
         for name, surrogate in surrogates.items()
     }
+    begin_sites(model, plan)
     for name, surrogate in surrogates.items():
         for number, site in enumerate(sites[name]):
             shadow(site, surrogate, is_first=number == 0)
