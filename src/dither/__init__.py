@@ -116,8 +116,17 @@ __all__ = [
     "verify",
 ]
 
-_ROOMS = ("core", "formats", "encoders", "calibrate", "rewrite")
-_ROOMS += ("activations", "archive", "search", "train")
+_ROOMS = (
+    "core",
+    "formats",
+    "encoders",
+    "calibrate",
+    "rewrite",
+    "archive",
+    "search",
+    "train",
+    "activations",  # last, because it has a module called `attach`
+)
 
 
 def __getattr__(name: str) -> object:
