@@ -117,8 +117,15 @@ __all__ = [
 ]
 
 _ROOMS = (
-    *("core", "formats", "encoders", "calibrate", "rewrite", "activations", "archive"),
-    *("search", "train"),
+    "core",
+    "formats",
+    "encoders",
+    "calibrate",
+    "rewrite",
+    "archive",
+    "search",
+    "train",
+    "activations",  # last, because it has a module called `attach`
 )
 
 
