@@ -1,6 +1,6 @@
 """Activations and gradients on integer grids: where, and with which ranges."""
 
-from dither.activations.attach import apply, begin, call, encodings_of, observe, remove, step
+from dither.activations.observe import apply, begin, call, encodings_of, observe, remove, step
 from dither.activations.encodings import Encoding, Encodings
 from dither.activations.gradients import GradientQuantizer
 from dither.activations.quantizer import Quantizer
