@@ -1,8 +1,8 @@
 """Activations and gradients on integer grids: where, and with which ranges."""
 
-from dither.activations.observe import apply, begin, call, encodings_of, observe, remove, step
 from dither.activations.encodings import Encoding, Encodings
 from dither.activations.gradients import GradientQuantizer
+from dither.activations.observe import apply, begin, call, encodings_of, observe, remove, step
 from dither.activations.quantizer import Quantizer
 from dither.activations.sites import Site, placed, resolve
 from dither.activations.spec import Activation, Gradient, site_from_json
