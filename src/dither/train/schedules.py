@@ -41,7 +41,7 @@ class Ramp:
         shape: ``"linear"``, ``"cosine"`` (half a period), ``"cubic"`` (fast first: Zhu and Gupta
             2017) or ``"exponential"`` (a constant factor; both values positive).
 
-    >>> Ramp(0.0, 0.1, begin=0.25, shape="cosine").at(0.625)
+    >>> round(Ramp(0.0, 0.1, begin=0.25, shape="cosine").at(0.625), 6)
     0.05
     """
 
