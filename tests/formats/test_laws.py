@@ -196,5 +196,6 @@ def test_names_are_permanent() -> None:
         "codebook": "Codebook",
         "product": "Product",
         "mixed": "Mixed",
+        "trellis": "Trellis",
     }
     assert {kind.version for kind in FORMATS.values()} == {1}
