@@ -185,12 +185,16 @@ def test_gradients_accumulate_over_parts_of_a_batch(spec: Spec) -> None:
 @pytest.mark.parametrize("kind", ["linear", "lstm", "attention", "encoder", "tied"])
 def test_evaluation_from_several_threads(kind: str) -> None:
     run, inputs = attached(kind, LSQ(3))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
     expected = outputs(run.model, inputs)
+    torch.set_num_threads(threads_before)
     run.model.train().eval()  # no preview yet
     wrong: list[object] = []
     start = threading.Barrier(4)
 
     def work() -> None:
+        torch.set_num_threads(1)  # a kernel's own threads are as many as happen to be free
         start.wait()
         for _ in range(40):
             with torch.no_grad():
