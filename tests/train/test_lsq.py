@@ -148,3 +148,20 @@ def test_the_size_pulls_only_rows_that_are_read() -> None:
     surrogate(w)  # a head that shares the table reads all of it
     again = torch.autograd.grad(surrogate.soft_bits(w), [w, surrogate.log_step])
     assert torch.equal(again[0], everything[0])
+
+
+def test_rows_that_all_differ_keep_their_own_steps() -> None:
+    """Classes are in the order of steps, not of rows."""
+    w = weight(3, 40).requires_grad_()
+    steps = torch.tensor([1.0, 0.25, 0.5])
+    by_class, by_axis = LSQ(None).begin(w.detach()), LSQ(None, axis=0).begin(w.detach())
+    by_class.start(Affine(None, axis=0).assign(w.detach(), {"scale": steps}))
+    with torch.no_grad():
+        by_axis.log_step.copy_(steps.log())
+    for surrogate in (by_class, by_axis):  # look up the first row, whose step is the largest
+        surrogate.draw(w, torch.Generator(), 1)
+        surrogate.look_up(w[:1], torch.tensor([0]))
+    (mine,) = torch.autograd.grad(by_class.soft_bits(w), [by_class.log_step])
+    (other,) = torch.autograd.grad(by_axis.soft_bits(w), [by_axis.log_step])
+    assert (mine != 0).tolist() == [False, False, True]
+    assert (other != 0).tolist() == [True, False, False]

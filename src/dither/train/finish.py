@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
+from dither.calibrate.quiet import call
 from dither.core import BudgetError, Encoded
 
 if TYPE_CHECKING:
@@ -108,26 +109,12 @@ def reestimate(model: nn.Module, data: Iterable[Any]) -> None:
             norm.training = True  # its surrogates stay in evaluation mode
         with torch.no_grad():
             for batch in data:
-                _call(model, batch)
+                call(model, batch)
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{key: move(value) for key, value in batch.items()})
-    elif isinstance(batch, list | tuple):
-        model(move(batch[0]))
-    else:
-        model(move(batch))
 
 
 def first_changed(

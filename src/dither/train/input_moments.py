@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dither.calibrate.quiet import call
 from dither.train.shadow import find_sites
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def input_metrics(run: Run, blocks: Mapping[str, int], data: Iterable[Any]) -> d
     try:
         with torch.no_grad(), quiet(run):
             for batch in data:
-                _call(run.model, batch)
+                call(run.model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -78,12 +79,3 @@ def quiet(run: Run) -> Iterator[None]:
             surrogate.active = was
         for module, mode in modes.items():
             module.training = mode
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        return
-    first = batch[0] if isinstance(batch, list | tuple) else batch
-    model(first.to(device))

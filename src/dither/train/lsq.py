@@ -114,14 +114,10 @@ class LearnedStep(Surrogate):
         if not isinstance(found, Affine) or found.bits is not None:
             return
         steps = encoded.params["scale"].float().to(self.log_step.device)
-        self._classify(None)
+        self.classes = self._rate = None
         if len(steps) > 1:
-            steps, classes = steps.unique(return_inverse=True)
-            self._classify(classes)
+            steps, self.classes = steps.unique(return_inverse=True)
         self.log_step = nn.Parameter(steps.log(), requires_grad=self.spec.learn)
-
-    def _classify(self, classes: Tensor | None) -> None:
-        self.classes, self._rate = classes, None
 
     def nudge(self, octaves: float) -> None:
         if self.can_trim and self.spec.learn:
@@ -207,9 +203,8 @@ class LearnedStep(Surrogate):
             self.renew()
         # Of all rows, until some are looked up and the table as a whole is not.
         is_table = weight.ndim == 2 and self.reads_rows()
-        self._read = torch.zeros(len(weight), dtype=torch.bool) if is_table else None
-        if self._read is not None:
-            self._read = self._read.to(weight.device)
+        marks = torch.zeros(weight.shape[:1], dtype=torch.bool, device=weight.device)
+        self._read = marks if is_table else None
 
     def renew(self) -> None:
         self._rate = None
@@ -240,11 +235,9 @@ class LearnedStep(Surrogate):
 
     def _gather(self, by_row: Tensor) -> Tensor:
         """Sums over rows that share a step, ``(steps,)``."""
-        if len(by_row) == len(self.log_step):
-            return by_row
-        if self.classes is None:
-            return by_row.sum().reshape(1)
-        return torch.zeros_like(self.log_step).index_add_(0, self.classes, by_row)
+        if self.classes is not None:
+            return torch.zeros_like(self.log_step).index_add_(0, self.classes, by_row)
+        return by_row if len(by_row) == len(self.log_step) else by_row.sum().reshape(1)
 
     def _share(self, values: Tensor) -> Tensor:
         """Sums over the weights that share a step, ``(steps,)``."""

@@ -39,7 +39,7 @@ class Run:
         steps: optimizer steps in all, if known.
         done: optimizer steps done.
         controller: steers the size to the budget, if there is one.
-        history: measurements: step, bytes predicted and measured, lambda.
+        history: measurements: step, bytes of the file then, lambda.
     """
 
     def __init__(
