@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from dither.activations.quantizer import Quantizer
 from dither.activations.sites import Rules, displace, on_input, on_output, place, placed, resolve
 from dither.activations.spec import Activation
 from dither.core import SpecError
+from dither.model import evaluating
 
 Call = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch of the loader."""
@@ -213,21 +213,6 @@ def _first(loader: Iterable[Any], batches: int | None) -> Iterator[Any]:
             return
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no fused attention, which passes over hooks, for a while."""
-    modes = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _run(
     model: nn.Module, observers: Mapping[str, Observer], data: Iterable[Any], forward: Call
 ) -> int:
@@ -244,7 +229,7 @@ def _run(
                 )
             else:
                 handles.append(module.register_forward_hook(_output_hook(observer)))
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in data:
                 forward(model, batch)
                 for observer in observers.values():

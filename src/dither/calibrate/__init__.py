@@ -3,8 +3,9 @@
 from dither.calibrate.collect import Loss, collect
 from dither.calibrate.inputs import input_vectors
 from dither.calibrate.moments import MOST_INPUTS, Moments
-from dither.calibrate.quiet import Call, call, evaluating, some_batches
+from dither.calibrate.quiet import Call, call, some_batches
 from dither.calibrate.sequential import in_sequence
+from dither.model import evaluating
 
 __all__ = [
     "MOST_INPUTS",

@@ -19,8 +19,9 @@ from dither.calibrate.inputs import (
     recurrent_vectors,
 )
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
-from dither.calibrate.quiet import Call, call, evaluating, parameters_of, some_batches
+from dither.calibrate.quiet import Call, call, parameters_of, some_batches
 from dither.core import SpecError, Stats
+from dither.model import evaluating
 
 Loss = Callable[[Any, Any], Tensor]
 """A model's output and the batch to a scalar."""

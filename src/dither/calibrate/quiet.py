@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -43,25 +42,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter is; the CPU without parameters."""
     first = next(iter(model.parameters()), None)
     return torch.device("cpu") if first is None else first.device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module gets its own mode back.
-
-    Neither running statistics nor dropout are at work, and attention takes its plain path, on
-    which all calls are seen.
-    """
-    modes = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def some_batches(loader: Iterable[Any], batches: int | None) -> Iterator[Any]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
-from dither.calibrate.quiet import Call, call, evaluating, some_batches
+from dither.calibrate.quiet import Call, call, some_batches
 from dither.core import Encoded, Encoder, SpecError, Stats
+from dither.model import evaluating
 
 Choose = Callable[[str, Tensor], Encoder | None]
 """Name and weight to the encoder of this weight; None leaves it as it is."""
