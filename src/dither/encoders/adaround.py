@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
-from dither.encoders.ranges import Ranges
+from dither.encoders.places import best_of, encoded_at, ends, places_of
+from dither.encoders.sequential_mse import RANGES, params_by
 from dither.formats import Affine
-from dither.formats.rounding import require_floating, restore
-from dither.formats.settings import check_count, check_kind, check_number
+from dither.formats.rounding import require_floating
+from dither.formats.settings import check_choice, check_count, check_kind, check_number
 
 STRETCH = (1.2, -0.1)
 """The rectified sigmoid ``clip(1.2 sigmoid(v) - 0.1, 0, 1)`` reaches 0 and 1 (Louizos 2018)."""
@@ -51,6 +51,10 @@ class AdaRound:
         step: for ``Affine(bits=None)`` only.
         iterations: of Adam; 10,000 in the paper, at a rate of 1e-3; of fewer the rate is larger.
         damping: added to the diagonal of ``H`` for ``Stats.cross``, as a share of its mean.
+        ranges: ``"mse"`` or ``"minmax"``, by the weights as in :class:`~dither.encoders.Ranges`;
+            ``"output"``, as in :class:`~dither.SequentialMSE`, where ``stats`` has a Gram matrix.
+
+    An output for which nearest codes leave less error keeps those.
 
     Raises:
         SpecError: settings out of range, no step where one is needed.
@@ -69,11 +73,13 @@ class AdaRound:
     step: float | None = None
     iterations: int = 10_000
     damping: float = 0.01
+    ranges: str = "mse"
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
         check_kind("AdaRound", self.format, (Affine,))
         check_count("AdaRound", "iterations", self.iterations, 1, 1 << 30)
+        check_choice("AdaRound", "ranges", self.ranges, RANGES)
         if (self.format.bits is None) != (self.step is not None):
             raise SpecError(
                 f"AdaRound({self.format!r}, step={self.step!r}): a step belongs to bits=None, and "
@@ -94,55 +100,23 @@ class AdaRound:
         held = self._held(weight, stats)
         if stats is None or stats.gram is None or not weight.numel() or not weight.ndim:
             return self.format.assign(weight, held)
-        self.format.assign(weight, held)  # refuses what cannot be encoded
+        nearest = self.format.assign(weight, held)  # refuses what cannot be encoded
         aim = weight
         if stats.cross is not None:
             aim = retargeted(weight, stats, self.damping)
-        places, scales = self._places(aim.float(), held)
-        lowest, highest = self._ends()
+        places, scales = places_of(self.format, aim.float(), held)
+        lowest, highest = ends(self.format)
         below = places.floor().clamp_(lowest, highest - 1)
         shares = (places - below).clamp_(0, 1)
         up = self._learn(shares, places - below, scales, stats)
-        return self._assign(below + up, weight.dtype, held)
+        found = encoded_at(self.format, below + up, weight.dtype, held)
+        return best_of(self.format, found, nearest, held, aim, stats)
 
     def _held(self, weight: Tensor, stats: Stats | None) -> dict[str, Tensor]:
         if self.step is None:
-            return Ranges(self.format).params(weight, stats)
+            return params_by(self.ranges, self.format, weight, stats)
         count = self.format.grouping(tuple(weight.shape)).count
         return {"scale": torch.full((count,), float(self.step), dtype=torch.float64)}
-
-    def _ends(self) -> tuple[float, float]:
-        return (-math.inf, math.inf) if self.format.bits is None else (0, 2**self.format.bits - 1)
-
-    def _stored(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters as the file rounds them."""
-        return {
-            name: value if name == "zero" else value.to(self.format.scale_dtype)
-            for name, value in held.items()
-        }
-
-    def _places(self, weight: Tensor, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Real-valued code and step of each weight."""
-        places, scales = (torch.empty(weight.shape, device=weight.device) for _ in range(2))
-        stored = self._stored(held)
-        grouping = self.format.grouping(tuple(weight.shape))
-        boxes = grouping.walk([weight.contiguous(), places, scales], list(stored.values()))
-        for (box, place, scale), parts in boxes:
-            grid = self.format.line(dict(zip(stored, parts, strict=True)))
-            place.copy_(grid.position(box))
-            scale.copy_(grid.scale.expand(box.shape))
-        return places, scales
-
-    def _assign(self, codes: Tensor, dtype: torch.dtype, held: Mapping[str, Tensor]) -> Encoded:
-        """The encoding with these codes."""
-        codes = codes.contiguous()
-        values = torch.empty_like(codes)
-        stored = self._stored(held)
-        grouping = self.format.grouping(tuple(codes.shape))
-        for (code, value), parts in grouping.walk([codes, values], list(stored.values())):
-            grid = self.format.line(dict(zip(stored, parts, strict=True)))
-            value.copy_(grid.values(code))
-        return self.format.assign(restore(values, dtype), held)
 
     def _learn(self, shares: Tensor, fractions: Tensor, scales: Tensor, stats: Stats) -> Tensor:
         """1 where to round up, 0 where down.

@@ -14,6 +14,11 @@ from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
+from dither.encoders.places import best_of, encoded_at, ends, places_of
+from dither.encoders.sequential_mse import RANGES, params_by
+from dither.formats import Affine
+from dither.formats.rounding import require_floating
+from dither.formats.settings import check_choice, check_kind
 
 _BLOCK = 64
 _PASSES = 2
@@ -22,7 +27,7 @@ _MOST_SYMBOLS = 1 << 12
 
 @dataclass(frozen=True, eq=False)
 class GPTQ:
-    """Frantar et al. 2022 (arXiv 2210.17323) on a uniform, entropy-coded grid.
+    """Frantar et al. 2022 (arXiv 2210.17323) on a uniform grid, entropy coded or bounded.
 
     The weight is viewed as ``(outputs, inputs)``: the axis ``Stats.outputs`` (the first) against
     all others. Inputs are rounded in order; the error of each is spread over those that follow so
@@ -34,11 +39,22 @@ class GPTQ:
     plus lambda times code length is least. The error counts as what the inputs behind cannot make
     up for, and lengths are those of the codes that the pass before chose, with one table.
 
+    With a bounded ``format`` instead of a step, ranges are found first, in any granularity, and
+    codes stay within them; an output for which nearest codes leave less error keeps those.
+
     Attributes:
-        step: the step, or one for each output (1-D).
+        step: the step, or one for each output (1-D); None with a ``format``.
         damping: added to the diagonal of ``H``, as a share of its mean.
         strength: lambda in squared steps (times the mean of what the inputs behind cannot make up
             for) for each coded bit; 0 rounds to nearest, 0.1155 is the slope of a fine grid.
+        format: a bounded Affine; None with a step.
+        ranges: of ``format``: ``"mse"``, ``"minmax"`` or ``"output"``, as for
+            :class:`~dither.AdaRound`.
+        ordered: with ``format``, inputs of the greatest second moment are rounded first ("act
+            order" in the authors' code), when most others are left to make up for them.
+
+    Raises:
+        SpecError: settings out of range, or that do not go together.
 
     >>> weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     >>> gram = 0.9 * torch.eye(64) + 0.1  # inputs with a mean
@@ -50,12 +66,36 @@ class GPTQ:
     True
     """
 
-    step: float | Tensor
+    step: float | Tensor | None = None
     damping: float = 0.0
     strength: float = 0.0
+    format: Affine | None = None
+    ranges: str = "mse"
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that make no sense together."""
+        if (self.step is None) == (self.format is None):
+            raise SpecError(
+                f"GPTQ(step={self.step!r}, format={self.format!r}): give a step, for an unbounded "
+                "grid, or a bounded Affine"
+            )
+        if not math.isfinite(self.strength) or self.strength < 0:
+            raise SpecError(f"GPTQ(strength={self.strength!r}): give a finite number, 0 or more")
+        if self.format is None:
+            if self.ordered or self.ranges != "mse":
+                raise SpecError("GPTQ: 'ranges' and 'ordered' belong to a bounded format")
+            return
+        check_kind("GPTQ", self.format, (Affine,))
+        check_choice("GPTQ", "ranges", self.ranges, RANGES)
+        if self.format.bits is None or self.strength:
+            raise SpecError(
+                f"GPTQ(format={self.format!r}, strength={self.strength!r}): give bits=1..16 and no "
+                "strength; for an entropy-coded grid give a step"
+            )
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
-        """Codes in ``Affine(bits=None)``; rounded to nearest where ``stats`` holds no Gram matrix.
+        """Codes in ``format``, or ``Affine(bits=None)``; nearest ones without a Gram matrix.
 
         Args:
             weight: floating point, finite; with a Gram matrix, at least one axis.
@@ -65,9 +105,10 @@ class GPTQ:
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
+        if self.format is not None:
+            return self._bounded(self.format, weight, stats)
+        assert self.step is not None  # noqa: S101 - one of the two is given
         steps = grid_steps(self.step)
-        if not math.isfinite(self.strength) or self.strength < 0:
-            raise SpecError(f"GPTQ(strength={self.strength!r}): give a finite number, 0 or more")
         if stats is not None and stats.outputs and len(steps) > 1 and stats.gram is not None:
             raise SpecError("a step for each row needs outputs in the first axis; give one step")
         if stats is not None and stats.cross is not None and weight.numel():
@@ -84,6 +125,33 @@ class GPTQ:
             rounded = tensor_of(self._fed(matrix, stats.gram), weight.shape, stats.outputs)
         low, high = code_range(weight, *(float(end) for end in torch.aminmax(rounded)))
         return on_grid(weight, steps, rounded.sub_(low), low, high)
+
+    def _bounded(self, fmt: Affine, weight: Tensor, stats: Stats | None) -> Encoded:
+        """Codes within ranges that are found first."""
+        weight = require_floating(weight, fmt.name)
+        held = params_by(self.ranges, fmt, weight, stats)
+        nearest = fmt.assign(weight, held)
+        if stats is None or stats.gram is None or not weight.numel():
+            return nearest
+        aim = weight if stats.cross is None else retargeted(weight, stats, self.damping)
+        places, scales = (
+            matrix_of(part, stats.outputs) for part in places_of(fmt, aim.float(), held)
+        )
+        codes = torch.empty_like(places)
+        for rows, columns, moments in gram_groups(places, stats.gram):
+            size = len(moments)
+            order = torch.arange(size, device=moments.device)
+            if self.ordered:
+                order = moments.diagonal().argsort(descending=True, stable=True)
+            spread = feedback(moments[order][:, order], self.damping)
+            part, distance = (p[rows, columns][:, order].T.contiguous() for p in (places, scales))
+            within = codes[rows, columns]
+            within[:, order] = feed_within(part, distance, spread, ends(fmt)).T
+            codes[rows, columns] = within
+        found = encoded_at(
+            fmt, tensor_of(codes, tuple(weight.shape), stats.outputs), weight.dtype, held
+        )
+        return best_of(fmt, found, nearest, held, aim, stats)
 
     def _fed(self, matrix: Tensor, gram: Tensor) -> Tensor:
         """Rounded values ``(outputs, inputs)`` of the values in steps."""
@@ -211,3 +279,31 @@ def feed_errors(
         behind = inputs[start + _BLOCK :]
         behind.addmm_(spread[start : start + _BLOCK, start + _BLOCK :].T, errors)
     return inputs
+
+
+def feed_within(
+    places: Tensor, scales: Tensor, spread: Tensor, limits: tuple[float, float]
+) -> Tensor:
+    """As :func:`feed_errors`, on bounded grids of any steps.
+
+    Args:
+        places: real-valued codes, ``(inputs, outputs)``; is overwritten.
+        scales: steps, likewise.
+        spread: from :func:`factors`.
+        limits: the least and the greatest code.
+
+    Returns:
+        The codes, in the memory of ``places``.
+    """
+    for start in range(0, len(places), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        block, steps, within = places[part], scales[part], spread[part, part]
+        errors = torch.empty_like(block)
+        for i in range(len(block)):
+            value = block[i].clone()
+            block[i] = value.round().clamp_(*limits)
+            errors[i] = (block[i] - value) * steps[i]
+            block[i + 1 :] += within[i, i + 1 :, None] * errors[i] / steps[i + 1 :]
+        behind = slice(start + _BLOCK, None)
+        places[behind] += spread[part, behind].T @ errors / scales[behind]
+    return places

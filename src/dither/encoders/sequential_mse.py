@@ -14,6 +14,9 @@ from dither.formats import Affine
 from dither.formats.rounding import require_floating
 from dither.formats.settings import check_count, check_kind
 
+RANGES = ("mse", "minmax", "output")
+"""Squared error of the weights, their extremes, squared error of the outputs."""
+
 
 @dataclass(frozen=True)
 class SequentialMSE:
@@ -58,10 +61,18 @@ class SequentialMSE:
         Raises:
             SpecError: an axis of scales that is not that of the outputs; moments that do not fit.
         """
+        return self.format.assign(weight, self.params(weight, stats))
+
+    def params(self, weight: Tensor, stats: Stats | None = None) -> dict[str, Tensor]:
+        """Scales, and zeros or offsets, as ``format.assign`` takes them.
+
+        Raises:
+            SpecError: as :meth:`encode`.
+        """
         weight = require_floating(weight, self.format.name)
         fallback = Ranges(self.format).params(weight, stats)
         if stats is None or stats.gram is None or not weight.numel() or not weight.ndim:
-            return self.format.assign(weight, fallback)
+            return fallback
         grouping = self.format.grouping(tuple(weight.shape))
         if grouping.axis is not None and grouping.axis != stats.outputs:
             raise SpecError(
@@ -83,4 +94,13 @@ class SequentialMSE:
             best = torch.minimum(each, best)
             for name, value in trial.items():
                 chosen[name] = torch.where(better, value, chosen[name])
-        return self.format.assign(weight, chosen)
+        return chosen
+
+
+def params_by(
+    ranges: str, fmt: Affine, weight: Tensor, stats: Stats | None = None
+) -> dict[str, Tensor]:
+    """Parameters of a bounded grid whose ranges are found in one of the ways of :data:`RANGES`."""
+    if ranges == "output":
+        return SequentialMSE(fmt).params(weight, stats)
+    return Ranges(fmt, ranges).params(weight, stats)
