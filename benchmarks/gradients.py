@@ -204,8 +204,8 @@ def traffic_table() -> list[str]:
     """Lines of a table of megabytes moved, with the factor over ranges in hindsight."""
     lines = [
         f"Megabytes moved in one step of ResNet-20 at {BITS} bits, with sums of 32 bits; in",
-        "brackets, how many times as much as in hindsight. Results: activations and their gradients",
-        "alone, without operands and the gradients of weights.",
+        "brackets, how many times as much as in hindsight. Results: activations and their",
+        "gradients alone, without operands and the gradients of weights.",
         "",
         "| batch | ranges | forward | backward | both | of these results |",
         "| --- | --- | --- | --- | --- | --- |",
