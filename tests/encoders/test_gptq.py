@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from torch import Tensor
 
 from dither.archive import Archive, pack
 from dither.core import Encoded, SpecError, Stats
+from dither.encoders import Ranges
 from dither.encoders.gptq import GPTQ
+from dither.encoders.outputs import matrix_of, output_errors
+from dither.formats import Affine
 from dither.testing import awkward_weights, check_encoder, same_bits
 
 
@@ -217,3 +222,73 @@ def test_the_weight_needs_no_layout_and_no_graph() -> None:
     one, other = GPTQ(0.3).encode(weight, stats), GPTQ(0.3).encode(view, stats)
     assert same_bits(one.decode(), other.decode())
     assert not one.decode().requires_grad
+
+
+FORMATS = [
+    Affine(3, axis=0),
+    Affine(4, group=5, grid="asymmetric"),
+    Affine(2, grid="endpoint"),
+    Affine(1, axis=0),
+]
+
+
+@pytest.mark.parametrize("fmt", [FORMATS[1], FORMATS[3]], ids=repr)
+def test_laws_within_bounds(fmt: Affine) -> None:
+    encoder = GPTQ(format=fmt, damping=0.01, ordered=True)
+    for name, weight in awkward_weights().items():
+        if name == "huge" or not weight.ndim:
+            continue
+        size = max(math.prod(weight.shape[1:]), 1)
+        for stats in (None, Stats(gram=correlated(size, 1.0))):
+            check_encoder(encoder, weight, stats, round_trip)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
+def test_within_bounds_no_output_is_worse_than_nearest(fmt: Affine, ordered: bool) -> None:
+    weight = normal(40, 100)
+    for common in (0.0, 2.0):
+        gram = correlated(100, common)
+        encoded = GPTQ(format=fmt, damping=0.01, ordered=ordered).encode(weight, Stats(gram=gram))
+        nearest = Ranges(fmt).encode(weight)
+        for name, held in nearest.params.items():
+            assert torch.equal(held, encoded.params[name])
+        each = [output_errors(found.decode() - weight, gram) for found in (encoded, nearest)]
+        assert bool((each[0] <= each[1] * (1 + 1e-6)).all())
+    limit = 0.6 if fmt.bits and fmt.bits > 2 else 0.8
+    assert float(each[0].sum()) < limit * float(each[1].sum())
+
+
+def test_within_wide_bounds_as_without() -> None:
+    weight, gram = normal(12, 150), correlated(150, 1.0)
+    found = GPTQ(format=Affine(8)).encode(weight, Stats(gram=gram))
+    scale = float(found.params["scale"])
+    free = GPTQ(scale).encode(weight, Stats(gram=gram))
+    same = (found.decode() - free.decode()).abs() < scale / 2
+    assert float(same.float().mean()) > 0.98  # ranges by least squares clip a few
+
+
+@pytest.mark.parametrize("outputs", [0, 1])
+def test_steps_that_fit_the_codes(outputs: int) -> None:
+    weight, gram = normal(50, 50), correlated(50, 1.0)
+    for stats in (None, Stats(gram=gram, outputs=outputs)):
+        plain, refit = (GPTQ(2.0, refit=r).encode(weight, stats) for r in (False, True))
+        assert torch.equal(codes_of(plain), codes_of(refit))
+        errors = [matrix_of(e.decode() - weight, outputs) for e in (plain, refit)]
+        own = torch.eye(50) if stats is None else gram
+        each = [float(output_errors(error, own).sum()) for error in errors]
+        assert each[1] < each[0]
+    assert float(GPTQ(2.0, refit=True).encode(torch.zeros(3, 3)).params["scale"]) == 2.0
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for settings_of, message in (
+        ({}, "give a step"),
+        ({"step": 0.5, "format": Affine(4)}, "give a step"),
+        ({"format": Affine(None)}, "give bits=1..16"),
+        ({"format": Affine(4), "strength": 0.1}, "give bits=1..16"),
+        ({"format": Affine(4), "ranges": "percentile"}, "ranges"),
+        ({"step": 0.5, "ordered": True}, "bounded format"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            GPTQ(**settings_of)

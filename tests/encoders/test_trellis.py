@@ -112,3 +112,34 @@ def test_what_does_not_fit_is_refused() -> None:
         Viterbi(1e-9).encode(weight)
     with pytest.raises(SpecError, match="Gram"):
         Viterbi(0.1).encode(weight, Stats(gram=torch.ones(6)))
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_steps_that_fit_the_codes_cost_no_bytes(fed: bool) -> None:
+    weight = normal(64, 120)
+    gram = 0.5 * torch.eye(120) + 0.5 if fed else None
+    for step in (0.9, torch.linspace(0.7, 1.1, 64)):
+        plain = Viterbi(step).encode(weight, Stats(gram=gram))
+        refit = Viterbi(step, refit=True).encode(weight, Stats(gram=gram))
+        levels = [e.codes["levels"].values for e in (plain, refit)]
+        assert torch.equal(*levels)
+        assert [e.params["scale"].dtype for e in (plain, refit)] == [torch.float32] * 2
+        own = torch.eye(120) if gram is None else gram
+        assert loss(refit, weight, own) < (0.94 if fed else 0.9) * loss(plain, weight, own)
+    short = Viterbi(0.5, refit=True).encode(weight, Stats(gram=gram))
+    assert short.params["scale"].dtype == torch.bfloat16
+    check_encoder(
+        Viterbi(0.9, refit=True), weight, Stats(gram=gram), lambda e: pack({"w": e}).encoded("w")
+    )
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0, 4.0])
+def test_within_a_tenth_of_a_bit_of_the_bound(rate: float) -> None:
+    # R(D) of a Gaussian source of variance 1; every byte counts, the table's too.
+    weight = normal(128, 512)
+    step = {1.0: 0.96, 2.0: 0.5, 4.0: 0.13}[rate]
+    encoded = Viterbi(step, 0.37, 16, refit=True).encode(weight)
+    bits = 8 * code(encoded).nbytes / weight.numel()
+    error = float((encoded.decode() - weight).square().mean())
+    assert abs(bits - rate) < 0.1
+    assert bits - 0.5 * math.log2(1 / error) < 0.1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
-from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
+from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid, refitted
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
 from dither.encoders.places import best_of, encoded_at, ends, places_of
 from dither.encoders.sequential_mse import RANGES, params_by
@@ -52,6 +52,8 @@ class GPTQ:
             :class:`~dither.AdaRound`.
         ordered: with ``format``, inputs of the greatest second moment are rounded first ("act
             order" in the authors' code), when most others are left to make up for them.
+        refit: with a step, store the steps of least error for the codes that were found, which
+            costs no bytes; it matters where most codes are 0.
 
     Raises:
         SpecError: settings out of range, or that do not go together.
@@ -72,6 +74,7 @@ class GPTQ:
     format: Affine | None = None
     ranges: str = "mse"
     ordered: bool = False
+    refit: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense together."""
@@ -88,10 +91,10 @@ class GPTQ:
             return
         check_kind("GPTQ", self.format, (Affine,))
         check_choice("GPTQ", "ranges", self.ranges, RANGES)
-        if self.format.bits is None or self.strength:
+        if self.format.bits is None or self.strength or self.refit:
             raise SpecError(
-                f"GPTQ(format={self.format!r}, strength={self.strength!r}): give bits=1..16 and no "
-                "strength; for an entropy-coded grid give a step"
+                f"GPTQ(format={self.format!r}, strength={self.strength!r}, refit={self.refit!r}): "
+                "give bits=1..16, and neither of the others; for an entropy-coded grid give a step"
             )
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
@@ -124,6 +127,10 @@ class GPTQ:
             matrix = matrix_of(scaled, stats.outputs)
             rounded = tensor_of(self._fed(matrix, stats.gram), weight.shape, stats.outputs)
         low, high = code_range(weight, *(float(end) for end in torch.aminmax(rounded)))
+        if self.refit and weight.ndim:
+            outputs, gram = (0, None) if stats is None else (stats.outputs, stats.gram)
+            aims = matrix_of(in_steps(aim, steps), outputs)
+            steps = refitted(steps, aims, matrix_of(rounded, outputs), gram)
         return on_grid(weight, steps, rounded.sub_(low), low, high)
 
     def _bounded(self, fmt: Affine, weight: Tensor, stats: Stats | None) -> Encoded:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dither.core import MAX_ALPHABET, Codes, Encoded, SpecError, code_dtype
+from dither.encoders.outputs import gram_groups
 from dither.formats import Affine
 
 
@@ -38,6 +39,30 @@ def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
             "one for each index of the first axis"
         )
     return weight.detach().float() / _along(steps.float(), weight.ndim)
+
+
+def refitted(steps: Tensor, aims: Tensor, found: Tensor, gram: Tensor | None = None) -> Tensor:
+    """The steps for which rounded values have the least error, of the same type.
+
+    Args:
+        steps: from :func:`grid_steps`.
+        aims: what values should be, ``(rows, inputs)``, in steps.
+        found: the rounded values, likewise.
+        gram: as for :func:`gram_groups`; without one errors of all inputs count alike.
+    """
+    both, own = torch.zeros(2, len(found), dtype=torch.float64, device=found.device)
+    groups = [(slice(None), slice(None), None)] if gram is None else gram_groups(found, gram)
+    for rows, columns, moments in groups:
+        values, wanted = found[rows, columns], aims[rows, columns]
+        felt = values if moments is None else values @ moments.to(values.dtype)
+        both[rows] += (felt * wanted).sum(1, dtype=torch.float64)
+        own[rows] += (felt * values).sum(1, dtype=torch.float64)
+    if len(steps) == 1:
+        both, own = both.sum(0, keepdim=True), own.sum(0, keepdim=True)
+    factor = both / own
+    usable = factor.isfinite() & (factor > 0.25) & (factor < 4)  # else the codes say too little
+    scaled = (steps.double() * torch.where(usable, factor, 1.0)).to(steps.dtype)
+    return torch.where(scaled.isfinite() & (scaled > 0), scaled, steps)
 
 
 def _along(steps: Tensor, ndim: int) -> Tensor:

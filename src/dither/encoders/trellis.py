@@ -11,7 +11,7 @@ from torch import Tensor
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.gptq import feedback
-from dither.encoders.grid import grid_steps, in_steps
+from dither.encoders.grid import grid_steps, in_steps, refitted
 from dither.formats import Trellis
 from dither.formats.grouping import rows_of
 from dither.formats.machine import predecessors
@@ -21,7 +21,10 @@ BLOCK = 64
 """Inputs after which the best path is settled, so that its errors can be passed on."""
 
 _SEARCHED = 1 << 20
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 17
+_PASSES = 4
+"""Times that the lengths of codes follow the path, which follows them; at a bit for each weight the
+first lengths take 0.03 bits too many."""
 _MOST_TABLED = 1 << 12
 """Codes beyond this, which are coded at a fixed width, all count as equally long."""
 
@@ -41,6 +44,9 @@ class Viterbi:
         strength: lambda, in squared steps for each coded bit; 0 looks at errors alone.
         states: of the trellis: 4, 8, 16, 32, 64, 128 or 256.
         damping: added to the diagonal of the Gram matrix, as a share of its mean.
+        refit: store the steps of least error for the codes that were found, which costs no bytes.
+            Codes of a coarse step are too large on average: at one bit for each weight, scaling
+            them saves 0.1 bits or more (0.02 with a ``strength``).
 
     >>> weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     >>> gram = 0.9 * torch.eye(64) + 0.1  # inputs with a mean
@@ -56,6 +62,7 @@ class Viterbi:
     strength: float = 0.0
     states: int = 8
     damping: float = 0.0
+    refit: bool = False
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Codes in :class:`~dither.formats.Trellis`.
@@ -83,8 +90,12 @@ class Viterbi:
         lengths = None
         if self.strength > 0 and inputs.numel():
             part = inputs[:, : max(1, _SAMPLE // max(columns, 1))]
-            lengths = _lengths(self._path(part.clone(), gram, None)) * self.strength
+            for _ in range(_PASSES):
+                lengths = _lengths(self._path(part.clone(), gram, lengths)) * self.strength
+        aim = inputs.clone() if self.refit and gram is not None else inputs
         path = self._path(inputs, gram, lengths)
+        if self.refit:
+            steps = refitted(steps, aim.T, path.T.float(), gram)
         return fmt.encoded(path, shape, weight.dtype, steps)
 
     def _path(self, inputs: Tensor, gram: Tensor | None, lengths: Tensor | None) -> Tensor:
