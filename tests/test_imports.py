@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dither"
 BARS = """
     core, coding | formats, model, checkpoint
     | encoders, calibrate, activations, rewrite, archive | search | train | run, testing
-    | __init__ | recipes, integrations, report, demo | cli | __main__
+    | report | __init__ | recipes, integrations, demo | cli | __main__
 """
 RANK = {room.strip(): rank for rank, bar in enumerate(BARS.split("|")) for room in bar.split(",")}
 FORBIDDEN = {("formats", "coding")}  # a format knows numbers, not how many bits they cost

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from dither.encoders import GPTQ, AdaRound, KMeans, SequentialMSE
     from dither.formats import Affine, Codebook, Mixed, Product, Raw
+    from dither.report import Diagnosis, diagnose
     from dither.rewrite import absorb_biases, correct_biases, equalize, fold_batch_norm
     from dither.search import calibrated, compress
     from dither.train import (
@@ -68,6 +69,7 @@ __all__ = [
     "CheckpointError",
     "Codebook",
     "Dampening",
+    "Diagnosis",
     "DiffQ",
     "DiffQSize",
     "DitherError",
@@ -106,6 +108,7 @@ __all__ = [
     "collect",
     "compress",
     "correct_biases",
+    "diagnose",
     "equalize",
     "fold_batch_norm",
     "in_sequence",
@@ -125,6 +128,7 @@ _ROOMS = (
     "archive",
     "search",
     "train",
+    "report",
     "activations",  # last, because it has a module called `attach`
 )
 
