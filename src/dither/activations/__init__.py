@@ -2,7 +2,16 @@
 
 from dither.activations.encodings import Encoding, Encodings
 from dither.activations.gradients import GradientQuantizer
-from dither.activations.observe import apply, begin, call, encodings_of, observe, remove, step
+from dither.activations.observe import (
+    apply,
+    begin,
+    call,
+    encodings_of,
+    functions,
+    observe,
+    remove,
+    step,
+)
 from dither.activations.quantizer import Quantizer
 from dither.activations.sites import Site, placed, resolve
 from dither.activations.spec import Activation, Gradient, site_from_json
@@ -19,6 +28,7 @@ __all__ = [
     "begin",
     "call",
     "encodings_of",
+    "functions",
     "observe",
     "placed",
     "remove",

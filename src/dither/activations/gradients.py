@@ -67,8 +67,7 @@ class GradientQuantizer(nn.Module):
             scale, zero = cover(self.low, self.high, self.spec.bits, symmetric=False)
         place = single / scale
         if self.spec.stochastic:
-            noise = torch.rand(place.shape, generator=self._generator(place), device=place.device)
-            place = place.add_(noise).floor_()
+            place = place.add_(_fractions(place, self._generator(place))).floor_()
         else:
             place = place.round_()
         self.calls += 1
@@ -113,6 +112,18 @@ class GradientQuantizer(nn.Module):
 
         made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return made
+
+
+def _fractions(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Multiples of 1/65536 from 0 to below 1, float32, each as likely; a quarter of rand's time.
+
+    They do not depend on the memory format. Up to 8 bits, adding them to a place is exact, so what
+    is on the grid stays there.
+    """
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words.random_(-(1 << 63), None, generator=generator)
+    drawn = words.view(torch.int16)[: like.numel()].view(like.shape)
+    return torch.empty_like(like, dtype=torch.float32).copy_(drawn).add_(1 << 15).mul_(2.0**-16)
 
 
 class _Quantized(torch.autograd.Function):

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dither.activations.encodings import Encoding, Encodings
+from dither.activations.functions import (
+    KINDS,
+    Change,
+    Find,
+    asks_function,
+    is_function,
+    kind_of,
+    watching,
+)
 from dither.activations.gradients import GradientQuantizer
-from dither.activations.observers import Observer, sort_dimensions
+from dither.activations.observers import Observer, sort_dimensions, started
 from dither.activations.quantizer import Quantizer
 from dither.activations.sites import Rules, displace, on_input, on_output, place, placed, resolve
 from dither.activations.spec import Activation
@@ -19,6 +30,8 @@ from dither.model import evaluating
 
 Call = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch of the loader."""
+
+_NONE = object()
 
 
 def call(model: nn.Module, batch: object) -> object:
@@ -49,7 +62,8 @@ def observe(
 
     The model runs in evaluation mode without gradients, as it is: with its weights quantized or
     not, and without quantized activations. It is left as it was. Sites at which no floating-point
-    tensor passes are left out, unless a rule names them exactly.
+    tensor passes are left out, unless a rule names them exactly. Functions, for rules such as
+    ``"*@add*"``, are those that the first batch calls.
 
     Args:
         model: any module.
@@ -74,10 +88,14 @@ def observe(
     if placed(model):
         raise SpecError("this model's activations are quantized already; call remove(model) first")
     rules = list(plan.items() if isinstance(plan, Mapping) else plan)
-    sites = {
-        site: spec for site, spec in resolve(model, rules).items() if isinstance(spec, Activation)
-    }
     read = _first(loader, batches)
+    called: list[str] = []
+    if any(asks_function(glob) for glob, _ in rules):
+        batch = next(read, _NONE)
+        called = [] if batch is _NONE else functions(model, batch, forward=forward)
+        read = chain([] if batch is _NONE else [batch], read)
+    specs = resolve(model, rules, called)
+    sites = {site: spec for site, spec in specs.items() if isinstance(spec, Activation)}
     is_twofold = any(spec.is_sorted for spec in sites.values())
     data = list(read) if is_twofold else read
     orders: dict[str, Tensor] = {}
@@ -93,9 +111,42 @@ def observe(
     if missed := [site for site in silent if site in named]:
         raise SpecError(
             f"no floating-point tensor passed at {missed[0]!r}: the module was not called (its "
-            "owner may read its weights directly), or it takes integers; name another site"
+            "owner may read its weights directly), it takes integers, or it calls no such "
+            "function; name another site"
         )
     return Encodings({s: o.encoding() for s, o in observers.items() if s not in silent})
+
+
+def functions(model: nn.Module, batch: object, *, forward: Call = call) -> list[str]:
+    """Sites of functions that a batch reaches, in the order in which it does.
+
+    ``path@add`` are sums of two tensors, ``@matmul`` products, ``@scores`` what goes into a
+    softmax, ``@softmax`` what comes out: all that the module's own `forward` computes, its
+    children's apart. The second of a kind in a call is ``path@add.1``, and so on. Attention in one
+    function (``scaled_dot_product_attention``) is computed step by step for this.
+
+    Args:
+        model: any module; it runs in evaluation mode, and is left as it was.
+        batch: as ``forward`` takes it.
+        forward: runs the model on a batch.
+
+    >>> class Residual(nn.Module):
+    ...     def forward(self, x):
+    ...         return x + x.softmax(-1)
+    >>> functions(nn.Sequential(Residual()), torch.ones(1, 2))
+    ['0@scores', '0@softmax', '0@add']
+    """
+    found: dict[str, None] = {}
+
+    def table(path: str) -> tuple[Find, Iterable[str]]:
+        def note(end: str) -> None:
+            found[f"{path}@{end}"] = None
+
+        return note, KINDS
+
+    with watching(model, table), evaluating(model), torch.no_grad():
+        forward(model, batch)
+    return list(found)
 
 
 def apply(model: nn.Module, encodings: Encodings | Mapping[str, Any]) -> Encodings:
@@ -120,7 +171,7 @@ def apply(model: nn.Module, encodings: Encodings | Mapping[str, Any]) -> Encodin
     names = dict(model.named_modules())
     for site in quantizers:
         path, at, end = site.rpartition("@")
-        if path not in names or not at or end not in {"in", "out"}:
+        if path not in names or not at or not (end in {"in", "out"} or is_function(end)):
             raise SpecError(
                 f"the model has no site {site!r}: it has no module {path!r}; use the model that "
                 "the encodings are of"
@@ -160,7 +211,7 @@ def begin(model: nn.Module, plan: Rules) -> list[str]:
         if site in there:
             continue
         if isinstance(spec, Activation):
-            place(model, site, Quantizer(spec))
+            place(model, site, started(Quantizer(spec), site))
         else:
             place(model, site, GradientQuantizer(spec, site))
     return list(specs)
@@ -218,18 +269,21 @@ def _run(
 ) -> int:
     """Let observers see what passes; returns the number of batches."""
     handles = []
+    tables: dict[str, dict[str, Change]] = {}
     count = 0
     try:
         for site, observer in observers.items():
             path, _, end = site.rpartition("@")
             module = model.get_submodule(path)
-            if end == "in":
+            if is_function(end):
+                tables.setdefault(path, {})[end] = observer.see
+            elif end == "in":
                 handles.append(
                     module.register_forward_pre_hook(_input_hook(observer), with_kwargs=True)
                 )
             else:
                 handles.append(module.register_forward_hook(_output_hook(observer)))
-        with evaluating(model), torch.no_grad():
+        with _watching(model, tables), evaluating(model), torch.no_grad():
             for batch in data:
                 forward(model, batch)
                 for observer in observers.values():
@@ -239,6 +293,20 @@ def _run(
         for handle in handles:
             handle.remove()
     return count
+
+
+def _watching(
+    model: nn.Module, tables: Mapping[str, Mapping[str, Change]]
+) -> AbstractContextManager[None]:
+    """See functions, where there are any to see."""
+    if not tables:
+        return nullcontext()
+
+    def table(path: str) -> tuple[Find, set[str]] | None:
+        changes = tables.get(path)
+        return None if changes is None else (changes.get, set(map(kind_of, changes)))
+
+    return watching(model, table)
 
 
 def _input_hook(observer: Observer) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dither.activations.encodings import Encoding
+from dither.activations.functions import kind_of
 from dither.activations.grid import cover, integers
 from dither.activations.histogram import Histogram, search
 from dither.activations.quantizer import Quantizer
@@ -37,6 +38,7 @@ class Observer:
         self._histogram = Histogram(spec.groups)
         self._logits: list[Tensor] = []
         self._per_dimension = spec.is_sorted and order is None
+        self._is_known = is_share(site, spec)
         self._quantizer = Quantizer(spec)
         if order is not None:
             self._quantizer.set_order(order)
@@ -107,6 +109,8 @@ class Observer:
 
     def _range(self) -> tuple[Tensor, Tensor]:
         spec = self.spec
+        if self._is_known:
+            return torch.zeros(spec.groups), torch.ones(spec.groups)
         if spec.ranges == "percentile":
             return self._histogram.percentile(spec.percentile / 100)
         if spec.ranges == "mse":
@@ -132,6 +136,23 @@ class Observer:
         spec_symmetric = self.spec.symmetric
         found = search(error, low, high)
         return torch.tensor([found[0]]), torch.tensor([found[1]])
+
+
+def is_share(site: str, spec: Activation) -> bool:
+    """Whether values are known to lie from 0 to 1: what comes out of a softmax.
+
+    The least and greatest of the calibration data would say less. Other ``ranges`` are measured.
+    """
+    is_softmax = kind_of(site.rpartition("@")[2]) == "softmax"
+    return is_softmax and spec.ranges == "minmax" and not spec.is_dynamic
+
+
+def started(quantizer: Quantizer, site: str) -> Quantizer:
+    """A new quantizer of a site, with the range that is known beforehand, if it is."""
+    if is_share(site, quantizer.spec):
+        groups = quantizer.spec.groups
+        quantizer.set(torch.zeros(groups), torch.ones(groups))
+    return quantizer
 
 
 def sort_dimensions(observers: Mapping[str, Observer]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from dither.activations.functions import apart
 from dither.core import SpecError
 from dither.train.surrogate import Surrogate
 
@@ -78,7 +79,7 @@ def _place(owner: nn.Module) -> list[tuple[nn.Module, str]]:
                     "or wrapped after attaching; call run.detach() first and attach again"
                 )
             weight = module._parameters[name]
-            values = None if weight is None else shadows[key](weight)
+            values = None if weight is None else apart(shadows[key], weight)
             if values is weight or values is None:
                 continue
             _enter(module, name, values)
