@@ -97,7 +97,7 @@ class _Rounded(torch.autograd.Function):
         # 1 where nothing is clipped, else 0: as numbers, which are faster than truth values.
         codes = level + zero
         passes = codes.clamp(0, ctx.top).eq_(codes)
-        inside = passes.bool() if ctx.kind else None
+        inside = passes.bool() if ctx.kind else passes
         to_scale = to_zero = None
         if ctx.kind and ctx.needs_input_grad[1]:
             within = level - place if ctx.kind == "learned" else torch.zeros_like(place)
