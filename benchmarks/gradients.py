@@ -248,9 +248,10 @@ def main() -> None:
         path = given.work / f"{setting}-{seed}-{ARMS.index(arm)}.pt"
         model, seconds = train(SETTINGS[setting], arm, seed, path)
         scores = {s: resnet20_cifar10.evaluate(model, s) for s in ("dev", "test")}
-        rows.append({**key, **scores, "cpu_seconds": round(seconds)})
-        print(rows[-1], flush=True)
         result["environment"] = describe()
+        commit = result["environment"]["commit"]
+        rows.append({**key, **scores, "cpu_seconds": round(seconds), "commit": commit})
+        print(rows[-1], flush=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     result["megabytes"] = {str(batch): movement(batch) for batch in (1, BATCH)}
     given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
