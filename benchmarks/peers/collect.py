@@ -3,8 +3,9 @@
     python -m benchmarks.peers.collect NAME... --environments FOLDER [--split test]
 
 ``FOLDER/NAME`` is the environment that ``benchmarks.peers.setup`` made. Each setting and task is a
-process of its own, one thread, one after the other. Rows go to ``benchmarks/results/peers/NAME.json``
-with the versions of that environment; finished rows are not repeated, those with an error are.
+process of its own, one thread, one after the other. Rows go to a file of the peer's name in
+``benchmarks/results/peers``, with the versions of that environment; finished rows are not repeated,
+those with an error are.
 """
 
 from __future__ import annotations

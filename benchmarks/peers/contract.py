@@ -122,6 +122,20 @@ def _sentences(size: int) -> list[dict[str, Tensor]]:
     return batches
 
 
+def halved(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same state with plain fp32 tensors in fp16; a peer's own kinds of tensor are kept."""
+    return {k: v.detach().half() if _plain(v, torch.float32) else v for k, v in state.items()}
+
+
+def widened(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``halved`` made fp16 in fp32 again."""
+    return {k: v.float() if _plain(v, torch.float16) else v for k, v in state.items()}
+
+
+def _plain(value: object, dtype: torch.dtype) -> bool:
+    return type(value) in {Tensor, nn.Parameter} and getattr(value, "dtype", None) is dtype
+
+
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder, in order of their names."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
