@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.activations import samples
+from benchmarks.calibration import samples
 from benchmarks.environment import describe
 from benchmarks.tasks import minilm_stsb, resnet20_cifar10
 from dither.calibrate import collect, in_sequence
