@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "rounding.json"
 TASKS: dict[str, Any] = {"resnet20_cifar10": resnet20_cifar10, "minilm_stsb": minilm_stsb}
 ITERATIONS = {"resnet20_cifar10": 2000, "minilm_stsb": 500}
 BITS = (4, 3, 2)
+GROUPS = "4 bits, groups of 128 inputs, parallel"
 DAMPING = 0.01
 
 
@@ -51,6 +52,19 @@ def encoders(task: str, bits: int) -> dict[str, Encoder]:
         "GPTQ, output, ordered": GPTQ(format=fmt, damping=DAMPING, ordered=True, ranges="output"),
         "AdaRound, mse": AdaRound(fmt, iterations=steps),
         "AdaRound, output": AdaRound(fmt, iterations=steps, ranges="output"),
+    }
+
+
+def grouped() -> dict[str, Encoder]:
+    """As torchao's GPTQ: 4 bits, groups of 128 inputs, least to greatest value in 15 steps."""
+    fmt = Affine(4, group=128, grid="endpoint")
+    fed: dict[str, Any] = {"format": fmt, "damping": DAMPING}
+    return {
+        "nearest, min-max": Ranges(fmt, "minmax"),
+        "nearest, mse": Ranges(fmt, "mse"),
+        "GPTQ, min-max": GPTQ(**fed, ranges="minmax"),
+        "GPTQ, mse": GPTQ(**fed),
+        "GPTQ, mse, ordered": GPTQ(**fed, ordered=True),
     }
 
 
@@ -86,7 +100,8 @@ def error_of(model: nn.Module, made: Mapping[str, Encoded], stats: Mapping[str, 
 class Bench:
     """One task: its model, samples and statistics, and the rows that are there already."""
 
-    def __init__(self, task: str, results: dict[str, Any]) -> None:
+    def __init__(self, task: str, results: dict[str, Any], only: str = "") -> None:
+        self.only = only
         self.task, self.module = task, TASKS[task]
         self.rows: dict[str, Any] = results.setdefault(task, {})
         self.results = results
@@ -107,11 +122,11 @@ class Bench:
         save(self.results)
         print(f"{self.task:18} {name:48} {row['dev']:7.3f} {row['test']:7.3f}", flush=True)
 
-    def parallel(self, bits: int) -> None:
+    def parallel(self, mode: str, made_by: Mapping[str, Encoder]) -> None:
         """Rows under the original model's inputs."""
-        for name, encoder in encoders(self.task, bits).items():
-            title = f"{bits} bits, parallel, {name}"
-            if title not in self.rows:
+        for name, encoder in made_by.items():
+            title = f"{mode}, {name}"
+            if title not in self.rows and self.only in title:
                 start = time.monotonic()
                 made = {
                     path: encoder.encode(self.model.get_parameter(path).detach(), self.stats[path])
@@ -123,7 +138,7 @@ class Bench:
         """Rows under the inputs that the encoded layers before give."""
         for name in SEQUENCE:
             title = f"{bits} bits, sequence, {name}"
-            if title not in self.rows:
+            if title not in self.rows and self.only in title:
                 start = time.monotonic()
                 encoder = encoders(self.task, bits)[name]
                 made = in_sequence(self.model, self.batches, dict.fromkeys(self.names, encoder))
@@ -157,23 +172,40 @@ def table(results: Mapping[str, Any]) -> str:
                 if any(cells):
                     lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
         lines.append("")
+        groups = {name: rows.get(f"{GROUPS}, {name}") for name in grouped()}
+        if any(groups.values()):
+            lines += [f"{GROUPS}:", "", "| method, ranges | dev / test |", "| --- | --- |"]
+            for name, row in {**groups, **_peer()}.items():
+                if row:
+                    lines.append(f"| {name} | {row['dev']:.2f} / {row['test']:.2f} |")
+            lines.append("")
     return "\n".join(lines)
+
+
+def _peer() -> dict[str, Any]:
+    """Rows of torchao, where they are there."""
+    path = RESULTS.with_name("torchao_gptq.json")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {f"torchao, {name}": found[name] for name in ("nearest", "GPTQ") if name in found}
 
 
 def main() -> None:
     """Measure what is missing in the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
     given = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     results["environment"] = describe()
     for task in given.tasks:
-        bench = Bench(task, results)
+        bench = Bench(task, results, given.only)
         if "fp32" not in bench.rows:
             bench.note("fp32", {}, 0.0)
+        if task == "minilm_stsb":
+            bench.parallel(GROUPS, grouped())
         for bits in BITS:
-            bench.parallel(bits)
+            bench.parallel(f"{bits} bits, parallel", encoders(task, bits))
         for bits in BITS:
             bench.sequence(bits)
 
