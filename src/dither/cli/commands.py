@@ -178,6 +178,26 @@ def compare(
 
 
 @app.command()
+def report(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
+    *,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help=f"What was compressed, for errors: {_SOURCE}"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="OUT", help="By default ./FILE.html."),
+    ] = None,
+    max_size: MaxSize = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an HTML page: where the bytes go, bits and errors of tensors, their distributions."""
+    work.write_page(Printer(as_json, quiet), file, output, against=against, max_size=max_size)
+
+
+@app.command()
 def demo(
     *,
     out: Annotated[

@@ -39,6 +39,7 @@ _SAFETENSORS_TYPES = {
     "uint64": "U64",
     "bool": "BOOL",
 }
+_PAGE = b"<!doctype html"
 _NUMPY_LACKS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -89,6 +90,21 @@ def check_tensor_output(output: Path, source: Path, *, named: bool) -> None:
         raise CheckpointError(
             f"{str(output)!r} exists, perhaps the file that was compressed; name the output with -o"
         )
+
+
+def check_page_output(output: Path, source: Path, against: Path | None) -> None:
+    """Refuse, before any work, to write a page where it would destroy something else."""
+    for other in (source, against):
+        if other is not None:
+            _check_output(output, other)
+    if not output.exists() or not output.stat().st_size:
+        return
+    with output.open("rb") as file:
+        if not file.read(len(_PAGE)).lower().startswith(_PAGE):
+            raise CheckpointError(
+                f"{str(output)!r} exists and is no HTML page; remove it, or name another file "
+                "with -o"
+            )
 
 
 def _check_output(output: Path, source: Path) -> None:

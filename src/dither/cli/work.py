@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from dither.archive import Archive
@@ -11,6 +12,7 @@ from dither.cli.compare import compare as compare_tensors
 from dither.cli.console import Printer
 from dither.cli.files import (
     check_archive_output,
+    check_page_output,
     check_tensor_output,
     load_source,
     open_source,
@@ -19,6 +21,7 @@ from dither.cli.files import (
 from dither.core import BudgetError
 from dither.demo.story import run
 from dither.model import collect
+from dither.report import save_page
 from dither.search import compress as search
 from dither.search import parse_size
 
@@ -97,6 +100,39 @@ def compare(
     printer.document(report.comparison_document(found, below))
     report.print_comparison(printer, found, below, min_sqnr)
     return found.same_names and not below
+
+
+def write_page(
+    printer: Printer, file: Path, output: Path | None, *, against: Path | None, max_size: str | None
+) -> None:
+    """Write a page about an archive, compared with a checkpoint if there is one."""
+    target = output or Path(f"{_stem(file)}.html")
+    check_page_output(target, file, against)
+    limit = _limit(max_size)
+    with (
+        printer.progress(f"reading {file}") as advance,
+        Archive.open(file, limit) as archive,
+        nullcontext() if against is None else open_source(against, limit) as source,
+    ):
+        found = save_page(
+            target,
+            archive,
+            title=file.name,
+            against=source,
+            checkpoint="" if against is None else against.name,
+            progress=advance,
+        )
+    printer.document(
+        {
+            "output": str(target),
+            "nbytes": found.nbytes,
+            "original_nbytes": found.original_nbytes,
+            "tensors": len(found.tensors),
+            "sqnr_db": found.sqnr,
+            "lacking": list(found.lacking),
+        }
+    )
+    printer.text(f"wrote {target}: {len(found.tensors)} tensors, {found.nbytes:,} bytes")
 
 
 def demo(printer: Printer, out: Path, *, quick: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
@@ -13,14 +14,15 @@ _CHUNK = 1 << 22
 class Noise:
     """Sums over one or many tensors before and after quantization.
 
+    Infinities and NaN that stay as they were are no error, and no signal either.
+
     Attributes:
         count: values seen.
         signal: sum of squares before.
-        noise: sum of squared differences.
-        low: least value before; infinite while nothing was seen, as ``high``.
-        high: greatest value before.
+        noise: sum of squared differences; infinite where only one side is finite.
+        low: least finite value before; infinite while nothing was seen, as ``high``.
+        high: greatest finite value before.
 
-    >>> import torch
     >>> seen = Noise()
     >>> seen.add(torch.tensor([3.0, -1.0]), torch.tensor([3.0, 0.0]))
     >>> seen.decibels, seen.low, seen.high, seen.count
@@ -37,16 +39,27 @@ class Noise:
         flat, changed = before.detach().reshape(-1), after.detach().reshape(-1)
         self.count += flat.numel()
         for x, y in zip(flat.split(_CHUNK), changed.split(_CHUNK), strict=True):
-            if not x.numel():
-                continue
-            wide = x.double()
-            self.signal += float(wide.square().sum())
-            self.noise += float((wide - y.to(x.device).double()).square().sum())
-            self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+            if x.numel():
+                self._add(x, y.to(x.device))
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        if x.is_complex():
+            x, y = torch.view_as_real(x).reshape(-1), torch.view_as_real(y).reshape(-1)
+        wide, other = x.double(), y.double()
+        same = (wide == other) | (wide.isnan() & other.isnan())
+        error = torch.where(same, 0.0, wide - other).nan_to_num(nan=math.inf, posinf=math.inf)
+        self.noise += float(error.square().sum())
+        known = wide[wide.isfinite()]
+        self.signal += float(known.square().sum())
+        if known.numel():
+            self.low = min(self.low, float(known.min()))
+            self.high = max(self.high, float(known.max()))
 
     @property
     def decibels(self) -> float:
         """Signal to noise ratio in dB; infinite without noise."""
         if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        if self.signal == 0 or math.isinf(self.noise):
+            return -math.inf
+        return 10 * math.log10(self.signal / self.noise)
