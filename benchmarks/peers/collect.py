@@ -57,14 +57,13 @@ def collect(peer: str, python: Path, split: str, folder: Path) -> None:
     """Measure what is missing of one peer, and write after each row."""
     path = RESULTS / f"{peer}.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    settings = call(python, peer, "--list").split()
     head = {
         "command": f"python -m benchmarks.peers.collect {peer} --split {split}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "environment": json.loads(call(python, peer, "--environment").splitlines()[-1]),
     }
     for task in TASKS:
-        for setting in settings:
+        for setting in call(python, peer, "--list", "--task", task).split():
             key = (task, setting, split)
             old = [row for row in rows if tuple(row[k] for k in KEY) == key]
             if any("error" not in row for row in old):

@@ -9,7 +9,8 @@ The last line that it prints is one JSON object: ``peer``, ``version``, ``settin
 ``split``, ``nbytes`` (of the files as the peer writes them), ``nbytes_zstd`` (of the same files
 after ``zstd -19``), ``score`` in percent (null if it is not a number), ``seconds`` of compressing
 and writing, ``peak_mb`` (largest resident memory until the model is loaded back, in 10^6 bytes) and
-``torch``; or, in place of figures, ``error``. ``--list`` prints the settings, one a line.
+``torch``; or, in place of figures, ``error``. ``--list`` prints the settings, one a line; with
+``--task`` those to measure on this task.
 
 Compressing and loading share nothing but the files: ``restore`` gets the folder, and no object of
 ``compress``; and a model that it fills begins with NaN everywhere, so that nothing of the original
@@ -29,7 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Peer:
         compress: ``(task, setting, folder)`` writes the compressed model's files into the folder.
         restore: ``(task, setting, folder)`` makes a model from these files alone, ready to score.
         tasks: the tasks that it takes.
+        only: the labels to measure on a task, where these are not all settings.
     """
 
     name: str
@@ -93,6 +95,11 @@ class Peer:
     compress: Callable[[Task, str, Path], None]
     restore: Callable[[Task, str, Path], nn.Module]
     tasks: Sequence[str] = TASKS
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def labels(self, task: str | None) -> list[str]:
+        """The settings to measure on a task, or all of them."""
+        return list(self.only.get(task or "", self.settings))
 
 
 def _images(size: int) -> list[dict[str, Tensor]]:
@@ -216,7 +223,7 @@ def run(peer: Peer) -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.list:
-        print("\n".join(peer.settings))
+        print("\n".join(peer.labels(options.task)))
         return
     if options.environment:
         print(json.dumps(environment()))

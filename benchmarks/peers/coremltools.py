@@ -1,9 +1,9 @@
 """coremltools palettization: k-means with 6, 4, 3 and 2 bits, by Apple.
 
-``PostTrainingPalettizer`` on linear layers, convolutions and embeddings, one table for each group of
-16 output channels where 16 divides them, else for the tensor. Core ML runs models only on Apple's
-systems, so the file is our plain container with what its weight file holds, packed codes and fp16
-tables; for ResNet-20 that is less than the ``.mlpackage`` of ``coremltools.convert``.
+``PostTrainingPalettizer`` on linear layers, convolutions and embeddings, one table for each group
+of 16 output channels where 16 divides them, else for the tensor. Core ML runs models only on the
+systems of Apple, so the file is our plain container with what its weight file holds, packed codes
+and fp16 tables; for ResNet-20 that is less than the ``.mlpackage`` of ``coremltools.convert``.
 """
 
 from __future__ import annotations

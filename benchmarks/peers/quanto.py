@@ -32,7 +32,9 @@ def as_linear(model: nn.Module) -> list[str]:
     """Put a linear layer with the same weight in place of each embedding; returns their names."""
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     for name in names:
-        weight = model.get_submodule(name).weight
+        embedding = model.get_submodule(name)
+        assert isinstance(embedding, nn.Embedding)
+        weight = embedding.weight
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight = weight
         model.set_submodule(name, layer)
@@ -62,10 +64,8 @@ def restore(task: Task, _setting: str, folder: Path) -> nn.Module:
     state = widened(load_file(folder / FILE))
     quanto.requantize(model, state, found, torch.device("cpu"))
     state = {}
-    for name, module in model.named_modules():
-        for key, tensor in (*module.named_parameters("", False), *module.named_buffers("", False)):
-            plain = tensor.dequantize() if isinstance(tensor, quanto.QTensor) else tensor
-            state[f"{name}.{key}".lstrip(".")] = plain
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state[name] = tensor.dequantize() if isinstance(tensor, quanto.QTensor) else tensor
     whole = task.blank()
     whole.load_state_dict({name: state[name] for name in whole.state_dict()})
     return whole

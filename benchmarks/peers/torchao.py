@@ -1,10 +1,10 @@
 """torchao: integers of 8, 4, 3 and 2 bits for weights, from PyTorch's own project.
 
 Linear layers and embeddings go through ``quantize_``. A convolution's weight is quantized as the
-matrix ``(outputs, inputs * height * width)``, in a linear layer's stead, and dequantized on loading:
-torchao takes 4-D weights too, but with a scale for each place of the kernel, which costs more bytes
-and gains no score. Scales, and what is not quantized, are fp16. The file is ``torch.save`` of the state, as its documentation
-has it; below 8 bits torchao keeps a byte for each weight, which zstd makes good.
+matrix ``(outputs, inputs * height * width)`` of a linear layer, and dequantized on loading: torchao
+takes 4-D weights too, but with scales for each place of the kernel, which costs more bytes.
+Scales, and what is not quantized, are fp16. The file is ``torch.save`` of the state, as its
+documentation has it; below 8 bits torchao keeps a byte for each weight, which zstd makes good.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4-packed-g128": {"bits": 4, "group": 64, "hqq": True, "packed": 128},
     "int3-g64-hqq": {"bits": 3, "group": 64, "hqq": True},
     "int2-g32-hqq": {"bits": 2, "group": 32, "hqq": True},
+    "int2-g32-asym": {"bits": 2, "group": 32, "asymmetric": True},
 }
 
 
@@ -36,7 +37,9 @@ def group_of(columns: int, wanted: int) -> int:
     return max(d for d in range(1, min(columns, wanted) + 1) if columns % d == 0)
 
 
-def integers(columns: int, bits: int, group: int = 0, *, hqq: bool = False) -> Any:  # noqa: ANN401
+def integers(
+    columns: int, bits: int, group: int = 0, *, hqq: bool = False, asymmetric: bool = False
+) -> Any:  # noqa: ANN401
     """Its configuration for a weight ``(rows, columns)``; no group means one scale for a row."""
     api = importlib.import_module("torchao.quantization")
     workflow = importlib.import_module("torchao.quantization.quantize_.workflows")
@@ -44,6 +47,7 @@ def integers(columns: int, bits: int, group: int = 0, *, hqq: bool = False) -> A
     return api.IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{bits}"),
         granularity=api.PerGroup(group_of(columns, group)) if group else api.PerAxis(0),
+        mapping_type=api.MappingType.ASYMMETRIC if asymmetric else api.MappingType.SYMMETRIC,
         scale_dtype=torch.float16,
         intx_choose_qparams_algorithm=algorithm.HQQ_SCALE_ONLY if hqq else algorithm.AFFINE,
     )
