@@ -46,14 +46,20 @@ class Noise:
         if x.is_complex():
             x, y = torch.view_as_real(x).reshape(-1), torch.view_as_real(y).reshape(-1)
         wide, other = x.double(), y.double()
-        same = (wide == other) | (wide.isnan() & other.isnan())
-        error = torch.where(same, 0.0, wide - other).nan_to_num(nan=math.inf, posinf=math.inf)
-        self.noise += float(error.square().sum())
-        known = wide[wide.isfinite()]
-        self.signal += float(known.square().sum())
-        if known.numel():
-            self.low = min(self.low, float(known.min()))
-            self.high = max(self.high, float(known.max()))
+        signal, noise = float(wide.square().sum()), float((wide - other).square().sum())
+        if not math.isfinite(signal + noise):
+            same = (wide == other) | (wide.isnan() & other.isnan())
+            error = torch.where(same, 0.0, wide - other).nan_to_num(nan=math.inf, posinf=math.inf)
+            noise = float(error.square().sum())
+            wide = wide[wide.isfinite()]
+            signal = float(wide.square().sum())
+        self.signal += signal
+        self.noise += noise
+        if wide.numel():
+            self.low, self.high = (
+                min(self.low, float(wide.min())),
+                max(self.high, float(wide.max())),
+            )
 
     @property
     def decibels(self) -> float:
