@@ -122,6 +122,10 @@ class Watch:
             for handle in handles:
                 handle.remove()
 
+    def names(self) -> list[str]:
+        """Of the model's floating-point parameters, each once."""
+        return list(self._names.values())
+
     def stats(self, name: str, importance: Tensor | None = None) -> Stats:
         """What was seen of one weight."""
         seen, counts = self.moments.get(name), self.counts.get(name)

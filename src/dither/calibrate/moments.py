@@ -36,6 +36,7 @@ class Moments:
         self._squares: Tensor | None = None
         self._crossed: Tensor | None = None
         self._sums: Tensor | None = None
+        self._wanted: Tensor | None = None
         self._counts: Tensor | None = None
         self.low = torch.inf
         self.high = -torch.inf
@@ -68,6 +69,9 @@ class Moments:
             if original is not None:
                 if self._crossed is None:
                     self._crossed = torch.zeros_like(self._squares)
+                    self._wanted = torch.zeros_like(self._sums)
+                assert self._wanted is not None  # noqa: S101
+                self._wanted[group] += original[group].sum(0, dtype=torch.float64)
                 wanted = _cut(original[group], *self._squares.shape[1:3])
                 self._crossed[group].baddbmm_(wanted.transpose(1, 2), blocks)
 
@@ -81,9 +85,16 @@ class Moments:
 
     def mean(self) -> Tensor | None:
         """Mean inputs, ``(inputs,)`` or ``(groups, inputs)``, float32."""
-        if self._sums is None or self._counts is None:
+        return self._mean_vector(self._sums)
+
+    def wanted(self) -> Tensor | None:
+        """The same of what the inputs should be."""
+        return self._mean_vector(self._wanted)
+
+    def _mean_vector(self, sums: Tensor | None) -> Tensor | None:
+        if sums is None or self._counts is None:
             return None
-        means = (self._sums / self._counts.clamp(min=1)[:, None]).float()
+        means = (sums / self._counts.clamp(min=1)[:, None]).float()
         return means[0] if len(means) == 1 else means
 
     def _mean_of(self, sums: Tensor | None) -> Tensor | None:

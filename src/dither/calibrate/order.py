@@ -1,0 +1,118 @@
+"""The order in which the weights of a model are used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dither.calibrate.collect import Watch
+from dither.calibrate.moments import Vectors
+from dither.calibrate.quiet import Call
+from dither.model import evaluating
+
+
+@dataclass(frozen=True)
+class Order:
+    """Weights with input vectors, in the order of their first use.
+
+    Attributes:
+        groups: names of weights; those of a group lie together and are encoded together.
+        shared: whether all weights of a group read one and the same input.
+        calls: how often modules of a group are called in one forward pass.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    shared: Mapping[tuple[str, ...], bool]
+    calls: Mapping[tuple[str, ...], int]
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [name for group in self.groups for name in group]
+
+
+def find_order(model: nn.Module, batch: object, forward: Call) -> Order:
+    """Run a batch and look."""
+    watch = Keep(model)
+    watch.run(forward, model, batch)
+    groups: list[list[str]] = []
+    vectors: Vectors | None = None
+    modules: dict[str, int] = {}
+    for name, part, module in watch.seen:
+        if name in modules:
+            continue
+        modules[name] = module
+        if groups and (_same(vectors, part) or modules[groups[-1][-1]] == module):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        vectors = part
+    made = tuple(tuple(group) for group in groups)
+    return Order(
+        made,
+        {group: len({modules[name] for name in group}) == len(group) for group in made},
+        {group: sum(watch.calls[m] for m in {modules[n] for n in group}) for group in made},
+    )
+
+
+def _same(one: Vectors | None, other: Vectors) -> bool:
+    """Whether two are the same memory."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Everything that was to be seen was seen."""
+
+
+class Keep(Watch):
+    """Keeps the input vectors themselves, of one batch.
+
+    Args:
+        model: the model.
+        only: names of the weights to watch, or all.
+        most_calls: of their modules; then the forward pass ends. None lets it run.
+    """
+
+    def __init__(
+        self, model: nn.Module, only: Iterable[str] | None = None, most_calls: int | None = None
+    ) -> None:
+        super().__init__(model, only=only)
+        self.seen: list[tuple[str, Vectors, int]] = []
+        self.calls: Counter[int] = Counter()
+        self._most_calls = most_calls
+        self._module = 0
+
+    @property
+    def kept(self) -> list[tuple[str, Vectors]]:
+        """Names and vectors, in the order of use."""
+        return [(name, vectors) for name, vectors, _ in self.seen]
+
+    def run(self, forward: Call, model: nn.Module, batch: object) -> None:
+        """See one batch, and forget those before."""
+        self.seen.clear()
+        self.calls.clear()
+        with evaluating(model), self.hooks(), torch.no_grad():
+            try:
+                forward(model, batch)
+            except _Enough:
+                return
+
+    def note(self, name: str, vectors: Vectors) -> None:
+        """Keep them."""
+        self.seen.append((name, vectors, self._module))
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._module, before = id(module), len(self.seen)
+        super()._see(module, args, kwargs)
+        if len(self.seen) == before:
+            return  # of a module that holds others
+        self.calls[id(module)] += 1
+        if self._most_calls is not None and self.calls.total() >= self._most_calls:
+            raise _Enough
