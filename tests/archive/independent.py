@@ -753,12 +753,33 @@ def decode_trellis(settings: Settings, parts: Parts, kind: str, shape: Shape) ->
     return np.asarray(steps.astype(np.float32) * scale).reshape(-1)
 
 
+def decode_factors(settings: Settings, parts: Parts, kind: str, shape: Shape) -> Array:
+    axis = settings.optional("axis", None, 0, 0)
+    scale_dtype = settings.choice("scale_dtype", *SCALES)
+    settings.end()
+    rows, columns = rows_and_columns(shape)
+    rank, _ = parts.shape("right", 2)
+    must(rank <= min(rows, columns, 4096), "rank")
+    alphabets = [parts.parts[name].holds for name in ("left", "right") if name in parts.parts]
+    left, right = (
+        parts.codes("left", (rows, rank), None),
+        parts.codes("right", (rank, columns), None),
+    )
+    zeros = parts.codes("zero", (2,), 2**24).tolist()
+    most = [max(z, int(a) - 1 - z) for z, a in zip(zeros, alphabets, strict=True)]
+    must(most[0] * most[1] * rank < 2**53, "inexact sums")
+    sums = (left.reshape(rows, rank) - zeros[0]) @ (right.reshape(rank, columns) - zeros[1])
+    scale = parts.singles("scale", (1 if axis is None else rows,), scale_dtype)
+    return np.asarray(sums.astype(np.float32) * scale[:, None]).reshape(-1)
+
+
 FORMATS: dict[str, Callable[[Settings, Parts, str, Shape], Array]] = {
     "affine": decode_affine,
     "codebook": decode_codebook,
     "product": decode_product,
     "mixed": decode_mixed,
     "trellis": decode_trellis,
+    "factors": decode_factors,
 }
 
 

@@ -179,7 +179,7 @@ def test_every_damage_is_refused() -> None:
 
 
 @pytest.mark.parametrize("edit", [edit_index, edit_payload])
-@pytest.mark.parametrize("name", ["formats", "numbers", "payloads"])
+@pytest.mark.parametrize("name", ["formats", "numbers", "payloads", "factors"])
 def test_both_refuse_the_same(name: str, edit: Callable[[bytes, random.Random], bytes]) -> None:
     outcomes: Counter[str] = Counter()
     for seed in range(60):

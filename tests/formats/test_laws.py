@@ -197,5 +197,6 @@ def test_names_are_permanent() -> None:
         "product": "Product",
         "mixed": "Mixed",
         "trellis": "Trellis",
+        "factors": "Factors",
     }
     assert {kind.version for kind in FORMATS.values()} == {1}

@@ -1,7 +1,7 @@
 """How numbers are rebuilt from codes: one frozen dataclass for each format.
 
 Names and versions are permanent, because files carry them; a file resolves them in the closed
-table :data:`FORMATS` and nowhere else. The names ``sparse`` and ``factors`` are reserved.
+table :data:`FORMATS` and nowhere else. The name ``sparse`` is reserved.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from dither.core import Format, SpecError
 from dither.formats.affine import Affine
 from dither.formats.codebook import Codebook
+from dither.formats.factors import Factors
 from dither.formats.mixed import Mixed
 from dither.formats.product import Product
 from dither.formats.raw import Raw
@@ -22,6 +23,7 @@ __all__ = [
     "FORMATS",
     "Affine",
     "Codebook",
+    "Factors",
     "Mixed",
     "Product",
     "Raw",
@@ -31,7 +33,7 @@ __all__ = [
 ]
 
 FORMATS: Mapping[str, type[Format]] = MappingProxyType(
-    {kind.name: kind for kind in (Raw, Affine, Codebook, Product, Mixed, Trellis)}
+    {kind.name: kind for kind in (Raw, Affine, Codebook, Product, Mixed, Trellis, Factors)}
 )
 """Every format a file may name."""
 
