@@ -4,7 +4,7 @@ from dither.calibrate.collect import Loss, collect
 from dither.calibrate.inputs import input_vectors
 from dither.calibrate.moments import MOST_INPUTS, Moments
 from dither.calibrate.quiet import Call, call, some_batches
-from dither.calibrate.sequential import in_sequence
+from dither.calibrate.sequential import Sequence, Sequenced, in_sequence
 from dither.model import evaluating
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "Call",
     "Loss",
     "Moments",
+    "Sequence",
+    "Sequenced",
     "call",
     "collect",
     "evaluating",

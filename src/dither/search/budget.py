@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from dither.archive import CodedTensor, code, packed_nbytes
+from dither.archive import CodedTensor, code, pack, packed_nbytes
 from dither.core import BudgetError
 from dither.search.allocate import allocate
 from dither.search.options import GRID_INDEX_NBYTES, Ladder, Option, Weighted, build_ladder
@@ -57,7 +59,7 @@ class BudgetSearch:
         metadata: Mapping[str, Any],
         progress: Progress,
     ) -> None:
-        self._tensors = tensors
+        self._tensors = dict(tensors)
         self._aliases = aliases
         self._metadata = metadata
         self._progress = progress
@@ -89,6 +91,72 @@ class BudgetSearch:
         if size > budget:
             self._touch_up(budget, self._shrink(budget))
         return self._coded
+
+    # --- for searches that encode some tensors themselves ---------------------------------------
+
+    @property
+    def chosen(self) -> Mapping[str, Option]:
+        """The option of each tensor."""
+        return self._chosen
+
+    @property
+    def coded(self) -> dict[str, CodedTensor]:
+        """All tensors, coded."""
+        return dict(self._coded)
+
+    def tensor(self, name: str) -> Weighted:
+        """A tensor and what an error in it costs."""
+        return self._tensors[name]
+
+    def decoded(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values of some tensors as the file would hold them."""
+        archive = pack({name: self._coded[name] for name in names})
+        return {name: archive[name] for name in archive}
+
+    def plan(self, budget: int) -> dict[str, Option]:
+        """The best options by all that is known now."""
+        size = packed_nbytes(self._coded, self._aliases, self._metadata)
+        return allocate(self._corrected(), budget * _AIM - (size - self._spent()))
+
+    def encode(self, chosen: Mapping[str, Option], skip: AbstractSet[str]) -> None:
+        """Take these options, and code what changed but for those to skip."""
+        kept = {name: self._chosen[name] for name in skip}
+        self._encode({**chosen, **kept}, "encoding")
+        self._chosen = dict(chosen)
+
+    def put(self, name: str, option: Option, coded: CodedTensor) -> float:
+        """Take a tensor that was coded elsewhere; returns the bytes that depend on the option."""
+        self._coded[name], self._chosen[name] = coded, option
+        measured = self._measured(name)
+        if option.step is not None:
+            self._known[name] = {option.step: measured}
+        return measured
+
+    def move(self, name: str, value: Tensor) -> None:
+        """Give a tensor another value, and code it again with its option."""
+        name = self._aliases.get(name, name)
+        value = value.reshape(self._tensors[name].value.shape)
+        self._tensors[name] = replace(self._tensors[name], value=value)
+        self._coded[name] = _encode(self._tensors[name], self._chosen[name])
+
+    def room(self, budget: int, names: Iterable[str]) -> float:
+        """Bytes that a budget leaves to some tensors."""
+        size = packed_nbytes(self._coded, self._aliases, self._metadata)
+        return _goal(budget) - size + sum(self._measured(name) for name in names)
+
+    def expected(self, name: str) -> float:
+        """Bytes that a tensor is expected to take, as :meth:`put` counts them."""
+        step = self._chosen[name].step
+        if step is None:
+            return self._measured(name)
+        return self._ladders[name].corrected(self._known[name]).predict(step)
+
+    def settle(self, budget: int, frozen: AbstractSet[str]) -> int:
+        """Bring the file to its budget by tensors that are not frozen; its size then."""
+        size = packed_nbytes(self._coded, self._aliases, self._metadata)
+        return self._touch_up(budget, size, frozen)
+
+    # --------------------------------------------------------------------------------------------
 
     def _probe(self, chosen: Mapping[str, Option]) -> None:
         """Learn what large tensors take from a part of their rows, before any is coded whole."""
@@ -152,13 +220,13 @@ class BudgetSearch:
             )
         return size
 
-    def _touch_up(self, budget: int, size: int) -> int:
+    def _touch_up(self, budget: int, size: int, frozen: AbstractSet[str] = frozenset()) -> int:
         """Bring a file that is nearly right to its budget by the steps of single tensors.
 
         Each time, the smallest tensor for which the change is small takes it on.
         """
-        tried: set[str] = set()
-        while not _full(size, budget) and len(tried) < _TOUCHES:
+        tried = set(frozen)
+        while not _full(size, budget) and len(tried) < _TOUCHES + len(frozen):
             name = self._pick(abs(_goal(budget) - size), tried)
             if name is None:
                 break

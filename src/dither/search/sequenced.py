@@ -1,0 +1,138 @@
+"""Fill a budget layer by layer: each weight makes up for the errors of those before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dither.archive import code
+from dither.calibrate import Sequence, Sequenced
+from dither.core import Encoded, Encoder, Stats
+from dither.encoders.gptq import GPTQ
+from dither.search.budget import BudgetSearch, Progress
+from dither.search.calibrated import lean
+from dither.search.options import Option, Weighted
+
+DAMPING = 0.1
+"""Of second moments, as a share of their mean diagonal: samples are few, and will differ."""
+
+_LEARNING_SHARE = 4
+"""The first round, which only learns how many bytes layers take, reads one in so many batches."""
+
+_MOST_CHANGE = 0.25
+"""Octaves that the step of a layer may differ from its plan."""
+
+_ATTEMPTS = 3
+
+
+class SequencedSearch:
+    """Meets a budget with weights encoded in the order of use.
+
+    A first round over part of the data shows what layers take once they make up for the errors
+    before them, which is less than they took alone. The budget is then spent anew, and a second
+    round over all data encodes; as it goes, steps of layers still to come take up what is too much
+    or too little.
+
+    Args:
+        search: of the same tensors and budget; has run.
+        sequence: the layers.
+        budget: bytes.
+        progress: called with a stage and the share of it that is done.
+    """
+
+    def __init__(
+        self, search: BudgetSearch, sequence: Sequence, budget: int, progress: Progress
+    ) -> None:
+        self._search, self._sequence = search, sequence
+        self._budget, self._progress = budget, progress
+
+    def run(self, batches: int) -> bool:
+        """Encode all layers; the search then holds the coded tensors.
+
+        Args:
+            batches: how many the sequence has.
+
+        Returns:
+            Whether the file meets the budget.
+        """
+        self._round(self._budget, max(1, batches // _LEARNING_SHARE), steer=False)
+        aim = self._budget
+        for _ in range(_ATTEMPTS):
+            done, fed = self._round(aim, batches, steer=True)
+            for name, value in done.moved.items():
+                self._search.move(name, value)
+            size = self._search.settle(self._budget, frozen=set(fed))
+            if size <= self._budget:
+                return True
+            aim -= size - self._budget
+        return False
+
+    def _round(self, budget: int, batches: int, *, steer: bool) -> tuple[Sequenced, list[str]]:
+        """Spend the budget by what is known, and encode all layers; also names of those."""
+        search = self._search
+        chosen = search.plan(budget)
+        names = [name for name in self._sequence.order.names if name in chosen]
+        fed = [n for n in names if chosen[n].step and chosen[n].fed and chosen[n].loss > 0]
+        search.encode(chosen, skip=set(fed))
+        left = _Left(search, budget, fed, steer=steer)
+        stage = f"encoding in sequence{'' if steer else ', to learn'}"
+
+        def choose(name: str, weight: Tensor) -> Encoder | None:
+            del weight
+            if name not in left.waiting:
+                return None
+            self._progress(stage, 1 - len(left.waiting) / len(fed))
+            return _Turn(left, name)
+
+        start = search.decoded(name for name in chosen if name not in set(fed))
+        done = self._sequence.run(choose, start=start, biases=True, batches=batches)
+        self._progress(stage, 1.0)
+        return done, fed
+
+
+class _Left:
+    """What is left of a budget while layers are encoded one after another."""
+
+    def __init__(self, search: BudgetSearch, budget: int, names: list[str], *, steer: bool) -> None:
+        self.search, self.names = search, names
+        self.waiting = list(names)
+        self._steer, self._budget = steer, search.room(budget, names)
+
+    def option(self, name: str) -> Option:
+        """The option of the weight whose turn it is."""
+        search = self.search
+        chosen = search.chosen[name]
+        expected = {n: search.expected(n) for n in self.waiting}
+        self.waiting.remove(name)
+        if not self._steer or chosen.step is None:
+            return chosen
+        over = sum(expected.values()) - self._budget
+        values = sum(search.tensor(n).value.numel() for n in expected)
+        octaves = min(max(8 * over / values, -_MOST_CHANGE), _MOST_CHANGE)
+        return replace(chosen, step=float(torch.tensor(chosen.step * 2.0**octaves).bfloat16()))
+
+    def spend(self, name: str, option: Option, encoded: Encoded) -> None:
+        """A weight is encoded."""
+        self._budget -= self.search.put(name, option, code(encoded))
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """The encoder of one weight."""
+
+    left: _Left
+    name: str
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        """By GPTQ, with the step that the budget allows."""
+        option = self.left.option(self.name)
+        weighted: Weighted = self.left.search.tensor(self.name)
+        steps = option.steps(weighted)
+        prior = weighted.gram
+        if stats is not None and prior is not None:
+            stats = lean(stats, prior)
+        encoded = GPTQ(steps, damping=DAMPING).encode(weight, stats)
+        self.left.spend(self.name, option, encoded)
+        return encoded
