@@ -163,8 +163,8 @@ def test_sums_that_might_not_be_exact_are_refused() -> None:
     parts = {"left": Codes(codes, 1 << 24), "zero": zero}
     most, params = (1 << 23) + 1, {"scale": SCALE}
     Encoded(Factors(), (64, 64), torch.float32, parts | {"right": Codes(codes, most)}, params)
+    right = {"right": Codes(codes, most + 1)}
     with pytest.raises(SpecError, match="may reach"):
-        right = {"right": Codes(codes, most + 1)}
         Encoded(Factors(), (64, 64), torch.float32, parts | right, params)
 
 

@@ -8,6 +8,7 @@ from dither.encoders.kmeans import KMeans
 from dither.encoders.nearest import Nearest
 from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
+from dither.encoders.rotated import Rotated
 from dither.encoders.sequential_mse import SequentialMSE
 from dither.encoders.trellis import Viterbi
 
@@ -18,6 +19,7 @@ __all__ = [
     "Nearest",
     "Ranges",
     "RateDistortion",
+    "Rotated",
     "SequentialMSE",
     "Viterbi",
 ]
