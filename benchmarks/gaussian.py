@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.calibration import samples
 from benchmarks.environment import describe
+from benchmarks.rounding import TASKS, replace_text
 from dither.archive import code
 from dither.core import Encoder, Stats
 from dither.encoders import GPTQ, RateDistortion, Viterbi
@@ -96,8 +98,6 @@ def gram_of(name: str) -> Tensor:
     if name == "AR(1), 0.9":
         place = torch.arange(INPUTS[name])
         return 0.9 ** (place[:, None] - place).abs().double()
-    from benchmarks.calibration import samples
-    from benchmarks.rounding import TASKS
     from dither.calibrate import collect
 
     task, weight = GRAMS[name]
@@ -203,9 +203,13 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def save(results: dict[str, Any]) -> None:
-    """The rows and their table."""
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".md").write_text(table(results["rows"]), encoding="utf-8")
+    """The rows, with those that were saved meanwhile, in order, and their table."""
+    if RESULTS.is_file():
+        results["rows"] |= json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] | results["rows"]
+    order = [f"{case[0]} | {case[1]} | {rate:g}" for case in cases() for rate in RATES]
+    results["rows"] = {key: results["rows"][key] for key in order if key in results["rows"]}
+    replace_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    replace_text(RESULTS.with_suffix(".md"), table(results["rows"]))
 
 
 def main() -> None:
@@ -215,18 +219,19 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    rows = results.setdefault("rows", {})
+    results.setdefault("rows", {})
     results["environment"] = describe()
     for title, method, kind, shape, gram, make in cases():
         for rate in RATES:
             key = f"{title} | {method} | {rate:g}"
-            if key in rows or given.only not in key:
+            if key in results["rows"] or given.only not in key:
                 continue
-            rows[key] = row_of(make, rate, kind, shape, gram, fed=method != "nearest")
-            print(f"{key:60} {rows[key]['bits']:.3f} {rows[key]['gap']:.3f}", flush=True)
+            row = row_of(make, rate, kind, shape, gram, fed=method != "nearest")
+            print(f"{key:60} {row['bits']:.3f} {row['gap']:.3f}", flush=True)
+            results["rows"][key] = row
             save(results)
     save(results)
-    plot(rows, RESULTS)
+    plot(results["rows"], RESULTS)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,18 +150,29 @@ def save(results: dict[str, Any]) -> None:
     """Write the results and their table; rows of other tasks that were saved meanwhile stay."""
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for task in TASKS:
-        rows = {**found.get(task, {}), **results.get(task, {})}
-        if rows:
-            results[task] = rows
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".md").write_text(table(results), encoding="utf-8")
+        for name, row in found.get(task, {}).items():
+            results.setdefault(task, {}).setdefault(name, row)
+    replace_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    replace_text(RESULTS.with_suffix(".md"), table(results))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as a whole, so that another run never reads a part."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def table(results: Mapping[str, Any]) -> str:
     """The rows as Markdown: dev and test, in percent."""
-    lines = ["`python -m benchmarks.rounding`; scores in percent, dev / test.", ""]
-    for task, rows in results.items():
-        if task not in TASKS:
+    lines = [
+        "`python -m benchmarks.rounding`; scores in percent, dev / test, and in brackets",
+        "the output error's share of the output's second moment, mean over layers, in percent.",
+        "",
+    ]
+    for task in TASKS:
+        rows = results.get(task)
+        if not rows or "fp32" not in rows:
             continue
         lines += [f"**{task}**, fp32: {rows['fp32']['dev']:.2f} / {rows['fp32']['test']:.2f}", ""]
         lines += ["| inputs | method, ranges | " + " | ".join(f"{b} bits" for b in BITS) + " |"]
@@ -168,7 +180,7 @@ def table(results: Mapping[str, Any]) -> str:
         for mode in ("parallel", "sequence"):
             for name in encoders(task, BITS[0]):
                 found = [rows.get(f"{bits} bits, {mode}, {name}") for bits in BITS]
-                cells = [f"{row['dev']:.2f} / {row['test']:.2f}" if row else "" for row in found]
+                cells = [_cell(row) if row else "" for row in found]
                 if any(cells):
                     lines.append(f"| {mode} | {name} | {' | '.join(cells)} |")
         lines.append("")
@@ -177,9 +189,14 @@ def table(results: Mapping[str, Any]) -> str:
             lines += [f"{GROUPS}:", "", "| method, ranges | dev / test |", "| --- | --- |"]
             for name, row in {**groups, **_peer()}.items():
                 if row:
-                    lines.append(f"| {name} | {row['dev']:.2f} / {row['test']:.2f} |")
+                    lines.append(f"| {name} | {_cell(row)} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    scores = f"{row['dev']:.2f} / {row['test']:.2f}"
+    return f"{scores} ({100 * row['error']:.2f})" if "error" in row else scores
 
 
 def _peer() -> dict[str, Any]:

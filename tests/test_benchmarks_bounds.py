@@ -52,13 +52,17 @@ def test_rows_lie_above_the_bound_and_near_the_rate(gram: str | None) -> None:
 def test_tables_hold_every_row() -> None:
     rows = {f"gaussian 4x4 | nearest | {rate:g}": {"gap": rate / 10} for rate in RATES}
     assert "| nearest | 0.100 | 0.200 | 0.300 | 0.400 |" in table(rows)
-    scores = {"fp32": {"dev": 90.0, "test": 80.0}}
+    scores = {"fp32": {"dev": 90.0, "test": 80.0, "error": 0.0}}
     for bits in (4, 2):
         for name in encoders("resnet20_cifar10", bits):
-            scores[f"{bits} bits, parallel, {name}"] = {"dev": 10.0 * bits, "test": 1.0}
+            scores[f"{bits} bits, parallel, {name}"] = {
+                "dev": 10.0 * bits,
+                "test": 1.0,
+                "error": 0.1 / bits,
+            }
     text = rounding_table({"environment": {}, "resnet20_cifar10": scores})
     assert "fp32: 90.00 / 80.00" in text
-    assert "| parallel | GPTQ, mse | 40.00 / 1.00 |  | 20.00 / 1.00 |" in text
+    assert "| parallel | GPTQ, mse | 40.00 / 1.00 (2.50) |  | 20.00 / 1.00 (5.00) |" in text
     assert "sequence" not in text
 
 
