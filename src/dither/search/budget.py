@@ -74,6 +74,26 @@ class BudgetSearch:
         Raises:
             BudgetError: no choice of options fits; it names the smallest size that does.
         """
+        turned = [name for name, tensor in self._tensors.items() if tensor.basis is not None]
+        try:
+            size = self._meet(budget)
+        except BudgetError:
+            if not turned:
+                raise
+            size = 0
+        if turned and size < LEAST_SHARE * budget and budget - size > SLACK_NBYTES:
+            # Near the least size a basis costs too much, and near the accuracy of its type a table
+            # has to do without: in between there are sizes that only plain grids reach.
+            plain = {name: replace(self._tensors[name], basis=None) for name in turned}
+            self._tensors = {**self._tensors, **plain}
+            self._ladders = {**self._ladders, **self._map("predicting", build_ladder, plain)}
+            self._known |= {name: {} for name in turned}
+            self._coded, self._chosen = {}, {}
+            self._meet(budget)
+        return self._coded
+
+    def _meet(self, budget: int) -> int:
+        """Code all tensors; the size of the file, at most the budget."""
         ladders, index = self._ladders, self._guess_index()
         size = 0
         self._probe(allocate(ladders, budget * _AIM - index))
@@ -89,8 +109,8 @@ class BudgetSearch:
             ladders = self._corrected()
         size = self._touch_up(budget, size)
         if size > budget:
-            self._touch_up(budget, self._shrink(budget))
-        return self._coded
+            size = self._touch_up(budget, self._shrink(budget))
+        return size
 
     # --- for searches that encode some tensors themselves ---------------------------------------
 
@@ -163,7 +183,7 @@ class BudgetSearch:
         parts = {
             name: (self._tensors[name].every(_PROBE), option)
             for name, option in chosen.items()
-            if option.step is not None and self._tensors[name].value.numel() > _PROBED
+            if option.step is not None and _can_probe(self._tensors[name])
         }
         coded = self._map("probing", lambda item: _encode(*item), parts)
         for name, (part, option) in parts.items():
@@ -331,6 +351,11 @@ class BudgetSearch:
             for name, result in zip(small, results, strict=True):
                 note(name, result)
         return done
+
+
+def _can_probe(tensor: Weighted) -> bool:
+    """Whether some rows tell what all take: not where they share a basis, which is stored once."""
+    return tensor.value.numel() > _PROBED and tensor.basis is None
 
 
 def _full(size: int, budget: int) -> bool:

@@ -14,6 +14,7 @@ from dither.core import Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.grid import in_steps
 from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
+from dither.encoders.rotated import Rotated
 from dither.encoders.trellis import Viterbi
 from dither.formats import Raw
 
@@ -23,6 +24,11 @@ GRID_INDEX_NBYTES = 11.0
 
 _GRID_NBYTES = GRID_INDEX_NBYTES + 5.0
 """The same and the payloads of zero point and step."""
+_KINDS = 12
+"""Kinds of columns that predictions tell apart where there is a basis; the coder has up to 16."""
+
+BASIS_BITS = 4.0
+"""Bits of an entry of a basis, about."""
 _DAMPING = 32.0
 _MOST_EXACT = 1 << 15
 _COARSEST = 4.0
@@ -51,6 +57,8 @@ class Weighted:
         coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
         trellis: how codes are searched for on a trellis, whose step is then half that of the
             option; its own step is not used. None for a scalar grid.
+        basis: orthonormal ``(columns, columns)``, in which a table of many rows is rounded: see
+            :class:`Rotated`. Then ``gram`` and ``trellis`` are not used.
     """
 
     value: Tensor
@@ -59,6 +67,7 @@ class Weighted:
     gram: Tensor | None = None
     coarsest: float | None = None
     trellis: Viterbi | None = None
+    basis: Tensor | None = None
 
     def every(self, stride: int) -> Weighted:
         """The same of every ``stride``-th row."""
@@ -66,10 +75,9 @@ class Weighted:
         return replace(self, value=self.value[::stride], rows=rows)
 
     def relative(self) -> Tensor:
-        """The values in relative steps: an error counts alike everywhere."""
-        if self.rows is None:
-            return self.value.detach()
-        return in_steps(self.value, self.rows)
+        """The values in relative steps, in the basis: an error counts alike everywhere."""
+        value = self.value.detach() if self.rows is None else in_steps(self.value, self.rows)
+        return value if self.basis is None else value.float() @ self.basis
 
 
 @dataclass(frozen=True)
@@ -86,13 +94,18 @@ class Option:
     dtype: torch.dtype | None = None
     fed: bool = True
 
+    def steps(self, tensor: Weighted) -> Tensor:
+        """The step, ``(1,)``, or one for each row."""
+        step = torch.tensor([self.step or 0.0])
+        return step if tensor.rows is None else (step * tensor.rows).bfloat16().float()
+
     def encode(self, tensor: Weighted) -> Encoded:
         """Carry it out."""
         if self.step is None:
             return Raw(self.dtype).encode(tensor.value)
-        steps = torch.tensor([self.step])
-        if tensor.rows is not None:
-            steps = (self.step * tensor.rows).bfloat16().float()
+        steps = self.steps(tensor)
+        if tensor.basis is not None:
+            return Rotated(steps, tensor.basis).encode(tensor.value)
         stats = Stats(gram=tensor.gram) if self.fed else None
         if tensor.trellis is not None and self.fed:
             return replace(tensor.trellis, step=steps / 2).encode(tensor.value, stats)
@@ -135,8 +148,7 @@ def build_ladder(tensor: Weighted) -> Ladder:
     """Predict bytes and loss over the whole range of steps, raw storage included."""
     options = [Option(_raw_nbytes(tensor.value), 0.0)]
     if can_quantize(tensor.value):
-        sample = sorted_sample(tensor.relative(), _SAMPLE)
-        options += _half(tensor) + _grids(tensor, sample) + _exact(tensor)
+        options += _half(tensor) + _grids(tensor, _samples(tensor)) + _exact(tensor)
     return Ladder(_convex(options))
 
 
@@ -173,36 +185,76 @@ def _half(tensor: Weighted) -> list[Option]:
     return [Option(nbytes, loss, dtype=torch.float16)]
 
 
-def _grids(tensor: Weighted, sample: Floats) -> list[Option]:
+@dataclass(frozen=True)
+class _Columns:
+    """Columns that are alike, as predictions see them.
+
+    Attributes:
+        sample: some of their values in relative steps, sorted.
+        numel: how many there are.
+        rows: of the basis that these columns need, each of ``width`` entries; 0 without one.
+        width: columns of the tensor.
+    """
+
+    sample: Floats
+    numel: int
+    rows: int = 0
+    width: int = 0
+
+    def predict(self, step: float) -> tuple[float, float]:
+        """Bytes and squared error at a step."""
+        nbytes, error = _predict(self.sample, step, self.numel)
+        if self.rows and max(-self.sample[0], self.sample[-1]) > step / 2:
+            nbytes += self.rows * self.width * BASIS_BITS / 8
+        return nbytes, error
+
+
+def _samples(tensor: Weighted) -> list[_Columns]:
+    """The values, all together; those in a basis by columns of like size, which are coded apart."""
+    value = tensor.value
+    if tensor.basis is None:
+        return [_Columns(sorted_sample(tensor.relative(), _SAMPLE), value.numel())]
+    width = value.shape[1]
+    stride = max(1, value.numel() // (_KINDS * _SAMPLE // 4))
+    places = tensor.every(stride).relative()
+    order = places.square().mean(0).argsort(descending=True)
+    return [
+        _Columns(sorted_sample(places[:, part], _SAMPLE), len(value) * len(part), len(part), width)
+        for part in order.tensor_split(min(_KINDS, width))
+    ]
+
+
+def _grids(tensor: Weighted, columns: list[_Columns]) -> list[Option]:
     """Options with ever finer steps, down to the accuracy of float16."""
     numel = tensor.value.numel()
-    rms = math.sqrt(float(np.square(sample).mean()))
-    nothing = min(2.01 * max(-sample[0], sample[-1]), _LARGEST_STEP)  # all codes are 0
+    rms = max(math.sqrt(float(np.square(part.sample).mean())) for part in columns)
+    largest = max(max(-part.sample[0], part.sample[-1]) for part in columns)
+    nothing = min(2.01 * largest, _LARGEST_STEP)  # all codes are 0
     usual = (_COARSEST if tensor.gram is None else _COARSEST_FED) * rms
     coarsest = min(tensor.coarsest or usual, nothing)
     finest = min(half_step(tensor.value), coarsest / 2)
     per_octave, between = _density(numel)
     octaves = math.log2(coarsest / finest)
     knots = np.linspace(math.log2(coarsest), math.log2(finest), 1 + math.ceil(octaves * per_octave))
-    predicted = [_predict(sample, 2.0**knot, numel) for knot in knots]
+    predicted = [_predict_all(columns, 2.0**knot) for knot in knots]
     fine = np.linspace(knots[0], knots[-1], 1 + (len(knots) - 1) * between)[::-1]
     nbytes = np.interp(fine, knots[::-1], [p[0] for p in predicted][::-1])
     if tensor.gram is not None:
         # Fed errors spread evenly over a step, however coarse: weights do not fall to zero.
-        fed = [numel * 4.0**knot / 12 for knot in knots]
-        predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, fed, strict=True)]
+        least = [numel * 4.0**knot / 12 for knot in knots]
+        predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, least, strict=True)]
     loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
-    overhead = _GRID_NBYTES
+    overhead, fed = _GRID_NBYTES, tensor.basis is None
     if tensor.rows is not None:
         overhead += _raw_nbytes(tensor.rows.to(torch.bfloat16))
     options = [
-        Option(overhead + size, tensor.sensitivity * error, step=_short(2.0**log_step))
+        Option(overhead + size, tensor.sensitivity * error, _short(2.0**log_step), fed=fed)
         for log_step, size, error in zip(fine, nbytes, loss, strict=True)
     ]
     return options + [
         Option(overhead + size, tensor.sensitivity * error * penalty, _short(step), fed=False)
         for step, penalty in _coarser(coarsest, nothing)
-        for size, error in [_predict(sample, step, numel)]
+        for size, error in [_predict_all(columns, step)]
     ]
 
 
@@ -223,7 +275,7 @@ def _exact(tensor: Weighted) -> list[Option]:
     So are masks, signs, and weights that somebody has rounded already.
     """
     flat = tensor.value.detach().reshape(-1).float()
-    if tensor.rows is not None or flat.numel() < 2:
+    if tensor.rows is not None or tensor.basis is not None or flat.numel() < 2:
         return []
     for part in (flat[: 1 << 12], flat):
         magnitudes = part.abs()
@@ -258,6 +310,11 @@ def _predict(sample: Floats, step: float, numel: int) -> tuple[float, float]:
     nearest = np.repeat(found.codes[used], counts[used])
     error = float(np.square(scaled - nearest).sum()) * step * step * ratio
     return _coded_nbytes(counts * ratio), max(error, 1e-300)
+
+
+def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:
+    parts = [part.predict(step) for part in columns]
+    return sum(nbytes for nbytes, _ in parts), sum(error for _, error in parts)
 
 
 def _raw_nbytes(value: Tensor) -> float:

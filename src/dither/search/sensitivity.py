@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dither.core import SpecError
-from dither.search.options import Weighted
+from dither.encoders.rotated import principal_axes
+from dither.search.options import BASIS_BITS, Weighted, can_quantize
 from dither.search.priors import prior_gram
 
 Sensitivity = Callable[[Mapping[str, Tensor]], Mapping[str, Weighted]]
@@ -36,6 +37,15 @@ They are few, and an error in one reaches every position.
 
 FREQUENT = 1 / 16
 """Rows of a token table, as a share, that are about equally frequent (Mandelbrot's shift)."""
+
+MOST_COLUMNS = 1024
+"""Wider token tables are not rotated: decoding one takes a product of matrices."""
+
+BASIS_POWER = 1.0
+"""With which power of its relative step a row counts less in the choice of axes."""
+
+USUAL_ERROR = 1 / 8
+"""Squared error over mean square of a token table in a usual file, for predictions."""
 
 _TOKEN_NAMES = ("emb", "wte", "lm_head", "shared.weight", "vocab", "token")
 _TOKEN_ROWS = 2048
@@ -100,7 +110,9 @@ def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_f
                 )
             _, group, sizes = seen.unique(return_inverse=True, return_counts=True)
             before = sizes.flip(0).cumsum(0).flip(0).double() - (sizes + 1) / 2
-            weighted[name] = replace(weighted[name], rows=_by_rank(before[group]), gram=None)
+            rows = _by_rank(before[group])
+            basis = token_basis(weighted[name].value, rows)
+            weighted[name] = replace(weighted[name], rows=rows, gram=None, basis=basis)
         return weighted
 
     return counted
@@ -108,7 +120,9 @@ def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_f
 
 def _matrix(name: str, value: Tensor) -> Weighted:
     if any(part in name.lower() for part in _TOKEN_NAMES) and value.ndim == 2:
-        return Weighted(value, _of_size(value), rows=_token_steps(value))
+        rows = _token_steps(value)
+        basis = None if rows is None else token_basis(value, rows)
+        return Weighted(value, _of_size(value), rows=rows, basis=basis)
     return Weighted(value, _of_size(value), gram=prior_gram(value))
 
 
@@ -118,6 +132,28 @@ def _token_steps(value: Tensor) -> Tensor | None:
     if count < _TOKEN_ROWS or count < _ROWS_PER_COLUMN * columns:
         return None
     return _by_rank(torch.arange(count, dtype=torch.float64))
+
+
+def token_basis(value: Tensor, rows: Tensor) -> Tensor | None:
+    """Axes along which the rows of a token table are rounded; None where they do not pay.
+
+    They pay where the columns have so much in common that what codes save at a usual size (a
+    coarser step has more axes without any codes) exceeds what the axes take.
+
+    Args:
+        value: ``(rows, columns)``.
+        rows: relative steps.
+    """
+    count, columns = value.shape
+    if not 2 <= columns <= MOST_COLUMNS or not can_quantize(value):
+        return None
+    scaled = value.detach().float() / rows[:, None]
+    axes = principal_axes(scaled, rows ** (2 - BASIS_POWER))
+    plain, turned = (part.square().mean(0).double() for part in (scaled, scaled @ axes))
+    floor = float(plain.mean()) * USUAL_ERROR
+    gains = [part.clamp(min=floor).log2().sum() / 2 for part in (plain, turned)]
+    saved = count * float(gains[0] - gains[1])
+    return axes if saved > columns * columns * BASIS_BITS else None
 
 
 def _by_rank(ranks: Tensor) -> Tensor:
