@@ -53,8 +53,9 @@ def row_of(python: Path, peer: str, key: Sequence[str], folder: Path) -> dict[st
     return row
 
 
-def collect(peer: str, python: Path, split: str, folder: Path) -> None:
+def collect(peer: str, python: Path, options: argparse.Namespace) -> None:
     """Measure what is missing of one peer, and write after each row."""
+    split = options.split
     path = RESULTS / f"{peer}.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     head = {
@@ -62,13 +63,14 @@ def collect(peer: str, python: Path, split: str, folder: Path) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "environment": json.loads(call(python, peer, "--environment").splitlines()[-1]),
     }
-    for task in TASKS:
-        for setting in call(python, peer, "--list", "--task", task).split():
+    for task in options.tasks:
+        labels = call(python, peer, "--list", "--task", task).split()
+        for setting in (label for label in labels if label in (options.settings or labels)):
             key = (task, setting, split)
             old = [row for row in rows if tuple(row[k] for k in KEY) == key]
             if any("error" not in row for row in old):
                 continue
-            row = row_of(python, peer, key, folder)
+            row = row_of(python, peer, key, options.folder)
             print(json.dumps(row), flush=True)
             rows = [r for r in rows if r not in old] + [row]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +83,12 @@ def main() -> None:
     parser.add_argument("names", nargs="+")
     parser.add_argument("--environments", type=Path, required=True)
     parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--settings", nargs="+", help="labels; all, if none is given")
     parser.add_argument("--folder", type=Path, default=Path("out/peers"), help="for files of peers")
     options = parser.parse_args()
     for name in options.names:
-        collect(name, options.environments / name / "bin" / "python", options.split, options.folder)
+        collect(name, options.environments / name / "bin" / "python", options)
 
 
 if __name__ == "__main__":

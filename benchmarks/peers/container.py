@@ -9,6 +9,7 @@ without entropy coding.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Container:
-    """Tensors under their names, each plain, affine or by tables."""
+    """Tensors under their names, each plain, affine, by tables or by a codebook of vectors."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
@@ -71,6 +72,14 @@ class Container:
         self._tensors[f"{name}.table"] = tables.detach().half().contiguous()
         self._about[name] = {"bits": bits, "shape": list(codes.shape)}
 
+    def vectors(
+        self, name: str, codes: Tensor, bits: int, centroids: Tensor, shape: Sequence[int]
+    ) -> None:
+        """Keep ``centroids[codes]``, of one codebook ``(entries, width)``, in the given shape."""
+        self._tensors[f"{name}.codes"] = pack(codes, bits)
+        self._tensors[f"{name}.centroids"] = centroids.detach().half().contiguous()
+        self._about[name] = {"bits": bits, "shape": list(shape)}
+
     def write(self, folder: Path) -> None:
         """Write the file into a folder."""
         about = json.dumps(self._about, separators=(",", ":"))
@@ -85,8 +94,12 @@ def read(folder: Path) -> dict[str, Tensor]:
     decoded = {}
     for name, entry in about.items():
         shape = torch.Size(entry["shape"])
-        codes = unpack(found.pop(f"{name}.codes"), entry["bits"], shape.numel())
-        if (table := found.pop(f"{name}.table", None)) is not None:
+        book = found.pop(f"{name}.centroids", None)
+        count = shape.numel() if book is None else shape.numel() // book.shape[1]
+        codes = unpack(found.pop(f"{name}.codes"), entry["bits"], count)
+        if book is not None:
+            value = book.float()[codes.long()]
+        elif (table := found.pop(f"{name}.table", None)) is not None:
             rows = codes.reshape(len(table), -1).long()
             value = table.float().gather(1, rows)
         else:

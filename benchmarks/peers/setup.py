@@ -52,6 +52,15 @@ def commands(environments: dict[str, Any], peer: str, torch_index: str | None) -
     return found
 
 
+def clone(about: dict[str, Any], folder: Path) -> None:
+    """Check out the ``paths`` of the ``commit`` of a peer's ``repository``, if it names one."""
+    if repository := about.get("repository"):
+        git = ["git", "-C", str(folder)]
+        first = ["git", "clone", "--quiet", "--filter=blob:none", "--no-checkout"]
+        subprocess.run([*first, repository, str(folder)], check=True)
+        subprocess.run([*git, "checkout", about["commit"], "--", *about["paths"]], check=True)
+
+
 def make(environments: dict[str, Any], peer: str, folder: Path, torch_index: str | None) -> None:
     """Make one environment; ``subprocess.CalledProcessError`` if pip fails."""
     done = folder / ".complete"
@@ -67,6 +76,7 @@ def make(environments: dict[str, Any], peer: str, folder: Path, torch_index: str
             given = [str(fixed) if part == "{torch}" else part for part in command]
             print(f"{peer}: pip {' '.join(command)}", flush=True)
             subprocess.run([str(python), "-m", "pip", "--quiet", *given], check=True)
+    clone(environments["peers"][peer], folder / "source")
     done.touch()
     print(f"{peer}: {python}")
 
