@@ -190,8 +190,7 @@ def test_sizes(source: Path, size: str) -> None:
 
 def test_bits_for_each_value(source: Path) -> None:
     result = good("compress", str(source), "--bits", "5")
-    assert result["budget"] is None
-    assert result["nbytes"] < 5000
+    assert result["nbytes"] <= result["budget"] < 5000
 
 
 def test_tables_for_people(source: Path) -> None:

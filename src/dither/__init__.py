@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dither.formats import Affine, Codebook, Mixed, Product, Raw
     from dither.report import Diagnosis, diagnose
     from dither.rewrite import absorb_biases, correct_biases, equalize, fold_batch_norm
-    from dither.search import calibrated, compress
+    from dither.search import Samples, calibrated, compress
     from dither.train import (
         LSQ,
         BayesianBits,
@@ -94,6 +94,7 @@ __all__ = [
     "Ramp",
     "Raw",
     "Run",
+    "Samples",
     "SequentialMSE",
     "Size",
     "SpecError",

@@ -153,7 +153,7 @@ def test_scales_that_are_no_power_of_two_hardly_matter() -> None:
 @pytest.mark.parametrize("bits", [0.4, 0.6, 1.0, 2.0])
 def test_nothing_is_dropped_while_others_could_be_coarser(bits: float) -> None:
     state = {f"fc{i}.weight": normal(60, 90, seed=i) * 10.0**-i for i in range(6)}
-    archive = dither.compress(state, bits=bits)
+    archive = dither.compress(state, f"{bits} bits")
     assert all(bool(archive[name].any()) for name in state)
 
 

@@ -2,6 +2,7 @@
 
 from dither.activations.encodings import Encoding, Encodings
 from dither.activations.gradients import GradientQuantizer
+from dither.activations.layers import inputs_of_layers
 from dither.activations.observe import (
     apply,
     begin,
@@ -29,6 +30,7 @@ __all__ = [
     "call",
     "encodings_of",
     "functions",
+    "inputs_of_layers",
     "observe",
     "placed",
     "remove",

@@ -59,6 +59,8 @@ class Archive(Mapping[str, Tensor]):
             source.close()
             raise
         self._index = index
+        self.trials: tuple[object, ...] = ()
+        """What was tried to make it (``dither.compress`` with data); not in the file."""
         self._entries = {entry.name: entry for entry in index.entries}
 
     @classmethod

@@ -40,8 +40,10 @@ def compress(
     check_archive_output(target, source)
     with printer.progress(f"reading {source}") as advance:
         state = load_source(source, key)
-        budget = None if size is None else parse_size(size, collect(state).nbytes)
-        archive = search(state, budget, bits=bits, progress=advance)
+        tensors = collect(state)
+        values = sum(value.numel() for value in tensors.values.values())
+        budget = parse_size(size or f"{bits:.12f} bits", tensors.nbytes, values)
+        archive = search(state, budget, progress=advance)
         archive.save(target)
     document = report.archive_document(archive, budget)
     printer.document({"output": str(target), **document})

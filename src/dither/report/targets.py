@@ -10,10 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from dither.activations import Activation, Encoding, Encodings, apply, observe, placed, remove
-from dither.activations.sites import on_input
+from dither.activations import (
+    Activation,
+    Encoding,
+    Encodings,
+    apply,
+    inputs_of_layers,
+    observe,
+    placed,
+    remove,
+)
 from dither.archive import Archive
 from dither.calibrate import Call
 from dither.calibrate.inputs import has_vectors, outputs_axis
@@ -69,11 +76,7 @@ def targets_of(
 
 
 def _default_rules(model: nn.Module, held: list[Any], forward: Call) -> Plan:
-    """8 bits for matrices and kernels, and for what goes into modules that hold weights.
-
-    A batch norm is left out: in integer arithmetic it is folded into the layer before it. The input
-    of a layer norm is the sum of a residual branch, which must be quantized somewhere.
-    """
+    """8 bits for matrices and kernels, and for what goes into modules that hold weights."""
     rules: dict[str, Rule] = {}
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -84,42 +87,9 @@ def _default_rules(model: nn.Module, held: list[Any], forward: Call) -> Plan:
             owner = owners[id(weight)]
             is_layer = has_vectors(owner) and weight.ndim == owner.get_parameter("weight").ndim
             rules[name] = Affine(DEFAULT_BITS, axis=outputs_axis(owner) if is_layer else 0)
-    candidates = {
-        f"{path}@in": module
-        for path, module in model.named_modules()
-        if any(p.is_floating_point() for p in module.parameters(recurse=False))
-        and not isinstance(module, _BatchNorm)
-    }
-    for site in _heard(candidates, model, held, forward):
+    for site in inputs_of_layers(model, held[0], forward=forward):
         rules[site] = Activation(DEFAULT_BITS)
     return Plan(rules)
-
-
-def _heard(
-    candidates: Mapping[str, nn.Module], model: nn.Module, held: list[Any], forward: Call
-) -> list[str]:
-    """The sites at which a floating-point tensor passes in the first batch, in this order."""
-    found: dict[str, None] = {}
-
-    def seeing(site: str) -> Callable[..., None]:
-        def note(values: Tensor) -> Tensor:
-            found[site] = None
-            return values
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            on_input(note, args, kwargs)
-
-        return hook
-
-    handles = []
-    try:
-        for site, module in candidates.items():
-            handles.append(module.register_forward_pre_hook(seeing(site), with_kwargs=True))
-        forward(model, held[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(found)
 
 
 def _of_rules(model: nn.Module, plan: Plan, held: list[Any], forward: Call) -> Targets:

@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from dither.archive import Archive, pack
-from dither.core import BudgetError, SpecError
-from dither.model import Tensors, collect
-from dither.search.budget import BudgetSearch, Progress
-from dither.search.options import Weighted
+from dither.core import SpecError
+from dither.model import collect
+from dither.search.budget import Progress
+from dither.search.calibrated import Samples
 from dither.search.sensitivity import Sensitivity, data_free
 from dither.search.size import parse_size
+from dither.search.trials import Bench, Job, Sites, with_data
 
 
 def compress(
     source: nn.Module | Mapping[str, Tensor],
-    size: int | str | None = None,
+    size: int | str,
     *,
-    bits: float | None = None,
+    data: Samples | Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    activations: Sites | None = None,
     sensitivity: Sensitivity = data_free,
     metadata: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Archive:
-    """Compress a model to a budget in file bytes, without data.
+    """Compress a model to a budget in file bytes.
 
-    Every floating-point tensor gets an entropy-coded uniform grid whose step minimises the
-    predicted loss, squared error times sensitivity, of the whole; other tensors are stored as
-    they are. Tied tensors are stored once.
+    Floating-point tensors get entropy-coded grids whose steps minimise the predicted loss, squared
+    error times sensitivity, of the whole; others are stored as they are, and tied ones once.
+
+    With data (a few hundred samples without labels) more is tried, in order of cost, and the best
+    is kept; ``archive.trials`` tells what each brought:
+
+    1. the data-free search; where layers follow each other with nothing but ReLU between, also
+       after cross-layer equalization;
+    2. sensitivities, token frequencies and moments measured on data (:func:`~dither.calibrated`);
+    3. layers in sequence, each making up for the errors of those before, and biases for the mean.
 
     Args:
         source: a model, or a dict of tensors by name.
-        size: the budget: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, or ``"25%"``, ``"12x"`` of the
-            tensors' own bytes. The file takes at most the budget and at least 98.5 % of it or
+        size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
+            ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
             all but 64 bytes, unless everything is already as accurate as float16.
-        bits: instead of ``size``, mean bits of the file for each value.
+        data: a loader, or :class:`~dither.Samples`, which says how the model is called and what
+            counts; the source must then be the model.
+        evaluate: the score of a model, more is better, to choose by; without it, the distance of
+            outputs on the data decides.
+        activations: ``"int8"`` quantizes what goes into every module that holds weights, or a plan
+            of sites does; encodings count in the size.
         sensitivity: what an error costs; the default reads it off the weights alone.
         metadata: JSON values to store in the file.
         progress: called with a stage and the share of it that is done.
 
     Returns:
-        The archive, in memory: :meth:`~dither.Archive.save` writes it.
+        The archive, in memory.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
         CheckpointError: the source holds something else than plain tensors.
+        SpecError: something needs data or the model, and there is none.
 
     >>> import torch
     >>> weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}
@@ -55,27 +70,17 @@ def compress(
     True
     """
     tensors = collect(source)
-    if (size is None) == (bits is None):
-        raise BudgetError('say either size (such as "9MB") or bits (such as 3.2), not both')
-    budget = _bits_budget(bits, tensors) if size is None else parse_size(size, tensors.nbytes)
-    weighted = _weigh(tensors.values, sensitivity)
-    stored = dict(metadata or {})
-    search = BudgetSearch(weighted, tensors.aliases, stored, progress or _silent)
-    return pack(search.run(budget), tensors.aliases, stored)
-
-
-def _bits_budget(bits: float | None, tensors: Tensors) -> int:
     values = sum(value.numel() for value in tensors.values.values())
-    if bits is None or not math.isfinite(bits) or bits <= 0:
-        raise BudgetError(f"bits is a positive number of bits for each value, not {bits!r}")
-    return math.ceil(bits * values / 8)
-
-
-def _weigh(values: Mapping[str, Tensor], sensitivity: Sensitivity) -> dict[str, Weighted]:
-    weighted = sensitivity(values)
-    if missing := sorted(set(values) - set(weighted)):
-        raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
-    return {name: weighted[name] for name in values}
+    budget = parse_size(size, tensors.nbytes, values)
+    job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
+    if data is not None:
+        samples = data if isinstance(data, Samples) else Samples(data)
+        return with_data(Bench(source, samples, evaluate), job, activations)
+    if evaluate is not None or activations is not None:
+        name = "evaluate" if activations is None else "activations"
+        raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+    search = job.search(tensors, sensitivity)
+    return pack(search.run(budget), tensors.aliases, job.metadata)
 
 
 def _silent(stage: str, share: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,14 @@ _LEARNING_SHARE = 4
 
 _MOST_CHANGE = 0.25
 """Octaves that the step of a layer may differ from its plan."""
+
+_MOST_LAST = 1.0
+"""The same of the last layer."""
+
+_FITS = 5
+_NEAR, _NEAR_NBYTES = 0.005, 8
+"""What the last layer may leave: a share of its bytes, and some more."""
+
 
 _ATTEMPTS = 3
 
@@ -102,20 +111,44 @@ class _Left:
 
     def option(self, name: str) -> Option:
         """The option of the weight whose turn it is."""
-        search = self.search
-        chosen = search.chosen[name]
-        expected = {n: search.expected(n) for n in self.waiting}
+        chosen = self.search.chosen[name]
+        expected = {n: self.search.expected(n) for n in self.waiting}
         self.waiting.remove(name)
-        if not self._steer or chosen.step is None:
+        if not self._steer:
             return chosen
         over = sum(expected.values()) - self._budget
-        values = sum(search.tensor(n).value.numel() for n in expected)
-        octaves = min(max(8 * over / values, -_MOST_CHANGE), _MOST_CHANGE)
-        return replace(chosen, step=float(torch.tensor(chosen.step * 2.0**octaves).bfloat16()))
+        values = sum(self.search.tensor(n).value.numel() for n in expected)
+        return _finer(chosen, min(max(-8 * over / values, -_MOST_CHANGE), _MOST_CHANGE))
 
-    def spend(self, name: str, option: Option, encoded: Encoded) -> None:
-        """A weight is encoded."""
-        self._budget -= self.search.put(name, option, code(encoded))
+    def encode(self, name: str, encode: Callable[[Option], Encoded]) -> Encoded:
+        """Encode the weight whose turn it is; the last one fills what is left."""
+        option = self.option(name)
+        encoded = encode(option)
+        spent = self.search.put(name, option, code(encoded))
+        position, values = 0.0, encoded.numel
+        fits = (spent, option, encoded) if spent <= self._budget else None
+        for _ in range(_FITS if self._steer and not self.waiting else 0):
+            miss = self._budget - spent
+            if 0 <= miss < _NEAR_NBYTES + _NEAR * spent:
+                break
+            position = min(max(position + 8 * miss / values, -_MOST_LAST), _MOST_LAST)
+            trial = _finer(option, position)
+            encoded = encode(trial)
+            spent = self.search.put(name, trial, code(encoded))
+            if spent <= self._budget and (fits is None or spent > fits[0]):
+                fits = spent, trial, encoded
+        if fits is not None and fits[2] is not encoded:
+            spent, option, encoded = fits
+            spent = self.search.put(name, option, code(encoded))
+        self._budget -= spent
+        return encoded
+
+
+def _finer(option: Option, octaves: float) -> Option:
+    """The same with a step that many octaves finer."""
+    if option.step is None:
+        return option
+    return replace(option, step=float(torch.tensor(option.step * 2.0**-octaves).bfloat16()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +160,10 @@ class _Turn:
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """By GPTQ, with the step that the budget allows."""
-        option = self.left.option(self.name)
         weighted: Weighted = self.left.search.tensor(self.name)
-        steps = option.steps(weighted)
-        prior = weighted.gram
-        if stats is not None and prior is not None:
-            stats = lean(stats, prior)
-        encoded = GPTQ(steps, damping=DAMPING).encode(weight, stats)
-        self.left.spend(self.name, option, encoded)
-        return encoded
+        leaning = None if stats is None else lean(stats, weighted.gram)
+
+        def encode(option: Option) -> Encoded:
+            return GPTQ(option.steps(weighted), damping=DAMPING).encode(weight, leaning)
+
+        return self.left.encode(self.name, encode)

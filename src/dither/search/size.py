@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -22,34 +23,35 @@ _PATTERN = re.compile(
 )
 
 
-def parse_size(size: int | str, original_nbytes: int) -> int:
+def parse_size(size: int | str, original_nbytes: int, values: int | None = None) -> int:
     """Bytes that ``size`` allows.
 
     Args:
         size: a number of bytes, or a text: ``"9MB"`` (10^6), ``"9MiB"`` (2^20), ``"25%"`` or
-            ``"12x"`` of the source tensors' own bytes.
+            ``"12x"`` of the source tensors' own bytes, ``"3.2 bits"`` for each value.
         original_nbytes: those bytes.
+        values: how many values there are; without, a size in bits is refused.
 
     Raises:
         BudgetError: the text means no size, or none of at least one byte.
 
     >>> parse_size("9.5MB", 0), parse_size("2 KiB", 0), parse_size("25%", 4000)
     (9500000, 2048, 1000)
-    >>> parse_size("12x", 4800)
-    400
+    >>> parse_size("12x", 4800), parse_size("3.2 bits", 4000, values=1000)
+    (400, 400)
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise BudgetError(f"a size is a number of bytes or a text, not {size!r}; {_EXAMPLES}")
-    nbytes = size if isinstance(size, int) else _parse(size, original_nbytes)
+    nbytes = size if isinstance(size, int) else _parse(size, original_nbytes, values)
     if nbytes < 1:
         raise BudgetError(f"the size {size!r} leaves {nbytes} bytes; {_EXAMPLES}")
     return nbytes
 
 
-_EXAMPLES = 'write for example 9_000_000, "9MB", "9MiB", "25%" or "12x"'
+_EXAMPLES = 'write for example 9_000_000, "9MB", "9MiB", "25%", "12x" or "3.2 bits"'
 
 
-def _parse(text: str, original_nbytes: int) -> int:
+def _parse(text: str, original_nbytes: int, values: int | None) -> int:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise BudgetError(f"{text!r} is no size; {_EXAMPLES}")
@@ -60,6 +62,8 @@ def _parse(text: str, original_nbytes: int) -> int:
         if number <= 0:
             raise BudgetError(f"{text!r} is no ratio; {_EXAMPLES}")
         return int(original_nbytes / number)
+    if unit in {"bit", "bits"} and values is not None:
+        return math.ceil(number * values / 8)
     if unit not in _UNITS:
         raise BudgetError(f"{text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
     return int(number * _UNITS[unit])

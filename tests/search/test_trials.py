@@ -1,0 +1,122 @@
+"""One call with data: everything is tried, the best is kept, and the budget holds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dither
+from dither.activations import Encodings, apply
+from dither.search import Trial, divergence
+from dither.testing import same_bits
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Images(nn.Module):
+    """Convolutions with and without batch norm, a depthwise one, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.second, self.out = nn.Conv2d(16, 32, 3), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = self.second(self.depthwise(x).relu()).relu()
+        logits: Tensor = self.out(x.mean((2, 3)))
+        return logits
+
+
+def network() -> Images:
+    torch.manual_seed(0)
+    model = Images()
+    model.train()(3 * normal(64, 3, 12, 12, seed=5))  # running statistics
+    return model
+
+
+LOADER = [2 * normal(32, 3, 12, 12, seed=i) + 1 for i in range(4)]
+
+
+def trials_of(archive: dither.Archive) -> list[Trial]:
+    return [trial for trial in archive.trials if isinstance(trial, Trial)]
+
+
+def test_every_stage_is_tried_and_the_best_kept() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    samples = dither.Samples(iter(LOADER), distance=divergence)
+    archive = dither.compress(model, 2600, data=samples)
+    assert 2600 - 64 <= archive.nbytes <= 2600
+    assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training
+    trials = trials_of(archive)
+    stages = [trial.stage for trial in trials]
+    assert stages == ["data-free", "equalized", "calibrated", "calibrated, in sequence"]
+    best = min(trials, key=lambda trial: trial.distance)
+    assert best.kept
+    assert best.nbytes == archive.nbytes
+    assert trials[3].distance < 0.5 * trials[0].distance
+    changed = network().eval()
+    dither.load_into(changed, archive)
+    with torch.no_grad():
+        distances = [divergence(changed(b), model.eval()(b)) for b in LOADER]
+    assert float(torch.stack(distances).mean()) == pytest.approx(best.distance, rel=1e-6)
+    assert "in sequence" in str(trials[3])
+
+
+def test_the_score_decides_where_there_is_one() -> None:
+    scores = iter([1.0, 0.5, 3.0, 2.0])
+    archive = dither.compress(network(), 2600, data=LOADER, evaluate=lambda _: next(scores))
+    trials = trials_of(archive)
+    assert [trial.kept for trial in trials] == [True, False, True, False]
+    assert [trial.score for trial in trials] == [1.0, 0.5, 3.0, 2.0]
+    assert archive.nbytes == trials[2].nbytes
+
+
+@pytest.mark.parametrize("activations", ["int8", {"*@in": dither.Activation(4)}])
+def test_activations_count_in_the_budget(activations: str | dict[str, dither.Activation]) -> None:
+    archive = dither.compress(network(), "3kB", data=LOADER, activations=activations)
+    assert archive.nbytes <= 3000
+    assert trials_of(archive)[-1].stage == "activations"
+    encodings = Encodings.from_json(archive.sites)
+    assert {"first@in", "second@in", "out@in"} <= set(encodings)
+    assert "norm@in" not in encodings or activations != "int8"
+    assert encodings["out@in"].spec.bits == (8 if activations == "int8" else 4)
+    changed = network()
+    with pytest.raises(dither.CheckpointError, match="sites"):
+        dither.load_into(changed, archive)
+    apply(changed, encodings)
+    dither.load_into(changed, archive)
+
+
+def test_what_needs_data_or_a_model() -> None:
+    with pytest.raises(dither.SpecError, match="goes with data="):
+        dither.compress(network(), 2600, evaluate=lambda _: 0.0)
+    with pytest.raises(dither.SpecError, match="goes with data="):
+        dither.compress(network(), 2600, activations="int8")
+    with pytest.raises(dither.SpecError, match="give the model"):
+        dither.compress(network().state_dict(), 2600, data=LOADER)
+    with pytest.raises(dither.SpecError, match='give "int2" to "int16"'):
+        dither.compress(network(), 2600, data=LOADER, activations="int1")
+    with pytest.raises(dither.SpecError, match="no batch"):
+        dither.compress(network(), 2600, data=[])
+
+
+def test_a_model_without_layers_in_sequence() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(normal(40, 30))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T
+
+    archive = dither.compress(Scale(), "4x", data=[normal(8, 30)])
+    assert [trial.stage for trial in trials_of(archive)] == ["data-free", "calibrated"]
