@@ -33,13 +33,10 @@ def compress(
     Floating-point tensors get entropy-coded grids whose steps minimise the predicted loss, squared
     error times sensitivity, of the whole; others are stored as they are, and tied ones once.
 
-    With data (a few hundred samples without labels) more is tried, in order of cost, and the best
-    is kept; ``archive.trials`` tells what each brought:
-
-    1. the data-free search; where layers follow each other with nothing but ReLU between, also
-       after cross-layer equalization;
-    2. sensitivities, token frequencies and moments measured on data (:func:`~dither.calibrated`);
-    3. layers in sequence, each making up for the errors of those before, and biases for the mean.
+    With data (a few hundred samples, no labels) more is tried, in order of cost, and the best kept;
+    ``archive.trials`` tells what each brought: the data-free search, also after cross-layer
+    equalization where that applies; sensitivities, token frequencies and moments measured on data
+    (:func:`~dither.calibrated`); layers in sequence, each making up for the errors of those before.
 
     Args:
         source: a model, or a dict of tensors by name.
@@ -50,14 +47,10 @@ def compress(
             counts; the source must then be the model.
         evaluate: the score of a model, more is better, to choose by; without it, the distance of
             outputs on the data decides.
-        activations: ``"int8"`` quantizes what goes into every module that holds weights, or a plan
-            of sites does; encodings count in the size.
-        sensitivity: what an error costs; the default reads it off the weights alone.
+        activations: ``"int8"`` for what goes into modules with weights, or a plan of sites.
+        sensitivity: what an error costs; by default read off the weights alone.
         metadata: JSON values to store in the file.
         progress: called with a stage and the share of it that is done.
-
-    Returns:
-        The archive, in memory.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
