@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_PARAMETERS = 8  # `self` and `cls` not counted
+MAX_PARAMETERS = 8  # `self` and `cls` not counted; options of a command are declarations
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
@@ -21,6 +21,10 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     names += [a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None]
     return [name for name in names if name not in {"self", "cls"}]
+
+
+def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return "app.command()" in map(ast.unparse, function.decorator_list)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "src")))
@@ -33,7 +37,7 @@ def test_sizes(path: Path) -> None:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
                 too_much.append(f"{node.name} (line {node.lineno}) has {length} lines")
-            if len(parameters(node)) > MAX_PARAMETERS:
+            if len(parameters(node)) > MAX_PARAMETERS and not is_command(node):
                 too_much.append(f"{node.name} (line {node.lineno}) has {parameters(node)}")
     assert too_much == []
 

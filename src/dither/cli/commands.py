@@ -98,6 +98,25 @@ def compress(
     key: Annotated[
         str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="A few hundred samples to compress by: a text file, one in each line, for a model "
+            "folder; or MODULE:NAME of a loader or a function that makes one.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Makes the model, if SOURCE is no model folder."),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Scores a model, to choose by what was tried."),
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +126,11 @@ def compress(
         raise typer.BadParameter(f"give either --size or --bits, not {given}")
     if bits is not None and not 0 < bits <= MAX_BITS:
         raise typer.BadParameter(f"--bits is a number from 0 to {MAX_BITS}, not {bits:g}")
-    work.compress(Printer(as_json, quiet), source, output, size=size, bits=bits, key=key)
+    wanted = size or f"{bits:.12f} bits"
+    if data is None and (model or evaluate or activations):
+        raise typer.BadParameter("--model, --evaluate and --activations go with --data")
+    samples = None if data is None else work.Given(data, model, evaluate, activations)
+    work.compress(Printer(as_json, quiet), source, output, size=wanted, key=key, given=samples)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dither.archive import Archive
@@ -10,6 +11,7 @@ from dither.archive import verify as find_faults
 from dither.cli import report
 from dither.cli.compare import compare as compare_tensors
 from dither.cli.console import Printer
+from dither.cli.data import data_of, evaluate_of, model_of
 from dither.cli.files import (
     check_archive_output,
     check_page_output,
@@ -22,8 +24,18 @@ from dither.core import BudgetError
 from dither.demo.story import run
 from dither.model import collect
 from dither.report import save_page
+from dither.search import Trial, parse_size
 from dither.search import compress as search
-from dither.search import parse_size
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gives beside weights: names of objects, or files."""
+
+    data: str
+    model: str | None = None
+    evaluate: str | None = None
+    activations: str | None = None
 
 
 def compress(
@@ -31,22 +43,36 @@ def compress(
     source: Path,
     output: Path | None,
     *,
-    size: str | None,
-    bits: float | None,
+    size: str,
     key: str | None,
+    given: Given | None = None,
 ) -> None:
-    """Compress a source to ``size``, or to ``bits`` for each value."""
+    """Compress a source to ``size``, with data if any are given."""
     target = output or Path(f"{_stem(source)}.dither")
     check_archive_output(target, source)
     with printer.progress(f"reading {source}") as advance:
         state = load_source(source, key)
         tensors = collect(state)
         values = sum(value.numel() for value in tensors.values.values())
-        budget = parse_size(size or f"{bits:.12f} bits", tensors.nbytes, values)
-        archive = search(state, budget, progress=advance)
+        budget = parse_size(size, tensors.nbytes, values)
+        if given is None:
+            archive = search(state, budget, progress=advance)
+        else:
+            archive = search(
+                model_of(given.model, source, state),
+                budget,
+                data=data_of(given.data, source),
+                evaluate=evaluate_of(given.evaluate),
+                activations=given.activations,
+                progress=advance,
+            )
         archive.save(target)
     document = report.archive_document(archive, budget)
-    printer.document({"output": str(target), **document})
+    trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
+    tried = {"trials": [asdict(trial) for trial in trials]} if trials else {}
+    printer.document({"output": str(target), **document, **tried})
+    for trial in trials:
+        printer.text(str(trial))
     report.print_summary(printer, archive)
     printer.text(f"wrote {target}")
 

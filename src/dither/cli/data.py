@@ -1,0 +1,139 @@
+"""Models and data of the command line: named objects of the user's, or text for a model folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dither.core import CheckpointError, DitherError, SpecError
+
+_ROWS = 32
+_MOST_TOKENS = 256
+
+
+def named(text: str, option: str) -> Any:  # noqa: ANN401 - whatever the user wrote
+    """The object that ``module:name`` means, modules of the current folder included.
+
+    Raises:
+        SpecError: there is none.
+    """
+    module, colon, path = text.partition(":")
+    if not (module and colon and path):
+        raise SpecError(f"{option} {text!r}: write MODULE:NAME, such as mypackage.train:build")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{option} {text!r}: {error}") from error
+    return found
+
+
+def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model that ``--model`` names with the weights of a source; without, that of a folder.
+
+    Args:
+        text: ``module:name`` of a module, or of a function that makes one; None for the model that
+            a Hugging Face folder describes.
+        source: of the weights.
+        state: its tensors.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+        SpecError: there is no such model.
+    """
+    if text is None:
+        model = _from_folder(source)
+    else:
+        made = named(text, "--model")
+        model = made if isinstance(made, nn.Module) else made()
+        if not isinstance(model, nn.Module):
+            raise SpecError(f"--model {text!r} gives {type(model).__name__}, not a torch module")
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    missing = [n for n in dict(model.named_parameters()) if n not in state]
+    wrong = [n for n, shape in wanted.items() if n in state and state[n].shape != shape]
+    if missing or wrong:
+        raise CheckpointError(
+            f"{str(source)!r} does not fit the model: {(missing or wrong)[:5]} are "
+            f"{'missing' if missing else 'of another shape'}"
+        )
+    model.load_state_dict({n: v for n, v in state.items() if n in wanted}, strict=False)
+    return model.eval()
+
+
+def data_of(text: str, source: Path) -> Iterable[Any]:
+    """The batches that ``--data`` names.
+
+    Args:
+        text: ``module:name`` of a loader or of a function that makes one; or a text file, one
+            sample in each line, for a model folder with a ``tokenizer.json``.
+        source: that folder.
+
+    Raises:
+        SpecError: there are none.
+    """
+    if ":" in text and not Path(text).exists():
+        made = named(text, "--data")
+        loader: Iterable[Any] = made if isinstance(made, Iterable) else made()
+        return loader
+    path = Path(text)
+    if not path.is_file():
+        raise SpecError(f"--data {text!r}: there is no such file; or write MODULE:NAME")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(_tokenized([line for line in lines if line], source))
+
+
+def evaluate_of(text: str | None) -> Callable[[nn.Module], float] | None:
+    """The function that ``--evaluate`` names."""
+    if text is None:
+        return None
+    found: Callable[[nn.Module], float] = named(text, "--evaluate")
+    if not callable(found):
+        raise SpecError(f"--evaluate {text!r} is {type(found).__name__}, not a function")
+    return found
+
+
+def _from_folder(source: Path) -> nn.Module:
+    if not (source / "config.json").is_file():
+        raise SpecError(
+            f"data run through a model, and {str(source)!r} is not a model folder with a "
+            "config.json; name the model: --model MODULE:FUNCTION"
+        )
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise DitherError(
+            'a model folder is built by transformers; run: pip install "dither[hf]"'
+        ) from error
+    config = AutoConfig.from_pretrained(str(source))  # type: ignore[no-untyped-call,unused-ignore]
+    model: nn.Module = AutoModel.from_config(config)
+    return model.float()
+
+
+def _tokenized(lines: list[str], source: Path) -> Iterable[dict[str, Tensor]]:
+    """Batches of sentences of one length, so that none is padded."""
+    vocabulary = source / "tokenizer.json"
+    if not vocabulary.is_file():
+        raise SpecError(f"a text file as --data needs {str(vocabulary)!r}; or write MODULE:NAME")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DitherError('text is cut by tokenizers; run: pip install "dither[hf]"') from error
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(_MOST_TOKENS)
+    rows = sorted((row.ids for row in tokenizer.encode_batch(lines)), key=len)
+    for _, same in groupby(rows, key=len):
+        alike = list(same)
+        for start in range(0, len(alike), _ROWS):
+            ids = torch.tensor(alike[start : start + _ROWS])
+            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
