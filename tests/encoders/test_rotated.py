@@ -134,6 +134,7 @@ def test_zeros_and_constants() -> None:
 
 
 def test_the_rule_for_the_basis() -> None:
-    assert basis_step(10**9, torch.ones(4)) == 2.0**-12
-    assert basis_step(50, torch.ones(16)) == 0.125
-    assert basis_step(50, torch.ones(0)) == 1
+    assert basis_step(torch.ones(2, 1), 1.0) == 0.5
+    assert basis_step(torch.ones(50, 16), 1 / 12) == 0.125
+    assert basis_step(torch.ones(50, 0), 1.0) == 1
+    assert basis_step(torch.ones(50, 16), 0.0) == basis_step(torch.ones(50, 16), 1e-30) == 2.0**-18

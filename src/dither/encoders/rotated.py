@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.grid import grid_steps, in_steps
 from dither.encoders.importance import importance_of
@@ -17,7 +17,10 @@ from dither.formats.factors import MOST_RANK
 from dither.formats.grouping import rows_of
 from dither.formats.rounding import require_floating
 
-_FINEST = 2.0**-12
+_FINEST = 2.0**-18
+
+_TRUST = 1.0
+"""Squared codes that the axes as they were count as."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,8 @@ class Rotated:
     have few large coordinates and many small ones, which an entropy coder with a table for each
     kind of column stores in fewer bytes at the same step and so the same squared error. The
     eigenvectors are stored too, so it pays where rows are many times as many as columns. Axes along
-    which all codes are 0 are left out.
+    which all codes are 0 are left out. What is stored are not the axes themselves, but for the
+    codes that were found the directions and lengths of least error.
 
     Where the type of the tensor is too coarse for the steps, or rows are no more than columns, the
     encoding is that of :class:`GPTQ` without error feedback: nearest codes on a plain grid.
@@ -83,16 +87,39 @@ class Rotated:
             )
         basis = basis.to(matrix.device, torch.float32)
         places = matrix @ basis
-        used = places.abs().amax(0) > 0.5  # rounds to 1 or more
-        fine = self.precision or basis_step(rows, places[:, used].square().mean(0))
-        right = (basis[:, used].T / fine).round()
+        codes = places.round()
+        if float(codes.abs().max()) >= MAX_ALPHABET // 4:
+            return None
+        used = codes.any(0)
+        codes = codes[:, used]
+        axes = _least_squares(codes, matrix, basis[:, used].T)
+        error = float((codes @ axes).sub_(matrix).square_().mean())
+        fine = self.precision or basis_step(codes, error)
+        right = (axes / fine).round()
         scale = grid_steps(steps.float() * fine)
-        axis = 0 if len(scale) > 1 else None
-        grid = Factors(axis=axis, scale_dtype=scale.dtype)
+        grid = Factors(axis=0 if len(scale) > 1 else None, scale_dtype=scale.dtype)
+        shape = tuple(weight.shape)
         try:
+            found = grid.encoded(codes.int(), right.int(), shape, weight.dtype, scale)
+            if grid.comes_back(found):
+                return found
             return grid.assign(weight, {"right": right, "scale": scale})
         except SpecError:
             return None
+
+
+def _least_squares(codes: Tensor, matrix: Tensor, axes: Tensor) -> Tensor:
+    """The axes, ``(rank, columns)``, for which codes have the least error.
+
+    Where most codes of an axis are 0, the others stand for values that are less than a step on
+    average; and a code tells something of other coordinates too. Axes with few codes keep near to
+    what they were.
+    """
+    moments = (codes.T @ codes).double()
+    moments.diagonal().add_(_TRUST)
+    aims = (codes.T @ matrix).double() + _TRUST * axes.double()
+    found: Tensor = torch.linalg.solve(moments, aims).float()
+    return found
 
 
 def principal_axes(matrix: Tensor, worth: Tensor | None = None) -> Tensor:
@@ -113,27 +140,26 @@ def principal_axes(matrix: Tensor, worth: Tensor | None = None) -> Tensor:
     return sorted_axes
 
 
-def basis_step(rows: int, variances: Tensor) -> float:
-    """The grid on which a basis is stored: a power of two.
+def basis_step(codes: Tensor, error: float) -> float:
+    """The grid on which axes are stored: a power of two.
 
-    On a grid of step ``d`` rows, of mean squared length ``t``, leak ``t * d**2 / 12`` into each
-    axis; where that has the variance ``v`` it costs ``t * d**2 / 24 / v`` nats for each code.
-    Each halving of ``d`` costs one bit for each entry of the basis. Codes and entries together take
-    fewest bytes at ``d**2 = 12 * axes * v / (rows * t)``, with ``v`` the harmonic mean. With few
-    rows the basis must at least stay one.
+    On a grid of step ``d``, rows of ``rank`` codes and mean squared length ``t`` get a squared
+    error of ``t * d**2 / 12`` more in each column. Beside an ``error`` that is there already, that
+    costs ``t * d**2 / 24 / error`` nats for each value of the table; each halving of ``d`` costs
+    one bit for each entry of the axes. Both together are least at
+    ``d**2 = 12 * rank * error / (rows * t)``.
 
     Args:
-        rows: of the table.
-        variances: mean squared coordinates along each axis, in steps, ``(axes,)``.
+        codes: ``(rows, rank)``.
+        error: mean squared error of a value in steps, 1/12 on a fine grid.
 
-    >>> basis_step(30_000, torch.ones(400)), basis_step(30_000, torch.tensor([40.0, 0.1]))
-    (0.015625, 0.001953125)
+    >>> basis_step(torch.ones(30_000, 400), 1 / 12)
+    0.0078125
     """
-    if not len(variances):
-        return 1.0
-    held = variances.double() + 1 / 12  # rounding codes adds to what an axis holds
-    share = len(held) ** 2 / float(held.reciprocal().sum() * held.sum())
-    best = min(math.sqrt(12 * share / rows), 0.5 / math.sqrt(len(held)))
+    total = float(codes.square().sum(dtype=torch.float64))
+    if not total or not error > 0:
+        return _FINEST if total else 1.0
+    best = min(math.sqrt(12 * codes.shape[1] * error / total), 0.5 / math.sqrt(codes.shape[1]))
     return 2.0 ** round(math.log2(max(best, _FINEST)))
 
 

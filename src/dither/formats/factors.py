@@ -143,18 +143,48 @@ class Factors(Format):
             part = slice(start, start + size)
             lattice = _Lattice(wide, inverse, sure, steps[part], weight.dtype)
             left[part] = lattice.nearest(matrix[part]).to(torch.int32)
-        codes, zeros = zip(*(_from_zero(part) for part in (left, right)), strict=True)
-        return Encoded(
-            self,
-            tuple(weight.shape),
-            weight.dtype,
-            {
-                "left": codes[0],
-                "right": codes[1],
-                "zero": Codes(torch.tensor(zeros, device=matrix.device), MAX_ALPHABET),
-            },
-            {"scale": scale},
-        )
+        return self.encoded(left, right, tuple(weight.shape), weight.dtype, scale)
+
+    def encoded(
+        self, left: Tensor, right: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scale: Tensor
+    ) -> Encoded:
+        """A tensor from its factors.
+
+        Args:
+            left: ``(rows, rank)`` int32.
+            right: ``(rank, columns)`` int32.
+            shape: of the tensor.
+            dtype: type to restore it to.
+            scale: ``(scales,)`` in ``scale_dtype``.
+
+        Raises:
+            SpecError: shapes do not fit, or sums might not be exact.
+        """
+        (lefts, low), (rights, other) = _from_zero(left), _from_zero(right)
+        zero = Codes(torch.tensor([low, other], device=left.device), MAX_ALPHABET)
+        parts = {"left": lefts, "right": rights, "zero": zero}
+        return Encoded(self, shape, dtype, parts, {"scale": scale})
+
+    def comes_back(self, encoded: Encoded) -> bool:
+        """Whether the decoded tensor is assigned codes that decode alike.
+
+        What :meth:`assign` returns always does; factors found otherwise may lie so close to others
+        that rounding to float32, or to the tensor's type, confuses them.
+        """
+        held = self.params_of(encoded)
+        right = held["right"].double()
+        zero = encoded.codes["zero"].values[0].double()
+        inverse, sure = _inverse(right)
+        rows = rows_of(encoded.shape)[0]
+        steps = held["scale"].float().expand(rows)[:, None]
+        codes = encoded.codes["left"].values.double() - zero
+        if _Lattice(right, inverse, sure, steps, encoded.dtype).is_sure(codes):
+            return True
+        decoded = encoded.decode()
+        try:
+            return torch.equal(self.assign(decoded, held).decode(), decoded)
+        except SpecError:
+            return False
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Exact sums of products, one conversion to float32, one float32 multiplication."""
@@ -251,7 +281,7 @@ class _Lattice:
                 f"a step of {self.steps.abs().min().item():.4g} needs too many codes for this "
                 "tensor; give a larger step, or use Raw()"
             )
-        if self._is_sure(codes):
+        if self.is_sure(codes):
             return codes
         open_rows = torch.arange(len(codes), device=codes.device)
         for _ in range(_SETTLES):
@@ -284,10 +314,10 @@ class _Lattice:
     def _decoded(self, codes: Tensor) -> Tensor:
         return restore(_sums(codes, self.right).mul_(self.steps), self.dtype)
 
-    def _is_sure(self, codes: Tensor) -> bool:
+    def is_sure(self, codes: Tensor) -> bool:
         """Whether errors of the type are so small beside a step that all codes come back."""
-        if self.dtype not in (torch.float32, torch.float64):
-            return False
+        if self.dtype not in (torch.float32, torch.float64) or not codes.numel():
+            return not codes.numel()
         lengths = codes.square().sum(1)
         sizes = self.steps[:, 0].double().abs()
         far = float((sizes * lengths.sqrt()).max()) * float(self.right.square().sum().sqrt())

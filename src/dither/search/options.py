@@ -203,7 +203,7 @@ class _Columns:
 
     def predict(self, step: float) -> tuple[float, float]:
         """Bytes and squared error at a step."""
-        nbytes, error = _predict(self.sample, step, self.numel)
+        nbytes, error = _predict(self.sample, step, self.numel, refitted=self.rows > 0)
         if self.rows and max(-self.sample[0], self.sample[-1]) > step / 2:
             nbytes += self.rows * self.width * BASIS_BITS / 8
         return nbytes, error
@@ -300,14 +300,22 @@ def _short(step: float) -> float:
     return float(torch.tensor(step).bfloat16())
 
 
-def _predict(sample: Floats, step: float, numel: int) -> tuple[float, float]:
-    """Bytes and squared error of a tensor of ``numel`` values from a sorted sample of it."""
+def _predict(
+    sample: Floats, step: float, numel: int, *, refitted: bool = False
+) -> tuple[float, float]:
+    """Bytes and squared error of a tensor of ``numel`` values from a sorted sample of it.
+
+    Where the step is ``refitted``, decoding multiplies codes by what leaves the least error.
+    """
     scaled = sample / step
     found = find_thresholds(scaled, 0.0)
     counts = count(scaled, found.edges)
     ratio = numel / len(sample)
     used = counts > 0
     nearest = np.repeat(found.codes[used], counts[used])
+    if refitted:
+        own = float(np.square(nearest).sum())
+        nearest = nearest * (float((nearest * scaled).sum()) / own if own else 1.0)
     error = float(np.square(scaled - nearest).sum()) * step * step * ratio
     return _coded_nbytes(counts * ratio), max(error, 1e-300)
 
