@@ -90,7 +90,8 @@ def measure(task: str, size: int, split: str, seed: int, folder: Path) -> dict[s
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = {"task": task, "split": split, "budget": size, "seed": seed}
     row |= {"nbytes": path.stat().st_size, "score": round(_score_fresh(task, path, split), 2)}
-    return row | json.loads(done.stdout.splitlines()[-1]) | {"environment": describe()}
+    tried: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row | tried | {"environment": describe()}
 
 
 def main() -> None:
