@@ -55,7 +55,8 @@ FED: Mapping[str, Make] = {
     "nearest": GPTQ,
     "GPTQ": GPTQ,
     "GPTQ, rate": lambda step: GPTQ(step, strength=0.1155, refit=True),
-    "GPTQ, trellis, 8 states": lambda step: Viterbi(step / 2, SLOPE, refit=True),
+    "GPTQ, trellis, 8 states": _trellis(8),
+    "GPTQ, trellis, 64 states": _trellis(64),
 }
 SHAPES = ((1024, 1024), (256, 4096))
 FED_ROWS = 256
@@ -179,7 +180,7 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "dither"
+    mpl.rcParams.update({"svg.hashsalt": "dither", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0))
