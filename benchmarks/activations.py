@@ -102,7 +102,7 @@ def table(results: dict[str, Any]) -> str:
             continue
         lines += ["", f"## {title}", ""]
         lines += ["| | dev | test | test - fp32 |", "| --- | --- | --- | --- |"]
-        names = [row.name for row in rows(task)]
+        names = list(dict.fromkeys([*(row.name for row in rows(task)), *dev, *test]))
         for name in names:
             cells = [
                 f"{found[name]['score']:.2f}" if name in found else "" for found in (dev, test)
