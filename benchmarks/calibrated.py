@@ -55,8 +55,9 @@ def sentences(count: int, seed: int = 0) -> list[Tensor]:
 def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """Sentence embeddings of length 1, ``(rows, width)``: what this model is used for."""
     hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    mean: Tensor = hidden.mean(1)
-    return mean / mean.norm(dim=1, keepdim=True)
+    mean = hidden.mean(1)
+    embedded: Tensor = mean / mean.norm(dim=1, keepdim=True)
+    return embedded
 
 
 def samples_of(task: str, seed: int = 0) -> dither.Samples:
