@@ -13,13 +13,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CON
 CODE := src tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest bench format clean
+.PHONY: help demo test lint pytest bench docs format clean
 
 help:
 	@echo "make demo    show what dither does, in a few minutes"
 	@echo "make test    all checks: lint, types, tests, doctests, README, coverage"
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
 	@echo "make bench   the quick benchmarks"
+	@echo "make docs    the documentation as HTML, in docs/_build/html"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
 
@@ -39,12 +40,17 @@ pytest: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.quick
 
+# Every warning is an error; --keep-going shows them all.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist out dither-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build out dither-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch comes first and alone, at an exact version: an open range can pull in gigabytes of CUDA
@@ -63,4 +69,8 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml
+	$(PIP) -e '.[docs]'
 	touch $@

@@ -1,0 +1,57 @@
+"""Settings of Sphinx for ``make docs``."""
+
+import importlib
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+import dither
+
+project = "dither"
+project_copyright = "the authors of dither"
+release = version = dither.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"dither {release}"
+
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
+
+autodoc_default_options = {"members": True, "no-value": True, "show-inheritance": True}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields stand in the class's own docstring, once
+
+ROOMS = (*dither._ROOMS, "recipes", "model", "checkpoint", "testing")
+
+
+def shorten(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.Element
+) -> nodes.reference | None:
+    """Find what ``dither.Samples`` and ``Samples`` mean: a name of a room, which is documented."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target:
+        return None
+    *_, name = target.rpartition(".")
+    for room in ROOMS:
+        module = importlib.import_module(f"dither.{room}")
+        if name in getattr(module, "__all__", ()) or hasattr(module, name):
+            node["reftarget"] = f"dither.{room}.{name}"
+            kind = node.get("reftype", "obj")
+            found: Any = env.get_domain("py").resolve_xref(
+                env, node["refdoc"], app.builder, kind, node["reftarget"], node, text
+            )
+            if found is not None:
+                return found
+    return None
+
+
+def setup(app: Sphinx) -> None:
+    """Let short names link."""
+    app.connect("missing-reference", shorten)
