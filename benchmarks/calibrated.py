@@ -3,7 +3,7 @@
 ``python -m benchmarks.calibrated --split test`` gives each model, its samples and a size to
 ``dither.compress``, saves the file, loads it in a fresh process and scores that. Sizes are those
 that NNCodec reaches, as in ``benchmarks.data_free``. Rows tell what each trial brought, how long it
-all took, and the peak memory of the process. Rows that exist are not computed again.
+all took (``cpu_seconds``: of all cores, imports included), and the peak memory of the process. Rows that exist are not computed again.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def compress(task: str, size: int, path: Path, seed: int) -> Mapping[str, Any]:
     archive = dither.compress(model, size, data=data)
     archive.save(path)
     seconds = time.monotonic() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak, cpu = used.ru_maxrss / 1024, used.ru_utime + used.ru_stime
     trials = [asdict(trial) for trial in archive.trials if isinstance(trial, Trial)]
-    return {"seconds": round(seconds, 1), "peak_mib": round(peak), "trials": trials}
+    row = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_mib": round(peak)}
+    return {**row, "trials": trials}
 
 
 def measure(task: str, size: int, split: str, seed: int, folder: Path) -> dict[str, Any]:
