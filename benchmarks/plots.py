@@ -15,8 +15,8 @@ OURS = {
     "dither": ("o", "-", "#005fa8"),
     "dither-data": ("s", "-", "#002b4d"),
     "dither-train": ("D", "-", "#000000"),
-    "dither-noise": ("^", "", "#005fa8"),
-    "dither-diffq": ("v", "", "#005fa8"),
+    "dither-noise": ("^", "none", "#005fa8"),
+    "dither-diffq": ("v", "none", "#005fa8"),
 }
 """Mark, line and colour; all dark, where peers are light."""
 MARKS = "v^<>pXPdhH8*"
@@ -104,10 +104,10 @@ def score_against_bytes(rows: Sequence[Row], task: str, path: Path) -> bool:
             if any(errors):
                 axes.errorbar(xs, ys, errors, fmt="none", ecolor=color, capsize=3, zorder=2)
         else:
-            mark, line, color = MARKS[number % len(MARKS)], "", "0.45"
+            mark, line, color = MARKS[number % len(MARKS)], "none", "0.45"
             style = {"color": color, "mfc": "white" if number % 2 else "0.75", "ms": 6, "lw": 1.0}
             number += 1
-        axes.plot(xs, ys, line, marker=mark, label=method, **style)
+        axes.plot(xs, ys, ls=line, marker=mark, label=method, **style)
     if original is not None:
         axes.axhline(original, color="black", lw=1.0, ls="--", label="fp32")
     _finish_scores(axes, task, (low, high), outside)
@@ -131,7 +131,10 @@ def _finish_scores(axes: Any, task: str, limits: tuple[float, float], outside: i
         where, side = (0.98, "top") if TASKS[task].less else (0.02, "bottom")
         text = f"{outside} row{'s' if outside > 1 else ''} outside: see the table"
         axes.text(0.5, where, text, transform=axes.transAxes, ha="center", va=side, fontsize=8)
-    axes.legend(fontsize=8, ncols=1, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for text in legend.get_texts():
+        if text.get_text() in OURS:
+            text.set_fontweight("bold")
 
 
 def _si(nbytes: float) -> str:

@@ -257,6 +257,7 @@ def main() -> int:
     if not os.environ.get("DITHER_DATA"):
         print("DITHER_DATA is not set: nothing is measured on models.", flush=True)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     wanted = runs(options.which)
     if options.which == "full":
         wanted += runs_of_peers(place)
