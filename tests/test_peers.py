@@ -1,0 +1,198 @@
+"""The contract of peers: rows, files, environments; no peer's own package is needed."""
+
+import ast
+import json
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.peers import collect, container, contract, plain, setup
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "peers"
+NEEDED = ("peer", "version", "setting", "task", "split", "torch")
+FIGURES = ("nbytes", "nbytes_zstd", "score", "seconds", "peak_mb")
+
+
+def imports(path: Path) -> set[str]:
+    """First names of what a file imports, by statement or by name through importlib."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            found |= {str(a.value) for a in node.args if isinstance(a, ast.Constant)}
+    return {name.partition(".")[0] for name in found}
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 8)
+        self.norm = nn.BatchNorm1d(8)
+        nn.init.normal_(self.layer.weight)
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> contract.Task:
+    torch.manual_seed(0)
+    original = Tiny().eval()
+
+    def load() -> nn.Module:
+        model = Tiny().eval()
+        model.load_state_dict(original.state_dict())
+        return model
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module, split: str) -> float:
+        assert split in {"dev", "test"}
+        off = model.get_parameter("layer.weight") - original.layer.weight
+        return 100 - float(off.square().sum().sqrt())
+
+    module = SimpleNamespace(load=load, evaluate=evaluate)
+    monkeypatch.setattr(contract.Task, "_module", lambda _: module)
+    coder = SimpleNamespace(compress=zlib.compress)
+    fake = SimpleNamespace(ZstdCompressor=lambda level: coder)
+    monkeypatch.setitem(sys.modules, "zstandard", fake)
+    return contract.Task("resnet20_cifar10")
+
+
+def test_a_row_has_all_figures(task: contract.Task, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_bytes(bytes(1000))  # of an earlier run: does not count
+    rows = {
+        label: contract.measure(plain.PEER, label, task, "dev", tmp_path / "out")
+        for label in plain.SETTINGS
+    }
+    assert all(set(row) == {*NEEDED, *FIGURES} for row in rows.values())
+    assert rows["fp32"]["score"] == 100
+    assert 99.9 < rows["int8"]["score"] < rows["fp16"]["score"] < 100
+    file = tmp_path / "out" / plain.FILE
+    assert rows["int8"]["nbytes"] == file.stat().st_size < rows["fp32"]["nbytes"]
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_what_a_file_lacks_shows_in_the_score(task: contract.Task, tmp_path: Path) -> None:
+    def restore(task: contract.Task, _setting: str, folder: Path) -> nn.Module:
+        return task.blank()
+
+    lazy = contract.Peer("lazy", "0", {"fp16": None}, plain.compress, restore)
+    row = contract.measure(lazy, "fp16", task, "test", tmp_path / "out")
+    assert row["score"] is None
+    blank = task.blank()
+    assert all(t.isnan().all() for t in blank.state_dict().values() if t.is_floating_point())
+
+
+def test_a_failure_is_a_row_with_the_error(task: contract.Task, tmp_path: Path) -> None:
+    def compress(task: contract.Task, _setting: str, folder: Path) -> None:
+        raise NotImplementedError("no kernel")
+
+    peer = contract.Peer("broken", "1", {"a": None}, compress, plain.restore)
+    row = contract.measure(peer, "a", task, "test", tmp_path / "out")
+    assert set(row) == {*NEEDED, "error"}
+    assert row["error"] == "NotImplementedError: no kernel"
+
+
+def test_settings_may_differ_between_tasks() -> None:
+    only = {"minilm_stsb": ["b"]}
+    peer = contract.Peer("p", "1", {"a": 0, "b": 1}, plain.compress, plain.restore, only=only)
+    assert peer.labels("minilm_stsb") == ["b"]
+    assert peer.labels("resnet20_cifar10") == peer.labels(None) == ["a", "b"]
+
+
+def test_states_are_halved_and_widened() -> None:
+    state = {"weight": torch.tensor([1.0, 2.5]), "count": torch.tensor(3)}
+    half = contract.halved(state)
+    assert half["weight"].dtype == torch.float16
+    back = contract.widened(half)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_codes_come_back(bits: int) -> None:
+    codes = torch.randint(2**bits, (3, 7), generator=torch.Generator().manual_seed(bits))
+    packed = container.pack(codes, bits)
+    assert packed.numel() == -(-21 * bits // 8)
+    assert torch.equal(container.unpack(packed, bits, 21).reshape(3, 7), codes.to(torch.uint8))
+
+
+def test_a_container_keeps_every_kind(tmp_path: Path) -> None:
+    codes = torch.arange(16).reshape(2, 8) % 8
+    scale, zero = torch.tensor([0.5, 1, 2, 4]), torch.tensor([0.0, 1, 2, 3])
+    tables = torch.arange(16.0).reshape(2, 8)
+    book = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).half()
+    words = torch.tensor([[0, 3], [1, 2]])
+    file = container.Container()
+    file.plain("bias", torch.tensor([0.25, 0.5]))
+    file.plain("count", torch.tensor(7))
+    file.affine("affine", codes, 3, (scale, zero))
+    file.affine("symmetric", codes, 3, (scale, torch.full((4,), 4.0)))
+    file.tables("tables", codes, 3, tables)
+    file.vectors("vectors", words, 2, book, (2, 6))
+    file.write(tmp_path)
+    found = container.read(tmp_path)
+    grouped = codes.reshape(4, 4)
+    expected = {
+        "bias": torch.tensor([0.25, 0.5]),
+        "count": torch.tensor(7),
+        "affine": ((grouped - zero[:, None]) * scale[:, None]).reshape(2, 8),
+        "symmetric": ((grouped - 4) * scale[:, None]).reshape(2, 8),
+        "tables": torch.stack([tables[0][codes[0]], tables[1][codes[1]]]),
+        "vectors": book.float()[words].reshape(2, 6),
+    }
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_environments_are_pinned_and_each_has_a_module() -> None:
+    environments = setup.read()
+    for name, about in environments["peers"].items():
+        assert (FOLDER / f"{name}.py").is_file()
+        wanted = [*environments["common"], *about["requires"], *about.get("bare", [])]
+        loose = [r for r in [environments["torch"], *wanted] if "==" not in r]
+        assert loose == []
+        assert not [r for r in wanted if setup.name_of(r) == "torch"]
+
+
+def test_torch_comes_first_alone_and_stays() -> None:
+    environments = setup.read()
+    for name, about in environments["peers"].items():
+        first, second, *rest = setup.commands(environments, name, "URL")
+        assert first == ["install", environments["torch"], "--index-url", "URL"]
+        assert second[:3] == ["install", "-c", "{torch}"]
+        assert all("--no-deps" in call for call in rest)
+        assert bool(rest) == bool(about.get("bare"))
+    chosen = setup.requirements(environments, "nncodec")
+    assert "numpy==1.26.4" in chosen
+    assert not any(r.startswith("numpy==2") for r in chosen)
+
+
+def test_peers_and_tasks_need_no_dither() -> None:
+    sources = [*FOLDER.glob("*.py"), *(ROOT / "benchmarks" / "tasks").glob("*.py")]
+    assert len(sources) > 10
+    assert [path.name for path in sources if "dither" in imports(path)] == []
+
+
+@pytest.mark.parametrize("module", [setup, collect])
+def test_set_up_needs_the_standard_library_only(module: object) -> None:
+    found = imports(Path(str(getattr(module, "__file__", ""))))
+    assert found
+    assert found - {"benchmarks"} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", sorted(collect.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_results_keep_the_contract(path: Path) -> None:
+    found = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    assert found["environment"]["packages"]
+    keys = [tuple(row[k] for k in collect.KEY) for row in found["rows"]]
+    assert len(set(keys)) == len(keys)
+    for row in found["rows"]:
+        assert row["peer"] == path.stem
+        assert "error" in row or set(row) == {*NEEDED, *FIGURES}
