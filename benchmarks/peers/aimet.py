@@ -1,9 +1,9 @@
 """AIMET: integers by channel with ranges of least squared error, or sequential MSE, by Qualcomm.
 
-``QuantizationSimModel`` with its default configuration, per channel, without quantizing activations;
-``int4-seqmse`` searches ranges layer by layer with training data. What it exports, floats and
-encodings, is for other runtimes, so the file is our plain container with its integers and scales. It
-imports torchvision, which is not needed for this: a stand-in takes its place.
+``QuantizationSimModel`` with its default configuration, per channel, and no quantizers of
+activations; ``int4-seqmse`` searches ranges layer by layer with training data. What it exports,
+floats and encodings, is for other runtimes, so the file is our plain container with its integers
+and scales. It imports torchvision, which is not needed for this: a stand-in takes its place.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def simulated(model: nn.Module, dummy: tuple[Tensor, ...], bits: int) -> Any:  #
     )
     for module in sim.model.modules():
         for kind in ("input_quantizers", "output_quantizers"):
-            quantizers = getattr(module, kind, ())
+            quantizers: Any = getattr(module, kind, [])
             for i in range(len(quantizers)):
                 quantizers[i] = None
     return sim
