@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.ablation`` compresses each model at two sizes with one step size for all
 matrices, with steps that grow with the cube root of a tensor's size, with error feedback from
-prior second moments too, with token rows by frequency (the default), and with codes on a trellis.
+prior second moments too, with token rows by frequency, with token tables in a basis of their own,
+with steps refitted to their codes (the default), and with codes of the other matrices on a trellis.
 """
 
 from __future__ import annotations
@@ -34,17 +35,27 @@ def _one_step(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
     count = sum(w.value.numel() for w in matrices)
     mean = sum(w.sensitivity * w.value.numel() for w in matrices) / count
     return {
-        name: replace(w, sensitivity=mean, rows=None, gram=None) if w.value.ndim > 1 else w
+        name: replace(w, sensitivity=mean, rows=None, gram=None, basis=None)
+        if w.value.ndim > 1
+        else w
         for name, w in full.items()
     }
 
 
 def _cube_root(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
-    return {n: replace(w, rows=None, gram=None) for n, w in data_free(tensors).items()}
+    return {n: replace(w, gram=None) for n, w in _feedback(tensors).items()}
 
 
 def _feedback(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
-    return {n: replace(w, rows=None) for n, w in data_free(tensors).items()}
+    return {n: replace(w, rows=None) for n, w in _frequency(tensors).items()}
+
+
+def _frequency(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+    return {n: replace(w, basis=None) for n, w in _basis(tensors).items()}
+
+
+def _basis(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+    return {n: replace(w, refit=False) for n, w in data_free(tensors).items()}
 
 
 def _trellis(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
@@ -58,7 +69,9 @@ VARIANTS: dict[str, Sensitivity] = {
     "one step for all": _one_step,
     "steps by size": _cube_root,
     "and error feedback": _feedback,
-    "and token frequency (default)": data_free,
+    "and token frequency": _frequency,
+    "and a basis for token tables": _basis,
+    "and refitted steps (default)": data_free,
     "and a trellis": _trellis,
 }
 

@@ -27,6 +27,8 @@ _GRID_NBYTES = GRID_INDEX_NBYTES + 5.0
 _KINDS = 12
 """Kinds of columns that predictions tell apart where there is a basis; the coder has up to 16."""
 
+_LEAST_LEFT = 1e-3
+
 BASIS_BITS = 4.0
 """Bits of an entry of a basis, about."""
 _DAMPING = 32.0
@@ -59,6 +61,7 @@ class Weighted:
             option; its own step is not used. None for a scalar grid.
         basis: orthonormal ``(columns, columns)``, in which a table of many rows is rounded: see
             :class:`Rotated`. Then ``gram`` and ``trellis`` are not used.
+        refit: whether steps are fitted to their codes afterwards, as :class:`GPTQ` does it.
     """
 
     value: Tensor
@@ -68,6 +71,7 @@ class Weighted:
     coarsest: float | None = None
     trellis: Viterbi | None = None
     basis: Tensor | None = None
+    refit: bool = False
 
     def every(self, stride: int) -> Weighted:
         """The same of every ``stride``-th row."""
@@ -109,7 +113,7 @@ class Option:
         stats = Stats(gram=tensor.gram) if self.fed else None
         if tensor.trellis is not None and self.fed:
             return replace(tensor.trellis, step=steps / 2).encode(tensor.value, stats)
-        return GPTQ(steps).encode(tensor.value, stats)
+        return GPTQ(steps, refit=tensor.refit and self.fed).encode(tensor.value, stats)
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,11 @@ class _Columns:
     numel: int
     rows: int = 0
     width: int = 0
+
+    @property
+    def energy(self) -> float:
+        """The sum of their squares."""
+        return float(np.square(self.sample).mean()) * self.numel
 
     def predict(self, step: float) -> tuple[float, float]:
         """Bytes and squared error at a step."""
@@ -315,14 +324,23 @@ def _predict(
     nearest = np.repeat(found.codes[used], counts[used])
     if refitted:
         own = float(np.square(nearest).sum())
-        nearest = nearest * (float((nearest * scaled).sum()) / own if own else 1.0)
-    error = float(np.square(scaled - nearest).sum()) * step * step * ratio
+        scaled = scaled - nearest * (float((nearest * scaled).sum()) / own if own else 0.0)
+    else:
+        scaled = scaled - nearest
+    error = float(np.square(scaled).sum()) * step * step * ratio
     return _coded_nbytes(counts * ratio), max(error, 1e-300)
 
 
 def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:
+    """Bytes, and what counts as squared error."""
     parts = [part.predict(step) for part in columns]
-    return sum(nbytes for nbytes, _ in parts), sum(error for _, error in parts)
+    nbytes, error = (sum(part) for part in zip(*parts, strict=True))
+    if not columns[0].rows:
+        return nbytes, error
+    # Axes fitted to their codes leave rows shorter by their error. What follows a token table sees
+    # directions: of an error that is the share e of all, there is e / (1 - e) to what is left.
+    energy = sum(part.energy for part in columns)
+    return nbytes, error / max(1 - error / energy, _LEAST_LEFT)
 
 
 def _raw_nbytes(value: Tensor) -> float:
