@@ -12,12 +12,18 @@ from dither.archive import code
 from dither.calibrate import Sequence, Sequenced
 from dither.core import Encoded, Encoder, Stats
 from dither.encoders.gptq import GPTQ
+from dither.encoders.outputs import retargeted
+from dither.encoders.rdo import HIGH_RATE_STRENGTH
+from dither.encoders.trellis import Viterbi
 from dither.search.budget import BudgetSearch, Progress
 from dither.search.calibrated import lean
 from dither.search.options import Option, Weighted
 
 DAMPING = 0.1
 """Of second moments, as a share of their mean diagonal: samples are few, and will differ."""
+
+RATE = 4 * HIGH_RATE_STRENGTH
+"""Lambda of the trellis, in its squared steps, which are a quarter of a grid's, for each bit."""
 
 _LEARNING_SHARE = 4
 """The first round, which only learns how many bytes layers take, reads one in so many batches."""
@@ -34,6 +40,8 @@ _NEAR, _NEAR_NBYTES = 0.005, 8
 
 
 _ATTEMPTS = 3
+_WORTH_A_TRELLIS = 4096
+_MATRIX = 2
 
 
 class SequencedSearch:
@@ -151,6 +159,13 @@ def _finer(option: Option, octaves: float) -> Option:
     return replace(option, step=float(torch.tensor(option.step * 2.0**-octaves).bfloat16()))
 
 
+def _is_worth_a_trellis(weight: Tensor, stats: Stats) -> bool:
+    """Whether its second table is paid for, and one matrix of moments holds for all outputs."""
+    if stats.gram is None or stats.cross is None or stats.outputs or stats.gram.ndim != _MATRIX:
+        return False
+    return weight.numel() >= _WORTH_A_TRELLIS
+
+
 @dataclass(frozen=True, eq=False)
 class _Turn:
     """The encoder of one weight."""
@@ -159,11 +174,16 @@ class _Turn:
     name: str
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
-        """By GPTQ, with the step that the budget allows."""
+        """On a trellis, or a grid for small weights, with the step that the budget allows."""
         weighted: Weighted = self.left.search.tensor(self.name)
         leaning = None if stats is None else lean(stats, weighted.gram)
 
         def encode(option: Option) -> Encoded:
-            return GPTQ(option.steps(weighted), damping=DAMPING).encode(weight, leaning)
+            steps = option.steps(weighted)
+            if leaning is None or not _is_worth_a_trellis(weight, leaning):
+                return GPTQ(steps, damping=DAMPING).encode(weight, leaning)
+            aim = retargeted(weight, leaning, DAMPING)
+            search = Viterbi(steps / 2, RATE, damping=DAMPING, refit=True)
+            return search.encode(aim, Stats(gram=leaning.gram))
 
         return self.left.encode(self.name, encode)
