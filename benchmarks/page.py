@@ -73,8 +73,17 @@ def cells(group: Group, original: Group | None) -> list[str]:
     ]
 
 
-TITLES = ("bytes", "smaller", "method, setting", "score", "- fp32", "seeds", "s", "MB of memory")
-TITLES = (*TITLES, "commit or version")
+TITLES = (
+    "bytes",
+    "smaller",
+    "method, setting",
+    "score",
+    "- fp32",
+    "seeds",
+    "s",
+    "MB of memory",
+    "commit or version",
+)
 
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -165,14 +174,13 @@ def more(folders: Sequence[Path]) -> list[str]:
         lines += ["", "## Distance from the rate-distortion bound", ""]
         lines += ["![Gap](plots/coding_gap.png)", ""]
         lines.append(f"Source: {plots.GAUSSIAN} independent normal numbers; bits for each weight.")
-        told = [
-            (method, *(f"{y:.3f} at {x:.2f}" for x, y in points))
+        every = [
+            [method, *(f"{y:.3f} at {x:.2f}" for x, y in points)]
             for method, points in plots.gaps(gap).items()
         ]
-        most = max((len(line) for line in told), default=1)
-        heads = ("method", *("bits above the bound" for _ in range(most - 1)))
-        padded = [(*line, *[""] * (most - len(line))) for line in told]
-        lines += ["", *table(heads, padded)]
+        most = max((len(line) for line in every), default=1)
+        heads = ["method", *["bits above the bound, at bits"] * (most - 1)]
+        lines += ["", *table(heads, [line + [""] * (most - len(line)) for line in every])]
     return lines
 
 

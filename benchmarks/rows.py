@@ -136,6 +136,14 @@ def from_peers(results: Path) -> Iterator[Row]:
                 yield _of_peer(run, values, {"machine": found.get("machine", "")})
 
 
+def from_data_free(results: Path) -> Iterator[Row]:
+    """What ``benchmarks.data_free`` wrote, on test."""
+    found = _json(results / "data_free_test.json")
+    for values in found.get("rows", []):
+        run = Run(values["task"], "dither", str(values["budget"]))
+        yield _row(run, values, found)
+
+
 def from_training(results: Path) -> Iterator[Row]:
     """What ``benchmarks.train_resnet20`` and ``benchmarks.train_minilm`` wrote, on test."""
     for name, task in (("resnet20", "resnet20_cifar10"), ("minilm", "minilm_stsb")):
@@ -175,7 +183,7 @@ def from_diffq(results: Path) -> Iterator[Row]:
 
 def recorded(results: Path) -> dict[Run, Row]:
     """All rows of a folder; of two for one run, the runner's."""
-    sources = (from_diffq, from_ordering, from_training, from_peers, from_runs)
+    sources = (from_data_free, from_diffq, from_ordering, from_training, from_peers, from_runs)
     return {row.run: row for source in sources for row in source(results)}
 
 

@@ -1,0 +1,311 @@
+"""The benchmarks' runner, rows, verdicts and page, on runs that take milliseconds."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dither
+from benchmarks import measure, page, plots, runner
+from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
+from benchmarks.rows import Row, groups, read, recorded, result_path
+from benchmarks.runner import Place, call, execute, to_do
+from benchmarks.verdicts import beaten, verdicts
+
+ROOT = Path(__file__).parents[1]
+ONE, TWO = Run("lm_ptb", "dither", "290000", 0), Run("lm_ptb", "dither", "290000", 1)
+GOOD = 'print("noise"); print(\'{"nbytes": 9, "score": 1.5, "seconds": 2}\')'
+
+
+@dataclass(frozen=True)
+class Fake(Place):
+    """Runs a line of Python for each run, and notes that it did."""
+
+    scripts: dict[Run, str] = field(default_factory=dict)
+    called: list[Run] = field(default_factory=list)
+
+    def command(self, run: Run) -> list[str]:
+        self.called.append(run)
+        return [sys.executable, "-c", self.scripts.get(run, GOOD)]
+
+
+def place(folder: Path, scripts: dict[Run, str] | None = None, limit: float = 60) -> Fake:
+    return Fake(results=folder, limit=limit, scripts=scripts or {})
+
+
+def result(folder: Path, run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result_path(folder, run).read_text(encoding="utf-8"))
+    return found
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_process_is_its_own() -> None:
+    # In a small process, as the runner is: a child begins with the peak of its parent.
+    code = """
+import sys
+from benchmarks.runner import call
+peaks = [call([sys.executable, "-c", c], 60).peak_mb for c in ("", "bytearray(80_000_000)")]
+print(peaks[1] - peaks[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert 60 < float(done.stdout) < 100
+
+
+def test_a_process_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    later = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {later!r}])"
+    ended = call([sys.executable, "-c", script], 0.5)
+    assert ended.status is None
+    time.sleep(1.6)
+    assert not mark.exists()
+
+
+def test_the_runner_stays_small() -> None:
+    code = "import sys, benchmarks.runner; sys.exit(bool({'torch', 'numpy'} & {*sys.modules}))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def test_runs_with_a_result_are_not_repeated(tmp_path: Path) -> None:
+    fake = place(tmp_path)
+    assert execute(to_do([ONE], ["*"], fake, retry=False), fake) == 0
+    assert result(tmp_path, ONE).items() >= {"nbytes": 9, "score": 1.5, "seed": 0}.items()
+    assert execute(to_do([ONE, TWO], ["*"], fake, retry=True), fake) == 0
+    assert fake.called == [ONE, TWO]
+    assert {row.run for row in recorded(tmp_path).values()} == {ONE, TWO}
+
+
+def test_an_interrupt_leaves_what_was_done_and_no_part(tmp_path: Path) -> None:
+    class Stops(Fake):
+        def command(self, run: Run) -> list[str]:
+            if run == TWO:
+                raise KeyboardInterrupt
+            return super().command(run)
+
+    with pytest.raises(KeyboardInterrupt):
+        execute([ONE, TWO], Stops(results=tmp_path))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["dither-290000-0.json"]
+    assert to_do([ONE, TWO], ["*"], place(tmp_path), retry=False) == [TWO]
+
+
+def test_errors_are_rows_with_the_exact_message(tmp_path: Path) -> None:
+    scripts = {ONE: "raise ValueError('no such thing: 7')", TWO: "print('done')"}
+    fake = place(tmp_path, scripts)
+    assert execute([ONE, TWO], fake) == 2
+    assert result(tmp_path, ONE)["error"] == "exit status 1: ValueError: no such thing: 7"
+    assert result(tmp_path, TWO)["error"] == "it printed no row, but 'done\\n'"
+    assert to_do([ONE], ["*"], fake, retry=False) == []
+    assert to_do([ONE], ["*"], fake, retry=True) == [ONE]
+
+
+def test_a_run_beyond_its_time_is_a_row(tmp_path: Path) -> None:
+    fake = place(tmp_path, {ONE: "import time; time.sleep(30)"}, limit=0.3)
+    assert execute([ONE], fake) == 1
+    assert result(tmp_path, ONE)["error"] == "it took more than 0 s"
+
+
+def test_globs_choose(tmp_path: Path) -> None:
+    wanted = to_do([ONE, TWO], ["lm_ptb/*-1", "minilm*"], place(tmp_path), retry=False)
+    assert wanted == [TWO]
+
+
+def test_messages_do_not_name_folders() -> None:
+    assert runner.cleaned(f"{ROOT}/x in {sys.prefix}") == "./x in PYTHON"
+
+
+# --- what there is to run ------------------------------------------------------------------------
+
+
+def test_training_has_three_seeds_and_no_run_comes_twice() -> None:
+    full = runs("full")
+    assert len({run.name for run in full}) == len(full)
+    assert set(runs("quick")) <= set(full)
+    assert {run.task for run in full} == set(TASKS)
+    trained = [run for run in full if run.method in {"dither-train", "dither-noise"}]
+    trained += [run for run in full if not TASKS[run.task].checkpoint]
+    for run in trained:
+        assert {Run(run.task, run.method, run.setting, seed) for seed in SEEDS} <= set(full)
+
+
+# --- verdicts and page ---------------------------------------------------------------------------
+
+
+def rows_of(*found: tuple[str, str, int, float], task: str = "minilm_stsb") -> list[Row]:
+    seeds: dict[tuple[str, str], int] = {}
+    rows = []
+    for method, setting, nbytes, score in found:
+        seed = seeds[method, setting] = seeds.get((method, setting), -1) + 1
+        rows.append(Row(Run(task, method, setting, seed), nbytes, score))
+    return rows
+
+
+def wins(rows: list[Row], task: str = "minilm_stsb") -> list[bool | None]:
+    found = verdicts(groups(rows, task), task)
+    return [None if v.ours is None else v.peer_wins for v in found]
+
+
+def test_only_files_of_as_many_bytes_count() -> None:
+    ours = ("dither", "100", 100, 80.0), ("dither", "50", 50, 70.0)
+    assert wins(rows_of(*ours, ("nncf", "a", 100, 79.9))) == [False]
+    assert wins(rows_of(*ours, ("nncf", "a", 99, 79.9))) == [True]
+    assert wins(rows_of(*ours, ("nncf", "a", 49, 10.0))) == [None]
+    assert wins(rows_of(*ours, ("nncf", "a", 100, 80.0))) == [False]
+
+
+def test_perplexity_is_better_when_less() -> None:
+    rows = rows_of(("dither", "100", 100, 80.0), ("nncf", "a", 100, 79.0), task="lm_ptb")
+    assert wins(rows, "lm_ptb") == [True]
+
+
+def test_seeds_count_by_their_mean_and_largest_file() -> None:
+    rows = rows_of(
+        ("dither-train", "100", 90, 81.0), ("dither-train", "100", 100, 79.0), ("nncf", "a", 99, 1)
+    )
+    assert wins(rows) == [None]
+    rows[-1] = Row(rows[-1].run, 100, 80.5)
+    assert wins(rows) == [True]
+    assert "mean of 2 seeds" in beaten(verdicts(groups(rows, "minilm_stsb"), "minilm_stsb"))[2]
+
+
+def test_the_original_model_is_no_method_of_ours() -> None:
+    assert wins(rows_of(("fp32", "none", 100, 99.0), ("nncf", "a", 100, 1.0))) == [None]
+
+
+def test_the_page_says_first_where_a_peer_is_better() -> None:
+    rows = rows_of(
+        ("fp32", "none", 400, 82.0),
+        ("dither", "100", 98, 80.25),
+        ("nncf", "int4", 99, 80.75),
+        ("hqq", "int8", 200, 80.0),
+    )
+    rows.append(Row(Run("minilm_stsb", "aimet", "w4"), error="KeyError: 'a|b'"))
+    text = page.page(rows, [])
+    task = text[text.index("## all-MiniLM-L6-v2 on STS-B") :]
+    claim = "- nncf int4 scores 80.75 with 99 bytes, 0.50 better than 80.25 (dither 100, 98 bytes)."
+    assert "**Peers beat us once**, of 2 rows compared:" in task
+    assert 0 < task.index(claim) < task.index("| bytes |")
+    assert "| 98 | 4.1 | **dither 100** | 80.25 | -1.75 | 0 |" in task
+    assert "| aimet w4 | `KeyError: 'a\\|b'` |" in task
+    assert "hqq int8 scores" not in task
+    assert "nncodec" in task[task.index("Peers not run on this task:") :].splitlines()[0]
+    assert "dither-train 2670000 (0 1 2)" in task
+    without = page.page(rows[:2] + rows[3:], [])
+    assert "No peer beats us at its size, of 1 row compared." in without
+
+
+def test_tables_hold_the_numbers_of_their_files(tmp_path: Path) -> None:
+    rows = read([ROOT / "benchmarks" / "results"])
+    text = page.page(rows, [])
+    scored = [row for row in rows if row.score is not None and not row.error]
+    assert {row.run.method for row in scored} & set(METHODS)
+    for row in (row for row in scored if not row.run.ours):
+        assert f"| {row.run.method} {row.run.setting} | {row.score:.2f} |" in text
+        assert f"| {row.nbytes:,} |" in text
+
+
+def test_rows_of_a_later_folder_win(tmp_path: Path) -> None:
+    for name, score in (("old", 1.0), ("new", 2.0)):
+        row: dict[str, Any] = {"task": "lm_ptb", "method": "dither", "setting": "290000"}
+        row |= {"seed": 0, "nbytes": 5, "score": score}
+        runner.write(result_path(tmp_path / name, ONE), row)
+    assert [row.score for row in read([tmp_path / "old", tmp_path / "new"])] == [2.0]
+
+
+def test_the_smaller_count_of_a_peer_is_taken(tmp_path: Path) -> None:
+    row = {"peer": "nncf", "version": "1", "setting": "int8", "task": "minilm_stsb"}
+    row |= {"split": "test", "nbytes": 100, "nbytes_zstd": 90, "score": 5.0}
+    dev = row | {"split": "dev", "nbytes_zstd": 1}
+    (tmp_path / "peers").mkdir()
+    text = json.dumps({"rows": [row, dev]})
+    (tmp_path / "peers" / "nncf.json").write_text(text, encoding="utf-8")
+    (found,) = read([tmp_path])
+    assert (found.nbytes, found.commit) == (90, "1")
+    assert found.remark == "zstd -19; 100 bytes as written"
+
+
+def test_plots_repeat_and_are_small(tmp_path: Path) -> None:
+    rows = rows_of(
+        ("fp32", "none", 4000, 82.0),
+        ("dither", "100", 98, 80.25),
+        ("dither-train", "100", 98, 80.25),
+        ("dither-train", "100", 99, 80.5),
+        ("nncf", "int4", 99, 80.75),
+        ("nncf", "int2", 40, 2.0),
+    )
+    for name in ("one", "two"):
+        assert plots.score_against_bytes(rows, "minilm_stsb", tmp_path / name)
+    svg = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert svg == (tmp_path / "two.svg").read_text(encoding="utf-8")
+    for label in ("dither-train", "nncf", "fp32", "1 row outside"):
+        assert label in svg
+    assert (tmp_path / "one.png").stat().st_size < 150_000
+    assert not plots.score_against_bytes(rows, "lm_ptb", tmp_path / "none")
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+        self.output = nn.Linear(16, 50, bias=False)
+        self.output.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.output(self.table(ids))
+        return logits
+
+
+@pytest.fixture
+def tied(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Tied]:
+    def load(*_: object) -> Tied:
+        torch.manual_seed(0)
+        return Tied().eval()
+
+    def evaluate(_: str, model: nn.Module, __: str) -> float:
+        return float(model.get_parameter("table.weight").detach().square().sum())
+
+    monkeypatch.setattr(measure, "load", load)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    return load
+
+
+def test_a_file_is_made_within_its_budget_and_scored_alone(
+    tied: Callable[[], Tied], tmp_path: Path
+) -> None:
+    run = Run("lm_ptb", "dither", "1500")
+    path, figures = measure.make(run, tmp_path)
+    assert path is not None
+    assert path.stat().st_size <= 1500
+    assert figures["seconds"] >= 0
+    whole = float(tied().table.weight.detach().square().sum())
+    assert measure.score(run, path, tmp_path) == pytest.approx(whole, rel=0.05)
+    assert measure.score(run, path, tmp_path) != whole
+
+
+def test_nothing_of_the_original_counts(tied: Callable[[], Tied], tmp_path: Path) -> None:
+    dither.compress({"other": torch.ones(3)}, 1000).save(tmp_path / "x.dither")
+    with pytest.raises(SystemExit, match="does not fit"):
+        measure.score(ONE, tmp_path / "x.dither", tmp_path)
+
+
+def test_fp32_counts_a_tied_weight_once(tied: Callable[[], Tied], tmp_path: Path) -> None:
+    path, figures = measure.make(Run("lm_ptb", "fp32", "none"), tmp_path)
+    assert path is None
+    assert figures["nbytes"] == 50 * 16 * 4
