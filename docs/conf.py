@@ -28,7 +28,10 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields stand in the class's own docstring, once
 
-ROOMS = (*dither._ROOMS, "recipes", "model", "checkpoint", "testing")
+ROOMS = (
+    *("core", "formats", "encoders", "calibrate", "rewrite", "archive", "search", "train"),
+    *("report", "activations", "recipes", "checkpoint", "testing"),
+)
 
 
 def shorten(

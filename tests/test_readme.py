@@ -1,9 +1,11 @@
 """The README and the documentation do what they say: their blocks are executed, in order.
 
 Python blocks of one document share a namespace and a folder; a line ``$ dither ...`` in a console
-or bash block runs the command line in that folder. Blocks marked ``python no-run`` are not run.
+or bash block runs the command line in that folder. Blocks marked ``python no-run`` are not run, and
+those marked ``python needs=PACKAGE`` only where that optional package is installed.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -24,13 +26,19 @@ class Block(NamedTuple):
     code: str
 
 
+def has_packages(words: str) -> bool:
+    """Whether what ``needs=`` names is installed."""
+    needed = re.findall(r"needs=(\w+)", words)
+    return all(importlib.util.find_spec(name) is not None for name in needed)
+
+
 def blocks(path: Path) -> list[Block]:
     """The blocks that can be run, with the line on which their code begins."""
     text = path.read_text(encoding="utf-8")
     found = [
         Block(match[1], text.count("\n", 0, match.start(3)) + 1, match[3])
         for match in FENCE.finditer(text)
-        if "no-run" not in match[2].split()
+        if "no-run" not in match[2].split() and has_packages(match[2])
     ]
     return [block for block in found if block.language == "python" or commands(block)]
 
@@ -64,10 +72,11 @@ def run_commands(block: Block, path: Path) -> None:
         )
 
 
-DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if blocks(p)]
+PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in p.parts]
+DOCUMENTS = [p for p in (ROOT / "README.md", *PAGES) if blocks(p)]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
