@@ -23,7 +23,10 @@ DAMPING = 0.1
 """Of second moments, as a share of their mean diagonal: samples are few, and will differ."""
 
 RATE = 4 * HIGH_RATE_STRENGTH
-"""Lambda of the trellis, in its squared steps, which are a quarter of a grid's, for each bit."""
+"""Lambda of the trellis, in its squared steps, which are a quarter of a grid's, for each bit.
+
+It draws weights to zero, which refitted steps make up for: where they are not, it is 0.
+"""
 
 _LEARNING_SHARE = 4
 """The first round, which only learns how many bytes layers take, reads one in so many batches."""
@@ -181,9 +184,10 @@ class _Turn:
         def encode(option: Option) -> Encoded:
             steps = option.steps(weighted)
             if leaning is None or not _is_worth_a_trellis(weight, leaning):
-                return GPTQ(steps, damping=DAMPING).encode(weight, leaning)
+                return GPTQ(steps, damping=DAMPING, refit=weighted.refit).encode(weight, leaning)
             aim = retargeted(weight, leaning, DAMPING)
-            search = Viterbi(steps / 2, RATE, damping=DAMPING, refit=True)
+            rate = RATE if weighted.refit else 0.0
+            search = Viterbi(steps / 2, rate, damping=DAMPING, refit=weighted.refit)
             return search.encode(aim, Stats(gram=leaning.gram))
 
         return self.left.encode(self.name, encode)
