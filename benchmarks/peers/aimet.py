@@ -82,9 +82,9 @@ def compress(task: Task, setting: str, folder: Path) -> None:
         sim.compute_encodings(lambda m: m(*dummy))
     found = {}
     for name, module in sim.model.named_modules():
-        quantizer = getattr(module, "param_quantizers", {}).get("weight")
-        if quantizer is not None:
-            found[f"{name}.weight".removeprefix(PREFIX)] = quantizer
+        for key, quantizer in getattr(module, "param_quantizers", {}).items():
+            if quantizer is not None:
+                found[f"{name}.{key}".removeprefix(PREFIX)] = quantizer
     file = container.Container()
     for name, tensor in model.state_dict().items():
         if name not in found:
