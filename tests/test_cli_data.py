@@ -61,7 +61,7 @@ def test_data_of_the_users_own(module: str, data: str) -> None:
     document = json.loads(text)
     assert document["nbytes"] <= 900
     assert document["trials"][0]["stage"] == "data-free"
-    assert document["trials"][-1]["stage"] == "activations"
+    assert document["trials"][-1]["stage"] == "activations int8, by token"
     with Archive.open("model.dither") as archive:
         assert set(archive.sites) == {"0@in", "2@in"}
     code, text = run(*given, "--evaluate", f"{module}:score")

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from dither.activations import Activation, Encodings, apply, inputs_of_layers, observe, remove
+from dither.activations import Activation, Encodings, apply, inputs_of_layers, observe
 from dither.archive import Archive, CodedTensor, load_into, pack, packed_nbytes
 from dither.calibrate import Sequence
-from dither.core import SpecError
+from dither.core import BudgetError, SpecError
 from dither.model import Tensors, collect, evaluating
 from dither.rewrite import chains, equalize
 from dither.search.budget import BudgetSearch, Progress
@@ -143,11 +144,13 @@ class Bench:
 def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     """The best archive of those that data allow; ``trials`` tells what there was."""
     original = bench.model
-    plan, grids = None, Encodings()
-    if sites is not None:
-        plan = plan_of(sites, bench)
-        grids = observe(original, plan, bench.held, forward=bench.samples.forward)
-        job = replace(job, budget=job.budget - _nbytes_of(grids))
+    room, plans = job.budget, {} if sites is None else plans_of(sites, bench)
+    if plans:
+        observed = [
+            observe(original, plan, bench.held, forward=bench.samples.forward)
+            for plan in plans.values()
+        ]
+        job = replace(job, budget=room - max(map(_nbytes_of, observed)))
     base = _Start(original, job)
     base.try_data_free(bench, "data-free")
     if (equal := _equalized(original)) is not None:
@@ -156,8 +159,7 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     base.try_calibrated(bench)
     if bench.best is None:
         raise SpecError("no file could be evaluated; the model's outputs are not finite")
-    if plan is not None:
-        _add_sites(bench, job, plan, grids)
+    _add_sites(bench, job, plans, room)
     bench.best.trials = tuple(bench.trials)
     return bench.best
 
@@ -206,23 +208,37 @@ def _equalized(model: nn.Module) -> nn.Module | None:
     return changed if same == {name: value.shape for name, value in after.items()} else None
 
 
-def plan_of(sites: Sites, bench: Bench) -> Mapping[str, Any]:
-    """The plan that a text such as ``"int8"`` stands for.
+def plans_of(sites: Sites, bench: Bench) -> dict[str, Mapping[str, Any]]:
+    """Plans to try by what they are: one's own, or those that a text such as ``"int8"`` stands for.
+
+    These are static ranges, the extremes and those of least squared error, and a range for each
+    token, found as it passes, for what goes into layers other than convolutions: transformers have
+    tokens with outliers that widen the range of all (Bondarenko et al. 2021).
 
     Raises:
-        SpecError: it stands for none.
+        SpecError: the text stands for nothing.
     """
     if not isinstance(sites, str):
-        return sites
+        return {"activations": sites}
     match = re.fullmatch(r"int([2-9]|1[0-6])", sites)
     if match is None:
         raise SpecError(
             f'activations={sites!r}: give "int2" to "int16", or a plan such as '
             '{"*@in": Activation(8)}'
         )
-    spec = Activation(int(match[1]))
+    bits, modules = int(match[1]), dict(bench.model.named_modules())
     found = inputs_of_layers(bench.model, bench.held[0], forward=bench.samples.forward)
-    return dict.fromkeys(found, spec)
+    convolved = {site for site in found if isinstance(modules[site.removesuffix("@in")], _ConvNd)}
+    least = Activation(bits, ranges="mse")
+    plans: dict[str, Mapping[str, Any]] = {
+        f"activations {sites}": dict.fromkeys(found, Activation(bits)),
+        f"activations {sites}, mse": dict.fromkeys(found, least),
+    }
+    if len(convolved) < len(found):
+        token = Activation(bits, per="token")
+        by_token = {site: least if site in convolved else token for site in found}
+        plans[f"activations {sites}, by token"] = by_token
+    return plans
 
 
 def _nbytes_of(grids: Encodings) -> int:
@@ -231,18 +247,28 @@ def _nbytes_of(grids: Encodings) -> int:
     return round(nbytes * (1 + _SITES_SHARE)) + _SITES_NBYTES
 
 
-def _add_sites(bench: Bench, job: Job, plan: Mapping[str, Any], grids: Encodings) -> None:
-    """The best file with the grids of activations, chosen with its weights in place."""
-    start, best = time.monotonic(), bench.best
+def _add_sites(bench: Bench, job: Job, plans: Mapping[str, Mapping[str, Any]], room: int) -> None:
+    """The best file with grids of activations, chosen with its weights in place.
+
+    Args:
+        bench: has a best file.
+        job: for its metadata.
+        plans: to be tried.
+        room: bytes for file and grids.
+    """
+    best = bench.best
     if best is None:
         return
-    room = job.budget + _nbytes_of(grids)
     model = copy.deepcopy(bench.model)
-    remove(model)
     load_into(model, best)
-    found = observe(model, plan, bench.held, forward=bench.samples.forward)
-    tensors: dict[str, Any] = {name: best.encoded(name) for name in best.entries}
-    archive = pack(tensors, best.aliases, job.metadata, found.to_json())
-    if archive.nbytes > room:
-        archive = pack(tensors, best.aliases, job.metadata, grids.to_json())
-    bench.judge("activations", archive, start, keep=True)
+    tensors = {name: best.encoded(name) for name in best.entries}
+    first = True
+    for stage, plan in plans.items():
+        start = time.monotonic()
+        found = observe(model, plan, bench.held, forward=bench.samples.forward)
+        archive = pack(tensors, best.aliases, job.metadata, found.to_json())
+        if archive.nbytes <= room:
+            bench.judge(stage, archive, start, keep=first)
+            first = False
+    if plans and first:
+        raise BudgetError(f"encodings of activations do not fit into {room} bytes beside weights")
