@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.methods import METHODS, RESULTS, SEEDS, TASKS, peers, runs
 from benchmarks.rows import Group, Row, groups, is_ours, read
-from benchmarks.verdicts import DATA_FREE, beaten, verdicts
+from benchmarks.verdicts import DATA_FREE, at_its_size, beaten, verdicts
 
 HEAD = """# Results
 
@@ -125,6 +125,20 @@ def _quoted(text: str) -> str:
     return "`" + " ".join(text.replace("|", "\\|").replace("`", "'").split()) + "`"
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """How often peers are better, by task; the sections say where."""
+    told = []
+    for task, facts in TASKS.items():
+        found = groups(rows, task)
+        every, alone = verdicts(found, task), verdicts(found, task, [DATA_FREE])
+        counts = [sum(v.peer_wins for v in some) for some in (every, alone)]
+        compared = [sum(v.margin is not None for v in some) for some in (every, alone)]
+        cells = [f"{w} of {n}" if n else "none" for w, n in zip(counts, compared, strict=True)]
+        told.append((facts.title, *cells))
+    titles = ("peers' rows better than ours", "than all", f"than `{DATA_FREE}` alone")
+    return ["", *table(titles, told)]
+
+
 def section(rows: Sequence[Row], task: str) -> list[str]:
     """A task: first where peers are better, then everything."""
     facts, found = TASKS[task], groups(rows, task)
@@ -134,9 +148,11 @@ def section(rows: Sequence[Row], task: str) -> list[str]:
         nbytes, score = f"{original.nbytes:,}", score_of(original)
         lines[-1] += f" The model in fp32 takes {nbytes} bytes and scores {score}."
     lines += ["", "Against all our methods:", "", *beaten(verdicts(found, task))]
+    lines += at_its_size(found, task)
     if any(group.run.method == DATA_FREE for group in found):
         alone = verdicts(found, task, [DATA_FREE])
         lines += ["", f"Against `{DATA_FREE}` alone, which sees no data:", "", *beaten(alone)]
+        lines += at_its_size(found, task, [DATA_FREE])
     lines += ["", f"![Score against bytes](plots/{task}.png)", ""]
     shown = [cells(group, original) for group in reversed(found)]
     lines += table(TITLES, shown)
@@ -186,7 +202,7 @@ def more(folders: Sequence[Path]) -> list[str]:
 
 def page(rows: Sequence[Row], folders: Sequence[Path]) -> str:
     """The whole page as Markdown."""
-    lines = [HEAD.rstrip(), "", "Ours:", ""]
+    lines = [HEAD.rstrip(), *summary(rows), "", "Ours:", ""]
     lines += table(("method", "what it is"), METHODS.items())
     seeds = ", ".join(map(str, SEEDS))
     lines += ["", f"Seeds are {seeds} wherever something is random; the tables say which were run."]

@@ -157,7 +157,7 @@ def noise_overhead(results: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(places, list(methods))
     axes.invert_yaxis()
     axes.set(xlabel="time of a step over a plain one", xlim=(1, max(limits) + 0.05))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=0.6)
     figure.tight_layout()
     _save(figure, path)
 

@@ -9,6 +9,8 @@ from benchmarks.methods import TASKS, Task
 from benchmarks.rows import Group, is_ours
 
 DATA_FREE = "dither"
+SAME = 0.95
+"""A file of ours is of a peer's size from this share of its bytes on."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,35 @@ class Verdict:
         return self.margin is not None and self.margin > 0
 
 
-def best(groups: Sequence[Group], task: Task, nbytes: int) -> Group | None:
+def best(groups: Sequence[Group], task: Task, nbytes: int, least: float = 0) -> Group | None:
     """The best score within so many bytes; of equal ones the smallest file."""
     found: Group | None = None
     for group in groups:
-        if group.nbytes > nbytes or group.score is None:
+        if not least <= group.nbytes <= nbytes or group.score is None:
             continue
         if found is None or found.score is None or task.better(group.score, found.score):
             found = group
     return found
 
 
-def verdicts(groups: Sequence[Group], name: str, methods: Sequence[str] = ()) -> list[Verdict]:
-    """For each peer's row with a score, the largest first; ours of some methods, or of all."""
+def verdicts(
+    groups: Sequence[Group], name: str, methods: Sequence[str] = (), share: float = 0
+) -> list[Verdict]:
+    """For each peer's row with a score, the largest first, against the best of ours.
+
+    Args:
+        groups: of the task.
+        name: of the task.
+        methods: of ours; all, if none is given.
+        share: of the peer's bytes that a file of ours takes at least.
+    """
     task = TASKS[name]
     ours = [g for g in groups if is_ours(g) and (not methods or g.run.method in methods)]
     found = []
     for peer in groups:
         if peer.run.ours or peer.score is None:
             continue
-        rival = best(ours, task, peer.nbytes)
+        rival = best(ours, task, peer.nbytes, share * peer.nbytes)
         margin = None
         if rival is not None and rival.score is not None:
             margin = rival.score - peer.score if task.less else peer.score - rival.score
@@ -71,19 +82,31 @@ def sentence(verdict: Verdict) -> str:
     return f"{head}, {margin:.{2 if margin >= 0.005 else 4}f} {word} than {rival}"
 
 
+def at_its_size(groups: Sequence[Group], name: str, methods: Sequence[str] = ()) -> list[str]:
+    """Where a peer beats our file of its size, and only a smaller one of ours beats the peer."""
+    worse = {v.peer for v in verdicts(groups, name, methods) if v.peer_wins}
+    same = verdicts(groups, name, methods, SAME)
+    wins = [v for v in same if v.peer_wins and v.peer not in worse]
+    if not wins:
+        return []
+    head = (
+        f"At its own size (ours of {100 * SAME:.0f} to 100 % of its bytes), where a smaller file of"
+    )
+    return ["", f"{head} ours is better:", "", *(f"- {sentence(verdict)}." for verdict in wins)]
+
+
 def beaten(found: Sequence[Verdict]) -> list[str]:
     """Where peers beat us, as lines of Markdown; said too where they do not, or nobody ran."""
     if not found:
         return ["No peer has a score here: nothing can be compared."]
     wins = [v for v in found if v.peer_wins]
     small = [v for v in found if v.ours is None]
-    lines = []
+    compared = _rows(len(found) - len(small))
     if wins:
-        lines += [f"**Peers beat us {_times(len(wins))}**, of {_rows(len(found))} compared:", ""]
+        lines = [f"**Peers beat us {_times(len(wins))}**, of {compared} compared:", ""]
         lines += [f"- {sentence(verdict)}." for verdict in wins]
     else:
-        compared = len(found) - len(small)
-        lines.append(f"No peer beats us at its size, of {_rows(compared)} compared.")
+        lines = [f"No peer beats us at its size, of {compared} compared."]
     if small:
         lines += ["", "Smaller than all our files, so not compared:", ""]
         lines += [f"- {sentence(verdict)}." for verdict in small]

@@ -18,7 +18,7 @@ from benchmarks import measure, page, plots, runner
 from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
 from benchmarks.runner import Place, call, execute, to_do
-from benchmarks.verdicts import beaten, verdicts
+from benchmarks.verdicts import at_its_size, beaten, verdicts
 
 ROOT = Path(__file__).parents[1]
 ONE, TWO = Run("lm_ptb", "dither", "290000", 0), Run("lm_ptb", "dither", "290000", 1)
@@ -165,6 +165,16 @@ def test_only_files_of_as_many_bytes_count() -> None:
     assert wins(rows_of(*ours, ("nncf", "a", 99, 79.9))) == [True]
     assert wins(rows_of(*ours, ("nncf", "a", 49, 10.0))) == [None]
     assert wins(rows_of(*ours, ("nncf", "a", 100, 80.0))) == [False]
+
+
+def test_a_better_smaller_file_does_not_hide_a_worse_one_of_the_same_size() -> None:
+    rows = rows_of(("dither", "100", 98, 80.0), ("dither", "50", 50, 82.0), ("nncf", "a", 100, 81))
+    assert wins(rows) == [False]
+    (claim,) = at_its_size(groups(rows, "minilm_stsb"), "minilm_stsb")[3:]
+    assert claim.startswith("- nncf a scores 81.00 with 100 bytes, 1.00 better than 80.00 (dither")
+    assert at_its_size(groups(rows[1:], "minilm_stsb"), "minilm_stsb") == []
+    twice = rows_of(("dither", "100", 98, 80.0), ("nncf", "a", 100, 81))  # said already
+    assert at_its_size(groups(twice, "minilm_stsb"), "minilm_stsb") == []
 
 
 def test_perplexity_is_better_when_less() -> None:
