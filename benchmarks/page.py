@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.methods import METHODS, RESULTS, SEEDS, TASKS, peers, runs
 from benchmarks.rows import Group, Row, groups, is_ours, read
-from benchmarks.verdicts import DATA_FREE, at_its_size, beaten, verdicts
+from benchmarks.verdicts import DATA_FREE, SAME, at_its_size, beaten, verdicts
 
 HEAD = """# Results
 
@@ -130,12 +130,21 @@ def summary(rows: Sequence[Row]) -> list[str]:
     told = []
     for task, facts in TASKS.items():
         found = groups(rows, task)
-        every, alone = verdicts(found, task), verdicts(found, task, [DATA_FREE])
-        counts = [sum(v.peer_wins for v in some) for some in (every, alone)]
-        compared = [sum(v.margin is not None for v in some) for some in (every, alone)]
-        cells = [f"{w} of {n}" if n else "none" for w, n in zip(counts, compared, strict=True)]
-        told.append((facts.title, *cells))
-    titles = ("peers' rows better than ours", "than all", f"than `{DATA_FREE}` alone")
+        some = (
+            verdicts(found, task),
+            verdicts(found, task, share=SAME),
+            verdicts(found, task, [DATA_FREE]),
+        )
+        counts = [sum(v.peer_wins for v in one) for one in some]
+        compared = [sum(v.margin is not None for v in one) for one in some]
+        shown = [f"{w} of {n}" if n else "none" for w, n in zip(counts, compared, strict=True)]
+        told.append((facts.title, *shown))
+    titles = (
+        "peers' rows better than",
+        "the best of ours within their bytes",
+        f"ours of {100 * SAME:.0f} to 100 % of their bytes",
+        f"the best of `{DATA_FREE}`, without data, within their bytes",
+    )
     return ["", *table(titles, told)]
 
 

@@ -89,10 +89,9 @@ def at_its_size(groups: Sequence[Group], name: str, methods: Sequence[str] = ())
     wins = [v for v in same if v.peer_wins and v.peer not in worse]
     if not wins:
         return []
-    head = (
-        f"At its own size (ours of {100 * SAME:.0f} to 100 % of its bytes), where a smaller file of"
-    )
-    return ["", f"{head} ours is better:", "", *(f"- {sentence(verdict)}." for verdict in wins)]
+    head = f"Better than our file of its size ({100 * SAME:.0f} to 100 % of its bytes)"
+    lines = [f"- {sentence(verdict)}." for verdict in wins]
+    return ["", f"{head}, though worse than a smaller one of ours:", "", *lines]
 
 
 def beaten(found: Sequence[Verdict]) -> list[str]:
@@ -103,10 +102,13 @@ def beaten(found: Sequence[Verdict]) -> list[str]:
     small = [v for v in found if v.ours is None]
     compared = _rows(len(found) - len(small))
     if wins:
-        lines = [f"**Peers beat us {_times(len(wins))}**, of {compared} compared:", ""]
+        lines = [
+            f"**Peers beat the best of ours {_times(len(wins))}**, of {compared} compared:",
+            "",
+        ]
         lines += [f"- {sentence(verdict)}." for verdict in wins]
     else:
-        lines = [f"No peer beats us at its size, of {compared} compared."]
+        lines = [f"No peer beats the best of ours within its bytes, of {compared} compared."]
     if small:
         lines += ["", "Smaller than all our files, so not compared:", ""]
         lines += [f"- {sentence(verdict)}." for verdict in small]
