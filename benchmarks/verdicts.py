@@ -102,10 +102,8 @@ def beaten(found: Sequence[Verdict]) -> list[str]:
     small = [v for v in found if v.ours is None]
     compared = _rows(len(found) - len(small))
     if wins:
-        lines = [
-            f"**Peers beat the best of ours {_times(len(wins))}**, of {compared} compared:",
-            "",
-        ]
+        times = _times(len(wins))
+        lines = [f"**Peers beat the best of ours {times}**, of {compared} compared:", ""]
         lines += [f"- {sentence(verdict)}." for verdict in wins]
     else:
         lines = [f"No peer beats the best of ours within its bytes, of {compared} compared."]
