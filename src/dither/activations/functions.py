@@ -107,6 +107,54 @@ class _Call:
         hidden = values <= torch.finfo(values.dtype).min / 2
         return torch.where(hidden, values, change(values.masked_fill(hidden, 0)))
 
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002 - torch's own signature
+        scale: float | None = None,
+        enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` step by step, as its documentation defines it.
+
+        Rows of which everything is masked are 0, as in torch.
+        """
+        if query.is_nested:
+            return functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if enable_gqa:
+            key, value = (
+                part.repeat_interleave(query.shape[-3] // part.shape[-3], -3)
+                for part in (key, value)
+            )
+        products = self.change("matmul", query @ key.transpose(-2, -1))
+        scores = products * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, -math.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        scores = self.change("scores", scores)
+        weights = functional.softmax(scores, -1)
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)
+        weights = self.change("softmax", weights)
+        if dropout_p:
+            weights = functional.dropout(weights, dropout_p)
+        return self.change("matmul", weights @ value)
+
 
 def apart(change: Change, values: Tensor) -> Tensor:
     """Call ``change``; its own sums and products are none of the running module's."""
@@ -155,7 +203,7 @@ def _compute(
 ) -> Any:
     """A function's value, changed at its site."""
     if func is functional.scaled_dot_product_attention and call.is_split:
-        return _attention(call, *args, **kwargs)
+        return call.attention(*args, **kwargs)
     kind = _KIND_OF.get(func)
     if kind == "softmax" and args and _is_real(args[0]):
         args = (call.change("scores", args[0]), *args[1:])
@@ -177,47 +225,6 @@ def _is_sum(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether two tensors are added, not a constant."""
     terms = [*args[:2], *(kwargs[name] for name in ("input", "other") if name in kwargs)]
     return len(terms) == 2 and all(_is_real(term) and term.ndim for term in terms)
-
-
-def _attention(
-    call: _Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002 - torch's own signature
-    scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: FBT001, FBT002
-) -> Tensor:
-    """``scaled_dot_product_attention`` step by step, as its documentation defines it.
-
-    Rows of which everything is masked are 0, as in torch.
-    """
-    if query.is_nested:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if enable_gqa:
-        key, value = (
-            part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value)
-        )
-    products = call.change("matmul", query @ key.transpose(-2, -1))
-    scores = products * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    scores = call.change("scores", scores)
-    weights = functional.softmax(scores, -1)
-    weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)
-    weights = call.change("softmax", weights)
-    if dropout_p:
-        weights = functional.dropout(weights, dropout_p)
-    return call.change("matmul", weights @ value)
 
 
 def _open(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,13 +88,7 @@ def observe(
     if placed(model):
         raise SpecError("this model's activations are quantized already; call remove(model) first")
     rules = list(plan.items() if isinstance(plan, Mapping) else plan)
-    read = _first(loader, batches)
-    called: list[str] = []
-    if any(asks_function(glob) for glob, _ in rules):
-        batch = next(read, _NONE)
-        called = [] if batch is _NONE else functions(model, batch, forward=forward)
-        read = chain([] if batch is _NONE else [batch], read)
-    specs = resolve(model, rules, called)
+    specs, read = _resolved(model, rules, _first(loader, batches), forward)
     sites = {site: spec for site, spec in specs.items() if isinstance(spec, Activation)}
     is_twofold = any(spec.is_sorted for spec in sites.values())
     data = list(read) if is_twofold else read
@@ -115,6 +109,18 @@ def observe(
             "function; name another site"
         )
     return Encodings({s: o.encoding() for s, o in observers.items() if s not in silent})
+
+
+def _resolved(
+    model: nn.Module, rules: list[tuple[str, Any]], read: Iterator[Any], forward: Call
+) -> tuple[dict[str, Any], Iterator[Any]]:
+    """The specs of sites, and the batches, of which functions take a look at the first."""
+    called: list[str] = []
+    if any(asks_function(glob) for glob, _ in rules):
+        batch = next(read, _NONE)
+        called = [] if batch is _NONE else functions(model, batch, forward=forward)
+        read = chain([] if batch is _NONE else [batch], read)
+    return dict(resolve(model, rules, called)), read
 
 
 def functions(model: nn.Module, batch: object, *, forward: Call = call) -> list[str]:
