@@ -151,6 +151,14 @@ def from_data_free(results: Path) -> Iterator[Row]:
             yield _row(run, values, found, **more)
 
 
+def from_calibrated(results: Path) -> Iterator[Row]:
+    """What ``benchmarks.calibrated`` wrote, on test."""
+    for values in _json(results / "calibrated_test.json") or []:
+        run = Run(values["task"], "dither-data", str(values["budget"]), values["seed"])
+        peak = round(values["peak_mib"] * 2**20 / 1e6, 1)
+        yield _row(run, values, values["environment"], peak_mb=peak)
+
+
 def from_training(results: Path) -> Iterator[Row]:
     """What ``benchmarks.train_resnet20`` and ``benchmarks.train_minilm`` wrote, on test."""
     for name, task in (("resnet20", "resnet20_cifar10"), ("minilm", "minilm_stsb")):
@@ -190,7 +198,15 @@ def from_diffq(results: Path) -> Iterator[Row]:
 
 def recorded(results: Path) -> dict[Run, Row]:
     """All rows of a folder; of two for one run, the runner's."""
-    sources = (from_data_free, from_diffq, from_ordering, from_training, from_peers, from_runs)
+    sources = (
+        from_data_free,
+        from_calibrated,
+        from_diffq,
+        from_ordering,
+        from_training,
+        from_peers,
+        from_runs,
+    )
     return {row.run: row for source in sources for row in source(results)}
 
 

@@ -249,6 +249,36 @@ def test_the_smaller_count_of_a_peer_is_taken(tmp_path: Path) -> None:
     assert found.remark == "zstd -19; 100 bytes as written"
 
 
+def test_rows_of_programs_of_their_own_are_read(tmp_path: Path) -> None:
+    head = {"commit": "abc", "machine": "M", "torch": "2"}
+    free = {"task": "minilm_stsb", "budget": 10, "nbytes": 9, "score": 80.0, "nncodec": 79.0}
+    files: dict[str, Any] = {
+        "data_free_test": head | {"rows": [free]},
+        "calibrated_test": [
+            {"task": "minilm_stsb", "budget": 10, "seed": 2, "nbytes": 8, "score": 81.0}
+            | {"peak_mib": 100, "environment": head}
+        ],
+        "train_minilm_test": {
+            "environment": head,
+            "rows": [{"budget": 10, "seed": 1, "bytes": 7, "test": 82.0, "commit": "def"}],
+        },
+        "ordering_ptb": head
+        | {"rows": [{"row": "int4, QAT", "seed": 0, "nbytes": 6, "score": 200.0, "cpu_s": 3.0}]},
+    }
+    for name, found in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    rows = {row.run.name: row for row in read([tmp_path])}
+    shown = {name: (row.nbytes, row.score, row.commit) for name, row in rows.items()}
+    assert shown == {
+        "minilm_stsb/dither-10-0": (9, 80.0, "abc"),
+        "minilm_stsb/nncodec-10-bytes-0": (10, 79.0, ""),
+        "minilm_stsb/dither-data-10-2": (8, 81.0, "abc"),
+        "minilm_stsb/dither-train-10-1": (7, 82.0, "def"),
+        "lm_ptb/dither-noise-int4-qat-0": (6, 200.0, "abc"),
+    }
+    assert rows["minilm_stsb/dither-data-10-2"].peak_mb == 104.9
+
+
 def test_plots_repeat_and_are_small(tmp_path: Path) -> None:
     rows = rows_of(
         ("fp32", "none", 4000, 82.0),
