@@ -22,11 +22,16 @@ def default_plan(model: nn.Module) -> Plan:
         SpecError: the model has nothing to quantize.
     """
     rules: dict[str, Spec] = {}
-    for name, value in collect(model).values.items():
+    tensors = collect(model)
+    for name, value in tensors.values.items():
         if value.ndim > 1 and can_quantize(value):
             rules[_literal(name)] = LSQ(bits=None)
         elif value.ndim <= 1 and value.is_floating_point() and bool(value.isfinite().all()):
             rules[_literal(name)] = Fine()
+    # A plan treats all names of a tied tensor alike.
+    for alias, name in tensors.aliases.items():
+        if _literal(name) in rules:
+            rules[_literal(alias)] = rules[_literal(name)]
     if not rules:
         raise SpecError("the model has no finite floating-point tensor to quantize")
     return Plan(rules)
