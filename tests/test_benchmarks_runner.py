@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from benchmarks import measure, page, plots, runner
+from benchmarks import measure, ordering, page, plots, runner
 from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
 from benchmarks.runner import Place, call, execute, to_do
@@ -350,3 +350,42 @@ def test_fp32_counts_a_tied_weight_once(tied: Callable[[], Tied], tmp_path: Path
     path, figures = measure.make(Run("lm_ptb", "fp32", "none"), tmp_path)
     assert path is None
     assert figures["nbytes"] == 50 * 16 * 4
+
+
+def test_a_model_without_a_checkpoint_is_trained_once_and_then_to_a_budget(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built: list[Tied] = []
+
+    def build() -> Tied:
+        built.append(Tied())
+        with torch.no_grad():
+            built[-1].table.weight.mul_(0.1)
+        return built[-1]
+
+    def batches(seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield torch.randint(0, 50, (8,), generator=generator)
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(ids), ids)
+
+    def score(model: nn.Module) -> float:
+        return float(loss(model, torch.arange(50)).detach())
+
+    rates = (3e-2, 3e-2, 3e-2)
+    task = ordering.Task(build, batches, loss, score, "nats", (100, 40, 2), rates, {})
+    monkeypatch.setitem(ordering.TASKS, "ptb", task)
+    monkeypatch.setattr(measure, "evaluate", lambda _, model, __: score(model))
+    run = Run("lm_ptb", "dither-train", "1200", 1)
+    first = measure.load(run, tmp_path)
+    assert len(list(tmp_path.rglob("plain.pt"))) == 1
+    again = measure.load(run, tmp_path)
+    assert torch.equal(first.get_parameter("table.weight"), again.get_parameter("table.weight"))
+    path, figures = measure.fine_tune(run, tmp_path)
+    assert path.stat().st_size <= 1200
+    assert figures["length"] == 40
+    untrained = score(build())
+    assert score(built[0]) < 0.9 * untrained
+    assert measure.score(run, path, tmp_path) < 0.9 * untrained
