@@ -3,7 +3,7 @@
 ``python -m benchmarks.calibrated --split test`` gives each model, its samples and a size to
 ``dither.compress``, saves the file, loads it in a fresh process and scores that. Sizes are those
 that NNCodec reaches, as in ``benchmarks.data_free``. Rows tell what each trial brought, how long it
-all took (``cpu_seconds``: of all cores), and the peak memory of the process. Rows that exist are kept.
+all took (``cpu_seconds``: of all cores), and the peak memory of the process. Rows that exist stay.
 """
 
 from __future__ import annotations

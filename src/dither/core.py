@@ -100,14 +100,11 @@ class Codes:
     """Integers ``0 .. alphabet - 1`` of any shape.
 
     The shape is a hint to the coder, which may treat rows (first axis) and columns (the others)
-    differently. ``values`` is kept in the smallest type that holds the alphabet. Another hint is
-    ``machine``, the polynomials of a machine along all axes but the last, driven by the parities
-    of codes (:mod:`dither.formats.machine`); neither is needed to read the codes.
+    differently. ``values`` is kept in the smallest type that holds the alphabet.
     """
 
     values: Tensor
     alphabet: int
-    machine: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.alphabet <= MAX_ALPHABET:
@@ -249,6 +246,14 @@ class Format(ABC):
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Nearest codes, with the parameters chosen from the weight."""
         return self.assign(weight, self.fit(weight, stats))
+
+    def machine(self, part: str) -> tuple[int, int] | None:
+        """Polynomials of a machine along all axes but the last of a code part, if it has one.
+
+        Driven by the parities of codes (:mod:`dither.formats.machine`), it is a hint to the coder.
+        """
+        del part
+        return None
 
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
         """What :meth:`assign` takes to encode again with the parameters of ``encoded`` held fixed.

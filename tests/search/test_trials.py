@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dither
 from dither.activations import Encodings, apply
+from dither.archive import pack
 from dither.search import Trial, divergence
 from dither.testing import same_bits
 
@@ -99,6 +100,13 @@ def test_activations_count_in_the_budget(activations: str | dict[str, dither.Act
         dither.load_into(changed, archive)
     apply(changed, encodings)
     dither.load_into(changed, archive)
+
+
+def test_a_file_is_packed_again_to_the_same_bytes() -> None:
+    archive = dither.compress(network(), "3kB", data=LOADER)
+    assert any(entry.format.name == "trellis" for entry in archive.entries.values())
+    again = pack({name: archive.encoded(name) for name in archive.entries}, archive.aliases)
+    assert again.nbytes == archive.nbytes
 
 
 def test_what_needs_data_or_a_model() -> None:

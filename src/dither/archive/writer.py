@@ -118,7 +118,7 @@ def code(encoded: Encoded) -> CodedTensor:
     """Code every part of a tensor with the smallest codec."""
     parts: dict[str, CodedPart] = {}
     for name, part in encoded.codes.items():
-        parts[name] = _code_codes(part)
+        parts[name] = _code_codes(part, encoded.format.machine(name))
     for name, values in encoded.params.items():
         codec, payload = encode_array(_to_bytes(values), values.element_size())
         shape = tuple(values.shape)
@@ -126,8 +126,9 @@ def code(encoded: Encoded) -> CodedTensor:
     return CodedTensor(encoded.format, encoded.shape, dtype_name(encoded.dtype), parts)
 
 
-def _code_codes(part: Codes) -> CodedPart:
-    codec, payload = encode_codes(part.values.detach().cpu().numpy(), part.alphabet, part.machine)
+def _code_codes(part: Codes, machine: tuple[int, int] | None) -> CodedPart:
+    values = part.values.detach().cpu().numpy()
+    codec, payload = encode_codes(values, part.alphabet, machine)
     return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, payload)
 
 

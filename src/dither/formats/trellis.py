@@ -149,9 +149,13 @@ class Trellis(Format):
                 "tensor; give a larger step, or use Raw()"
             )
         zero = torch.full((1,), -low, dtype=torch.int32, device=codes.device)
-        levels = Codes(codes.sub_(low).reshape(_stored(shape)), alphabet, POLYNOMIALS[self.states])
+        levels = Codes(codes.sub_(low).reshape(_stored(shape)), alphabet)
         parts = {"levels": levels, "zero": Codes(zero, MOST_CODES)}
         return Encoded(self, shape, dtype, parts, {"scale": scale})
+
+    def machine(self, part: str) -> tuple[int, int] | None:
+        """The one that says which quantizer is in force."""
+        return POLYNOMIALS[self.states] if part == "levels" else None
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The machine from the parities, exact integers, then one float32 multiplication."""

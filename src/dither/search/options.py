@@ -29,6 +29,12 @@ _KINDS = 12
 
 _LEAST_LEFT = 1e-3
 
+TURNED_LEVEL = 0.7
+"""What errors in a table that is rotated count, relative to those of other matrices of its size.
+
+They count more the more of the table is lost: see :func:`_predict_all`.
+"""
+
 BASIS_BITS = 4.0
 """Bits of an entry of a basis, about."""
 _DAMPING = 32.0
@@ -340,7 +346,7 @@ def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:
     # Axes fitted to their codes leave rows shorter by their error. What follows a token table sees
     # directions: of an error that is the share e of all, there is e / (1 - e) to what is left.
     energy = sum(part.energy for part in columns)
-    return nbytes, error / max(1 - error / energy, _LEAST_LEFT)
+    return nbytes, TURNED_LEVEL * error / max(1 - error / energy, _LEAST_LEFT)
 
 
 def _raw_nbytes(value: Tensor) -> float:

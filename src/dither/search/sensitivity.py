@@ -44,12 +44,6 @@ MOST_COLUMNS = 1024
 BASIS_POWER = 1.0
 """With which power of its relative step a row counts less in the choice of axes."""
 
-TURNED_LEVEL = 0.7
-"""Sensitivity of a token table that is rotated, relative to that of other matrices of its size.
-
-There, errors count more the more of the table is lost: see :mod:`dither.search.options`.
-"""
-
 USUAL_ERROR = 1 / 8
 """Squared error over mean square of a token table in a usual file, for predictions."""
 
@@ -128,8 +122,7 @@ def _matrix(name: str, value: Tensor) -> Weighted:
     if any(part in name.lower() for part in _TOKEN_NAMES) and value.ndim == 2:
         rows = _token_steps(value)
         basis = None if rows is None else token_basis(value, rows)
-        level = 1.0 if basis is None else TURNED_LEVEL
-        return Weighted(value, level * _of_size(value), rows=rows, basis=basis)
+        return Weighted(value, _of_size(value), rows=rows, basis=basis)
     return Weighted(value, _of_size(value), gram=prior_gram(value), refit=value.ndim == 2)
 
 

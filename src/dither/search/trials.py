@@ -123,7 +123,7 @@ class Bench:
         return float(torch.stack([d.detach().double() for d in distances]).mean()), score
 
     def judge(self, stage: str, archive: Archive, start: float, *, keep: bool = False) -> bool:
-        """Note a file, and keep it if it is the best so far, or anyhow."""
+        """Note a file, and keep it if it is the best so far, or anyhow; whether it is kept."""
         distance, score = self.measure(archive)
         kept = keep or self._is_best(distance, score)
         seconds = time.monotonic() - start

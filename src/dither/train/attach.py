@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dither.activations import begin as begin_sites
 from dither.core import SpecError
 from dither.model import collect
-from dither.search import compress, parse_size
+from dither.search import Sensitivity, Weighted, compress, parse_size
 from dither.train.budget import Budget, Controller
 from dither.train.defaults import default_plan
 from dither.train.noise import Noise
@@ -116,6 +118,12 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
             shadow(site, surrogate, is_first=number == 0)
 
 
+def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Weighted]:
+    """The same for plain grids: what is trained has no basis, and its steps are its own."""
+    found = sensitivity(tensors)
+    return {n: replace(w, basis=None, refit=False, trellis=None) for n, w in found.items()}
+
+
 def _begin(
     model: nn.Module, specs: Mapping[str, Spec], budget: Budget | None
 ) -> dict[str, Surrogate]:
@@ -123,7 +131,7 @@ def _begin(
     start = None
     if budget is not None:
         size = budget.size if budget.start is None else budget.start
-        start = compress(model, size, sensitivity=budget.sensitivity)
+        start = compress(model, size, sensitivity=partial(_on_grids, budget.sensitivity))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     surrogates = {}
     for name, spec in specs.items():
