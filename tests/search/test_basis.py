@@ -12,7 +12,7 @@ import dither
 from dither.archive import code
 from dither.formats import Affine, Factors
 from dither.search import data_free
-from dither.search.options import GRID_INDEX_NBYTES, Weighted, build_ladder
+from dither.search.options import GRID_INDEX_NBYTES, TURNED_LEVEL, Weighted, build_ladder
 from dither.search.sensitivity import MOST_COLUMNS, token_basis, token_counts
 
 
@@ -77,7 +77,7 @@ def test_predictions_are_near_what_is_coded() -> None:
         assert tensor.rows is not None
         error = ((encoded.decode() - tensor.value) / tensor.rows[:, None]).square().sum()
         share = float(error / (tensor.value / tensor.rows[:, None]).square().sum())
-        loss = tensor.sensitivity * float(error) / (1 - share)
+        loss = TURNED_LEVEL * tensor.sensitivity * float(error) / (1 - share)
         assert option.loss == pytest.approx(loss, rel=0.1)
 
 
