@@ -1,4 +1,4 @@
-"""What a result depends on: commit, versions, machine."""
+"""What a result depends on: commit, versions, machine. Packages are imported when asked for."""
 
 from __future__ import annotations
 
@@ -8,24 +8,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-
-import dither
-
 
 def describe() -> dict[str, object]:
     """Command, commit, versions and machine, for the head of a results file."""
+    import numpy as np
+    import torch
+
+    import dither
+
     return {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else ""),
+        "commit": commit(),
         "dither": dither.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "threads": torch.get_num_threads(),
     }
+
+
+def commit() -> str:
+    """Of the repository; with a plus where files differ from it."""
+    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else "")
+
+
+def machine() -> str:
+    """Processor and cores."""
+    return f"{_processor()}, {os.cpu_count()} cores"
 
 
 def _module() -> str:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import dither
 from benchmarks import ordering, train_minilm, train_resnet20
 from benchmarks.environment import describe
-from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, Run
-from benchmarks.tasks import data_path, minilm_sst2, minilm_stsb, ptb_lm, resnet20_cifar10
+from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, WEIGHTS, Run
+from benchmarks.tasks import data_path, lm_ptb, minilm_sst2, minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
 from dither.search.calibrated import divergence
 
@@ -40,21 +40,14 @@ TRAINERS: dict[str, tuple[Callable[..., tuple[Path, dict[str, Any]]], float]] = 
     "resnet20_cifar10": (train_resnet20.train, 3.0),
     "minilm_stsb": (train_minilm.train, 1600),
 }
-_SPLITS = {"lm_ptb": {"dev": "valid"}}
-
-
-def work_of(run: Run, folder: Path) -> Path:
-    """Where the trained models of a task and a seed are kept."""
-    work = folder / "models" / f"{run.task}-{run.seed}"
-    work.mkdir(parents=True, exist_ok=True)
-    return work
 
 
 def load(run: Run, folder: Path) -> nn.Module:
     """The task's model in fp32 and evaluation mode: read, or trained from the seed and kept."""
     if run.task in ORDERING:
-        task = ordering.TASKS[ORDERING[run.task]]
-        return ordering.branch(task, None, run.seed, work_of(run, folder), "plain").eval()
+        task, work = ordering.TASKS[ORDERING[run.task]], run.work(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        return ordering.branch(task, None, run.seed, work, Path(WEIGHTS).stem).eval()
     module: Any = importlib.import_module(f"benchmarks.tasks.{run.task}")
     model: nn.Module = module.load()
     return model
@@ -62,9 +55,8 @@ def load(run: Run, folder: Path) -> nn.Module:
 
 def evaluate(task: str, model: nn.Module, split: str) -> float:
     """The task's score; see :class:`benchmarks.methods.Task`."""
-    modules: dict[str, Any] = {"lm_ptb": ptb_lm, "minilm_sst2": minilm_sst2}
-    modules |= {"minilm_stsb": minilm_stsb, "resnet20_cifar10": resnet20_cifar10}
-    return float(modules[task].evaluate(model, _SPLITS.get(task, {}).get(split, split)))
+    module: Any = importlib.import_module(f"benchmarks.tasks.{task}")
+    return float(module.evaluate(model, split))
 
 
 # --- data without labels -------------------------------------------------------------------------
@@ -82,7 +74,7 @@ def samples(task: str, seed: int) -> dither.Samples:
         stream = minilm_sst2.batches(BATCH, 12_345 + seed)
         loader = [next(stream)[:2] for _ in range(SAMPLES // BATCH)]
         return dither.Samples(loader, forward=lambda m, b: m(*b), distance=divergence)
-    text = ptb_lm.windows(16, 12_345 + seed)
+    text = lm_ptb.windows(16, 12_345 + seed)
     loader = [next(text)[:, :-1] for _ in range(WINDOWS // 16)]
     return dither.Samples(loader, distance=divergence)
 
@@ -155,7 +147,8 @@ def make(run: Run, folder: Path) -> tuple[Path | None, dict[str, Any]]:
         return None, {"nbytes": nbytes, "score": evaluate(run.task, model, "test")}
     if run.method == "dither-noise":
         task = ordering.TASKS[ORDERING[run.task]]
-        row = ordering.result(task, NOISE[run.setting], run.seed, work_of(run, folder))
+        run.work(folder).mkdir(parents=True, exist_ok=True)
+        row = ordering.result(task, NOISE[run.setting], run.seed, run.work(folder))
         return None, {"nbytes": row["nbytes"], "score": row["score"]}
     if run.method == "dither-train":
         return fine_tune(run, folder)
@@ -243,10 +236,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for files and trained models")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--score", type=Path, help="score this file alone")
+    parser.add_argument("--prepare", action="store_true", help="train the task's model, and stop")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     run = Run(options.task, options.method, options.setting, options.seed)
-    if options.score:
+    if options.prepare:
+        load(run, options.folder)
+    elif options.score:
         print(score(run, options.score, options.folder))
     else:
         print(json.dumps(measure(run, options.folder)), flush=True)

@@ -100,6 +100,9 @@ NOISE = {
 }
 """Settings of ``dither-noise``, and their rows in ``benchmarks.ordering``."""
 
+WEIGHTS = "plain.pt"
+"""What ``benchmarks.ordering`` calls the file of a model trained without noise."""
+
 ORDERING = {"minilm_sst2": "sst2", "lm_ptb": "ptb"}
 """Tasks of ``benchmarks.ordering``, whose training gives these models."""
 
@@ -124,6 +127,14 @@ class Run:
     def name(self) -> str:
         """What globs match, and the path of the result without ``.json``."""
         return f"{self.task}/{self.method}-{self.setting}-{self.seed}"
+
+    def work(self, folder: Path) -> Path:
+        """Where models that are trained for this task and seed are kept, below a folder."""
+        return folder / "models" / f"{self.task}-{self.seed}"
+
+    def weights(self, folder: Path) -> Path | None:
+        """The model's file there; None where its checkpoint is published."""
+        return None if TASKS[self.task].checkpoint else self.work(folder) / WEIGHTS
 
     @property
     def ours(self) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import describe
-from benchmarks.tasks import minilm_sst2, ptb_lm
+from benchmarks.tasks import lm_ptb, minilm_sst2
 from dither.formats import Affine, Product
 from dither.train import Method, Plan, Run, attach
 from dither.train.ipq import IterativePQ, ProductCodes
@@ -64,10 +64,10 @@ class Task:
 
 TASKS = {
     "ptb": Task(
-        ptb_lm.LanguageModel,
-        lambda seed: ptb_lm.windows(8, seed),
-        ptb_lm.loss_of,
-        lambda model: ptb_lm.evaluate(model, "test"),
+        lm_ptb.LanguageModel,
+        lambda seed: lm_ptb.windows(8, seed),
+        lm_ptb.loss_of,
+        lambda model: lm_ptb.evaluate(model, "test"),
         "test perplexity",
         (1000, 250, 50),
         (3e-3, 3e-3, 5e-4),

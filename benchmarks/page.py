@@ -66,7 +66,7 @@ def cells(group: Group, original: Group | None) -> list[str]:
         label,
         score_of(group),
         change,
-        " ".join(map(str, group.seeds)) if group.run.ours else "",
+        " ".join(map(str, group.seeds)),
         _number(seconds, 0 if seconds is None or seconds >= 10 else 1),
         _number(peak),
         ", ".join(commits) + "".join(f" ({remark})" for remark in remarks),
@@ -104,7 +104,7 @@ def missing(rows: Sequence[Row], task: str) -> list[str]:
     errors = [row for row in here if row.error]
     if errors:
         lines += ["", "Errors, word for word:", ""]
-        told = [(f"{r.run.method} {r.run.setting}", _quoted(r.error)) for r in errors]
+        told = {(f"{r.run.method} {r.run.setting}", _quoted(r.error)) for r in errors}
         lines += table(("method, setting", "error"), sorted(told))
     absent = sorted(set(peers()) - {row.run.method for row in here})
     if absent:

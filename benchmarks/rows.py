@@ -1,8 +1,7 @@
 """All results as rows of one form, from the JSON files that the benchmarks wrote.
 
-A folder of results holds ``runs/TASK/METHOD-SETTING-SEED.json`` of the runner, ``peers/NAME.json``
-of the peers' own collector, and files of benchmarks with programs of their own: training, noise,
-DiffQ. It imports the standard library only.
+A folder of results holds ``runs/TASK/METHOD-SETTING-SEED.json`` of the runner, and files of
+benchmarks with programs of their own: training, noise, DiffQ. It imports the standard library only.
 """
 
 from __future__ import annotations
@@ -126,29 +125,12 @@ def from_runs(results: Path) -> Iterator[Row]:
         yield _row(run, values, head) if run.ours else _of_peer(run, values, head)
 
 
-def from_peers(results: Path) -> Iterator[Row]:
-    """What ``benchmarks.peers.collect`` wrote, on test."""
-    for path in sorted((results / "peers").glob("*.json")):
-        found = _json(path)
-        for values in found["rows"]:
-            if values["split"] == "test":
-                run = Run(values["task"], values["peer"], values["setting"])
-                yield _of_peer(run, values, {"machine": found.get("machine", "")})
-
-
 def from_data_free(results: Path) -> Iterator[Row]:
-    """What ``benchmarks.data_free`` wrote, on test; of NNCodec, what was not collected since."""
+    """What ``benchmarks.data_free`` wrote, on test; NNCodec's numbers there are runs, too."""
     found = _json(results / "data_free_test.json")
-    since = _json(results / "peers" / "nncodec.json").get("rows", [])
-    known = {row.get("nbytes") for row in since if row["split"] == "test"}
     for values in found.get("rows", []):
         run = Run(values["task"], "dither", str(values["budget"]))
         yield _row(run, values, found)
-        if values["nncodec"] is not None and values["budget"] not in known:
-            run = Run(values["task"], "nncodec", f"{values['budget']}-bytes")
-            more = {"nbytes": values["budget"], "score": values["nncodec"], "seconds": None}
-            more |= {"commit": "", "machine": "", "remark": "before its collector; no zstd"}
-            yield _row(run, values, found, **more)
 
 
 def from_calibrated(results: Path) -> Iterator[Row]:
@@ -204,7 +186,6 @@ def recorded(results: Path) -> dict[Run, Row]:
         from_diffq,
         from_ordering,
         from_training,
-        from_peers,
         from_runs,
     )
     return {row.run: row for source in sources for row in source(results)}

@@ -1,7 +1,7 @@
 """Run the benchmarks that have no result yet, each in a process of its own, and keep every row.
 
     python -m benchmarks.runner --set quick
-    python -m benchmarks.runner --set full --peers ENVIRONMENTS --only 'minilm_stsb/*'
+    python -m benchmarks.runner --set full --peers ENVIRONMENTS --jobs 2 --only 'minilm_stsb/*'
 
 A run's result is ``RESULTS/runs/TASK/METHOD-SETTING-SEED.json``, written whole or not at all, with
 commit, versions, machine, seconds and peak memory. Runs that have one, or that a benchmark with a
@@ -10,7 +10,8 @@ fails or takes more than two hours is a result, too, with the message as ``error
 repeats these. Trainings keep their state in ``--folder`` and take up where they were stopped.
 
 ``--peers`` names the folder of the peers' environments (``benchmarks.peers.setup`` makes it); those
-without an environment are left out. It imports the standard library only.
+without an environment are left out. ``--jobs`` runs several at once, each with ``--threads``; their
+seconds are those of a busy machine. It imports the standard library only.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from benchmarks.methods import HOURS, RESULTS, ROOT, TASKS, Run, peers, runs
+from benchmarks.environment import commit, machine
+from benchmarks.methods import HOURS, RESULTS, ROOT, SEEDS, TASKS, Run, peers, runs
 from benchmarks.rows import recorded, result_path
 
 _POLL = 0.1  # seconds
@@ -65,7 +68,13 @@ class Place:
         else:
             found = [str(self.python(run.method)), "-m", f"benchmarks.peers.{run.method}"]
             found += ["--task", run.task, "--setting", run.setting, "--split", "test"]
+            if weights := run.weights(self.folder):
+                found += ["--weights", str(weights)]
         return [*found, "--folder", str(self.folder), "--threads", str(self.threads)]
+
+    def preparation(self, run: Run) -> list[str]:
+        """What trains the model of a task without a checkpoint; runs of one seed share it."""
+        return [*self.command(Run(run.task, "fp32", "none", run.seed)), "--prepare"]
 
 
 @dataclass(frozen=True)
@@ -87,39 +96,66 @@ class Ended:
     peak_mb: float
 
 
-def call(command: Sequence[str], limit: float) -> Ended:
-    """Run a command in a session of its own; all of it is ended where it takes too long."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            command, stdout=out, stderr=errors, cwd=ROOT, env=environment, start_new_session=True
+class Process:
+    """A command that runs in a session of its own, so that all it started can be ended with it."""
+
+    def __init__(self, command: Sequence[str], limit: float) -> None:
+        self._limit = limit
+        self._start = time.monotonic()
+        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open as long as it runs
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._child = subprocess.Popen(
+            command,
+            stdout=self._out,
+            stderr=self._errors,
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
         )
-        in_time = True
-        try:
-            found, status, usage = os.wait4(child.pid, os.WNOHANG)
-            while not found and in_time:
-                time.sleep(_POLL)
-                in_time = time.monotonic() - start < limit
-                found, status, usage = os.wait4(child.pid, os.WNOHANG)
-        except BaseException:  # the user's, too: nothing is left running
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            raise
+
+    def poll(self) -> Ended | None:
+        """How it ended, once, or None while it runs; beyond its limit it is ended."""
+        in_time = time.monotonic() - self._start < self._limit
+        found, status, usage = os.wait4(self._child.pid, os.WNOHANG)
+        if not found and in_time:
+            return None
         if not found:
-            os.killpg(child.pid, signal.SIGKILL)
-            _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        for stream in (out, errors):
-            stream.seek(0)
+            os.killpg(self._child.pid, signal.SIGKILL)
+            _, status, usage = os.wait4(self._child.pid, 0)
+        self._child.returncode = os.waitstatus_to_exitcode(status)
         unit = 1 if sys.platform == "darwin" else 1024
         return Ended(
-            child.returncode if found else None,
-            out.read(),
-            errors.read(),
-            round(time.monotonic() - start, 1),
+            self._child.returncode if found else None,
+            self._text(self._out),
+            self._text(self._errors),
+            round(time.monotonic() - self._start, 1),
             round(usage.ru_maxrss * unit / 1e6, 1),
         )
+
+    @staticmethod
+    def _text(stream: IO[str]) -> str:
+        with stream:
+            stream.seek(0)
+            return stream.read()
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+        self._out.close()
+        self._errors.close()
+
+
+def call(command: Sequence[str], limit: float) -> Ended:
+    """Run a command to its end."""
+    process = Process(command, limit)
+    try:
+        while (ended := process.poll()) is None:
+            time.sleep(_POLL)
+    except BaseException:  # the user's, too: nothing is left running
+        process.kill()
+        raise
+    return ended
 
 
 def cleaned(text: str) -> str:
@@ -139,8 +175,7 @@ def outcome(run: Run, ended: Ended, limit: float) -> dict[str, Any]:
     if ended.status is None:
         row["error"] = f"it took more than {limit:.0f} s"
     elif ended.status:
-        lines = ended.errors.strip().splitlines() or [""]
-        row["error"] = cleaned(f"exit status {ended.status}: {lines[-1]}")
+        row["error"] = cleaned(f"exit status {ended.status}: {last_line(ended)}")
     else:
         try:
             row = json.loads(ended.out.splitlines()[-1]) | row
@@ -148,6 +183,8 @@ def outcome(run: Run, ended: Ended, limit: float) -> dict[str, Any]:
             row["error"] = cleaned(f"it printed no row, but {ended.out[-200:]!r}")
     if "error" in row:
         row["error"] = cleaned(row["error"])
+    if not run.ours:  # its environment knows neither
+        row["environment"] = {"machine": machine(), "commit": commit()}
     return row | {"wall_seconds": ended.seconds, "process_peak_mb": ended.peak_mb}
 
 
@@ -166,15 +203,20 @@ def runs_of_peers(place: Place) -> list[Run]:
         if not place.python(peer).is_file():
             print(f"{peer}: no environment; left out", flush=True)
             continue
-        for task in (name for name, facts in TASKS.items() if facts.checkpoint):
-            command = [str(place.python(peer)), "-m", f"benchmarks.peers.{peer}"]
-            ended = call([*command, "--list", "--task", task], place.limit)
-            if ended.status:
-                lines = ended.errors.strip().splitlines() or [""]
-                print(f"{peer}: {lines[-1]}; left out", flush=True)
-                break
-            found += [Run(task, peer, setting) for setting in ended.out.split()]
-    return found
+        command = [str(place.python(peer)), "-m", f"benchmarks.peers.{peer}", "--list"]
+        ended = call(command, place.limit)
+        if ended.status:
+            print(f"{peer}: {last_line(ended)}; left out", flush=True)
+            continue
+        for task, setting in (line.split() for line in ended.out.splitlines()):
+            seeds = SEEDS[:1] if TASKS[task].checkpoint else SEEDS  # of the model
+            found += [Run(task, peer, setting, seed) for seed in seeds]
+    return sorted(found, key=lambda run: run.seed)
+
+
+def last_line(ended: Ended) -> str:
+    """Of what a process said when it failed."""
+    return (ended.errors.strip().splitlines() or [""])[-1]
 
 
 def to_do(wanted: Iterable[Run], globs: Sequence[str], place: Place, *, retry: bool) -> list[Run]:
@@ -211,27 +253,59 @@ class Pace:
         )
 
 
-def said(seconds: float | None) -> str:
+def said(seconds: float | None, jobs: int = 1) -> str:
     """A guess for people."""
     if seconds is None:
         return "unknown"
+    seconds /= jobs
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
-def execute(wanted: Sequence[Run], place: Place) -> int:
-    """Run them one after another; returns how many of ours have an error."""
+def prepare(wanted: Iterable[Run], place: Place) -> None:
+    """Train the models that these runs compress, where there are none yet: each once."""
+    for task, seed in sorted({(run.task, run.seed) for run in wanted}):
+        run = Run(task, "fp32", "none", seed)
+        weights = run.weights(place.folder)
+        if weights and not weights.is_file():
+            print(f"training the model of {task}, seed {seed} ...", flush=True)
+            ended = call(place.preparation(run), place.limit)
+            if ended.status != 0:  # the runs will say so, too
+                print(f"    {last_line(ended)}", flush=True)
+
+
+def execute(wanted: Sequence[Run], place: Place, jobs: int = 1) -> int:
+    """Run them in order, so many at once; returns how many of ours have an error."""
     pace, failed = Pace(place.results), 0
-    for i, run in enumerate(wanted):
-        left = said(pace.guess(wanted[i:]))
-        print(f"[{i + 1}/{len(wanted)}] {run.name} (left: {left}) ...", flush=True)
-        ended = call(place.command(run), place.limit)
-        row = outcome(run, ended, place.limit)
-        write(result_path(place.results, run), row)
-        pace.note(run.task, run.method, ended.seconds)
-        failed += "error" in row and run.ours  # a peer's error is its result
-        shown = f"{row['nbytes']:,} bytes: {row['score']}" if "error" not in row else row["error"]
-        print(f"    {shown}; {ended.seconds:.0f} s, {ended.peak_mb:.0f} MB", flush=True)
+    waiting, active = deque(wanted), dict[Run, Process]()
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                left = said(pace.guess([*active, *waiting]), jobs)
+                run = waiting.popleft()
+                number = len(wanted) - len(waiting)
+                print(f"[{number}/{len(wanted)}] {run.name} (left: {left}) ...", flush=True)
+                active[run] = Process(place.command(run), place.limit)
+            time.sleep(_POLL)
+            for run, process in list(active.items()):
+                if ended := process.poll():
+                    del active[run]
+                    failed += keep(run, ended, place)
+                    pace.note(run.task, run.method, ended.seconds)
+    except BaseException:  # the user's, too: nothing is left running
+        for process in active.values():
+            process.kill()
+        raise
     return failed
+
+
+def keep(run: Run, ended: Ended, place: Place) -> bool:
+    """Write the row of a run that ended, and say it; returns whether a run of ours failed."""
+    row = outcome(run, ended, place.limit)
+    write(result_path(place.results, run), row)
+    shown = f"{row['nbytes']:,} bytes: {row['score']}" if "error" not in row else row["error"]
+    took = f"{ended.seconds:.0f} s, {ended.peak_mb:.0f} MB"
+    print(f"    {run.name}: {shown}; {took}", flush=True)
+    return "error" in row and run.ours  # a peer's error is its result
 
 
 def main() -> int:
@@ -243,6 +317,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, default=Place.folder, help="for files and models")
     parser.add_argument("--threads", type=int, default=1, help="of each run (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (1)")
     parser.add_argument("--limit", type=float, default=Place.limit, help="seconds for each run")
     parser.add_argument("--retry", action="store_true", help="repeat runs that had an error")
     parser.add_argument("--list", action="store_true", help="show what there is to do, and stop")
@@ -266,7 +341,8 @@ def main() -> int:
         print("\n".join(run.name for run in wanted))
         return 0
     start = time.monotonic()
-    failed = execute(wanted, place)
+    prepare(wanted, place)
+    failed = execute(wanted, place, options.jobs)
     print(f"{len(wanted)} runs, {failed} of ours failed, {said(time.monotonic() - start)} in all")
     return 1 if failed else 0
 

@@ -73,6 +73,7 @@ def sentence(verdict: Verdict) -> str:
     """What the verdict says."""
     peer, ours = verdict.peer, verdict.ours
     head = f"{peer.label} scores {peer.score:.2f} with {peer.nbytes:,} bytes"
+    head += f" (mean of {len(peer.rows)} seeds)" if len(peer.rows) > 1 else ""
     if ours is None or verdict.margin is None:
         return f"{head}; no file of ours is that small"
     seeds = f", mean of {len(ours.rows)} seeds" if len(ours.rows) > 1 else ""

@@ -17,7 +17,7 @@ import dither
 from benchmarks import measure, ordering, page, plots, runner
 from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
-from benchmarks.runner import Place, call, execute, to_do
+from benchmarks.runner import Ended, Place, call, execute, outcome, prepare, to_do
 from benchmarks.verdicts import at_its_size, beaten, verdicts
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +117,56 @@ def test_a_run_beyond_its_time_is_a_row(tmp_path: Path) -> None:
     fake = place(tmp_path, {ONE: "import time; time.sleep(30)"}, limit=0.3)
     assert execute([ONE], fake) == 1
     assert result(tmp_path, ONE)["error"] == "it took more than 0 s"
+
+
+def test_several_run_at_once(tmp_path: Path) -> None:
+    # Each waits for a mark of the other: one after the other, both would take too long.
+    def wait(mine: str, other: str) -> str:
+        return f"""
+import pathlib, time
+pathlib.Path({str(tmp_path / mine)!r}).touch()
+while not pathlib.Path({str(tmp_path / other)!r}).exists():
+    time.sleep(0.05)
+{GOOD}"""
+
+    fake = place(tmp_path, {ONE: wait("1", "2"), TWO: wait("2", "1")}, limit=30)
+    assert execute([ONE, TWO], fake, jobs=2) == 0
+    assert {row.run for row in recorded(tmp_path).values()} == {ONE, TWO}
+
+
+def test_an_interrupt_ends_all_that_runs(tmp_path: Path) -> None:
+    class Stops(Fake):
+        def command(self, run: Run) -> list[str]:
+            if run == TWO:
+                raise KeyboardInterrupt
+            return super().command(run)
+
+    mark = tmp_path / "mark"
+    later = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
+    with pytest.raises(KeyboardInterrupt):
+        execute([ONE, TWO], Stops(results=tmp_path, scripts={ONE: later}), jobs=2)
+    time.sleep(1.6)
+    assert not mark.exists()
+
+
+def test_a_model_without_a_checkpoint_is_trained_once_for_all_its_runs(tmp_path: Path) -> None:
+    class Trains(Fake):
+        def preparation(self, run: Run) -> list[str]:
+            weights = run.weights(self.folder)
+            assert weights is not None
+            code = (
+                f"import pathlib; p = pathlib.Path({str(weights)!r}); p.parent.mkdir(parents=True)"
+            )
+            return [sys.executable, "-c", f"{code}; p.touch()"]
+
+    peer = Run("lm_ptb", "hqq", "int4", 0)
+    trains = Trains(results=tmp_path, folder=tmp_path / "work", peers=tmp_path)
+    prepare([ONE, peer, Run("minilm_stsb", "hqq", "int4")], trains)
+    (weights,) = (path for path in trains.folder.rglob("*") if path.is_file())
+    command = Place.command(trains, peer)
+    assert command[command.index("--weights") + 1] == str(weights)
+    assert "--weights" not in Place.command(trains, Run("minilm_stsb", "hqq", "int4"))
+    prepare([ONE], trains)  # making the folder anew would be an error
 
 
 def test_globs_choose(tmp_path: Path) -> None:
@@ -237,14 +287,12 @@ def test_rows_of_a_later_folder_win(tmp_path: Path) -> None:
 
 
 def test_the_smaller_count_of_a_peer_is_taken(tmp_path: Path) -> None:
-    row: dict[str, Any] = {"peer": "nncf", "version": "1", "setting": "int8"}
-    row["task"] = "minilm_stsb"
-    row |= {"split": "test", "nbytes": 100, "nbytes_zstd": 90, "score": 5.0}
-    dev = row | {"split": "dev", "nbytes_zstd": 1}
-    (tmp_path / "peers").mkdir()
-    text = json.dumps({"rows": [row, dev]})
-    (tmp_path / "peers" / "nncf.json").write_text(text, encoding="utf-8")
+    run = Run("minilm_stsb", "nncf", "int8")
+    row: dict[str, Any] = {"version": "1", "nbytes": 100, "nbytes_zstd": 90, "score": 5.0}
+    printed = f"noise\n{json.dumps(row)}\n"
+    runner.write(result_path(tmp_path, run), outcome(run, Ended(0, printed, "", 1, 1), 60))
     (found,) = read([tmp_path])
+    assert found.machine
     assert (found.nbytes, found.commit) == (90, "1")
     assert found.remark == "zstd -19; 100 bytes as written"
 
@@ -271,7 +319,6 @@ def test_rows_of_programs_of_their_own_are_read(tmp_path: Path) -> None:
     shown = {name: (row.nbytes, row.score, row.commit) for name, row in rows.items()}
     assert shown == {
         "minilm_stsb/dither-10-0": (9, 80.0, "abc"),
-        "minilm_stsb/nncodec-10-bytes-0": (10, 79.0, ""),
         "minilm_stsb/dither-data-10-2": (8, 81.0, "abc"),
         "minilm_stsb/dither-train-10-1": (7, 82.0, "def"),
         "lm_ptb/dither-noise-int4-qat-0": (6, 200.0, "abc"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -32,16 +33,15 @@ PREFIX = "model."
 class Positional(nn.Module):
     """A model whose inputs have no names and whose output is a tensor, for tracing."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
         self.model = model
+        self._names = tuple(names)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if len(inputs) == 1:
-            plain: Tensor = self.model(inputs[0])
-            return plain
-        hidden: Tensor = self.model(input_ids=inputs[0], attention_mask=inputs[1])[0]
-        return hidden
+        found = self.model(**dict(zip(self._names, inputs, strict=True)))
+        output: Tensor = found if isinstance(found, Tensor) else found[0]
+        return output
 
 
 def simulated(model: nn.Module, dummy: tuple[Tensor, ...], bits: int) -> Any:  # noqa: ANN401
@@ -72,9 +72,10 @@ def compress(task: Task, setting: str, folder: Path) -> None:
     options = SETTINGS[setting]
     bits = options["bits"]
     model = task.load()  # before the stand-ins: transformers looks for torchvision, too
-    batches = [tuple(batch.values()) for batch in task.calibration()]
+    named = task.calibration()
+    batches = [tuple(batch.values()) for batch in named]
     dummy = tuple(tensor[:1] for tensor in batches[0])
-    sim = simulated(Positional(model).eval(), dummy, bits)
+    sim = simulated(Positional(model, named[0]).eval(), dummy, bits)
     if options.get("search"):
         search = importlib.import_module("aimet_torch.seq_mse").apply_seq_mse
         search(sim, batches, num_candidates=20, forward_fn=lambda m, batch: m(*batch))

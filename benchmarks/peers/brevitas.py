@@ -10,6 +10,7 @@ the file is our plain container, with the integers and scales of its own quantiz
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def quantized(model: nn.Module, bits: int, *, mse: bool) -> nn.Module:
-    """The model with quantized layers in place of its own."""
+def quantized(
+    model: nn.Module, bits: int, kinds: Sequence[type[nn.Module]], *, mse: bool
+) -> nn.Module:
+    """The model with quantized layers in place of its own of some kinds."""
     layers = importlib.import_module("brevitas.nn")
     quant = importlib.import_module("brevitas.quant.scaled_int")
     weight = quant.Int8WeightPerChannelFloatMSE if mse else quant.Int8WeightPerChannelFloat
@@ -40,7 +43,7 @@ def quantized(model: nn.Module, bits: int, *, mse: bool) -> nn.Module:
         nn.Conv2d: (layers.QuantConv2d, given),
         nn.Embedding: (layers.QuantEmbedding, given),
     }
-    done: nn.Module = graph.layerwise_quantize(model, chosen)
+    done: nn.Module = graph.layerwise_quantize(model, {kind: chosen[kind] for kind in kinds})
     return done
 
 
@@ -66,9 +69,11 @@ def compress(task: Task, setting: str, folder: Path) -> None:
     bits = options["bits"]
     plain = task.load()
     names = list(plain.state_dict())
-    model = quantized(plain, bits, mse=options.get("mse", False)).eval()
-    if options.get("gptq"):
+    mse = options.get("mse", False)
+    model = quantized(plain, bits, [nn.Linear, nn.Conv2d], mse=mse).eval()
+    if options.get("gptq"):  # first: its embeddings run with one scale for all rows only
         calibrate(task, model)
+    model = quantized(model, bits, [nn.Embedding], mse=mse).eval()
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for name, module in model.named_modules():

@@ -7,10 +7,11 @@ and neither it nor what it imports needs dither:
 
 The last line that it prints is one JSON object: ``peer``, ``version``, ``setting``, ``task``,
 ``split``, ``nbytes`` (of the files as the peer writes them), ``nbytes_zstd`` (of the same files
-after ``zstd -19``), ``score`` in percent (null if it is not a number), ``seconds`` of compressing
-and writing, ``peak_mb`` (largest resident memory until the model is loaded back, in 10^6 bytes) and
-``torch``; or, in place of figures, ``error``. ``--list`` prints the settings, one a line; with
-``--task`` those to measure on this task.
+after ``zstd -19``), ``score`` (null if it is not a number), ``seconds`` of compressing and writing,
+``peak_mb`` (largest resident memory until the model is loaded back, in 10^6 bytes) and ``torch``;
+or, in place of figures, ``error``. ``--list`` prints what there is to measure, a task and a setting
+a line. Tasks whose model has no published checkpoint need ``--weights`` with those that were
+trained.
 
 Compressing and loading share nothing but the files: ``restore`` gets the folder, and no object of
 ``compress``; and a model that it fills begins with NaN everywhere, so that nothing of the original
@@ -23,7 +24,6 @@ import argparse
 import importlib
 import json
 import math
-import platform
 import resource
 import shutil
 import sys
@@ -38,38 +38,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TASKS = ("resnet20_cifar10", "minilm_stsb")
+TASKS = ("resnet20_cifar10", "minilm_stsb", "minilm_sst2", "lm_ptb")
 ZSTD_LEVEL = 19
 _IMAGES = 1024  # of the training part, for peers that calibrate
-_SENTENCES = 512
+_SENTENCES = 512  # of either task, and as many windows of text
+_SEED = 12_345
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the benchmark's tasks: ``resnet20_cifar10`` or ``minilm_stsb``."""
+    """One of the benchmark's tasks.
+
+    Attributes:
+        name: of a module of ``benchmarks.tasks``.
+        weights: of the trained model, for tasks whose checkpoint is not published.
+    """
 
     name: str
+    weights: Path | None = None
 
     def load(self) -> nn.Module:
         """The trained model in fp32 and evaluation mode."""
-        model: nn.Module = self._module().load()
+        given = () if self.weights is None else (self.weights,)
+        model: nn.Module = self._module().load(*given)
         return model
 
     def blank(self) -> nn.Module:
-        """The same model with NaN for every weight and floating-point statistic, to be filled."""
+        """The same model with NaN for all that a checkpoint holds in floats, to be filled."""
         model = self.load()
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in model.state_dict().values():  # not constants that the code itself makes
             if tensor.is_floating_point():
-                tensor.detach().fill_(math.nan)
+                tensor.fill_(math.nan)
         return model
 
     def evaluate(self, model: nn.Module, split: str) -> float:
-        """The score in percent, more is better."""
+        """The score of the task; :data:`benchmarks.methods.TASKS` says what it is."""
         return float(self._module().evaluate(model, split))
 
     def calibration(self, size: int = 64) -> list[dict[str, Tensor]]:
         """Batches of training data, as keyword arguments of the model: nothing of dev or test."""
-        return _images(size) if self.name == "resnet20_cifar10" else _sentences(size)
+        made = {
+            "resnet20_cifar10": _images,
+            "minilm_stsb": _sentences,
+            "minilm_sst2": _reviews,
+            "lm_ptb": _windows,
+        }
+        return made[self.name](size)
 
     def _module(self) -> Any:  # noqa: ANN401
         return importlib.import_module(f"benchmarks.tasks.{self.name}")
@@ -97,9 +111,9 @@ class Peer:
     tasks: Sequence[str] = TASKS
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def labels(self, task: str | None) -> list[str]:
-        """The settings to measure on a task, or all of them."""
-        return list(self.only.get(task or "", self.settings))
+    def labels(self, task: str) -> list[str]:
+        """The settings to measure on a task."""
+        return list(self.only.get(task, self.settings))
 
 
 def _images(size: int) -> list[dict[str, Tensor]]:
@@ -127,6 +141,19 @@ def _sentences(size: int) -> list[dict[str, Tensor]]:
             place[: len(row)] = torch.tensor(row)
         batches.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
     return batches
+
+
+def _reviews(size: int) -> list[dict[str, Tensor]]:
+    """Random training sentences of SST-2, without their labels."""
+    stream = importlib.import_module("benchmarks.tasks.minilm_sst2").batches(size, _SEED)
+    found = (next(stream) for _ in range(_SENTENCES // size))
+    return [{"ids": ids, "mask": mask} for ids, mask, _ in found]
+
+
+def _windows(size: int) -> list[dict[str, Tensor]]:
+    """Random windows of 64 tokens of the training text."""
+    stream = importlib.import_module("benchmarks.tasks.lm_ptb").windows(size, _SEED)
+    return [{"tokens": next(stream)[:, :-1]} for _ in range(_SENTENCES // size)]
 
 
 def halved(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,35 +225,23 @@ def measure(peer: Peer, setting: str, task: Task, split: str, folder: Path) -> d
     return row | {"seconds": round(seconds, 2), "peak_mb": peak, "torch": torch.__version__}
 
 
-def environment() -> dict[str, Any]:
-    """Versions of everything installed beside this interpreter, for the head of a results file."""
-    found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    return {
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: found[name] for name in sorted(found, key=str.lower)},
-    }
-
-
 def run(peer: Peer) -> None:
-    """The command line of a peer; ``--environment`` prints versions, ``--list`` the settings."""
+    """The command line of a peer."""
     parser = argparse.ArgumentParser(
         description=f"{peer.name} {peer.version}, as a peer of dither."
     )
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--setting", choices=list(peer.settings))
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument("--weights", type=Path, help="of the model, where none is published")
     parser.add_argument("--folder", type=Path, help="for the files; what it held is removed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--environment", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.list:
-        print("\n".join(peer.labels(options.task)))
-        return
-    if options.environment:
-        print(json.dumps(environment()))
+        tasks = [options.task] if options.task else peer.tasks
+        print("\n".join(f"{task} {label}" for task in tasks for label in peer.labels(task)))
         return
     if not (options.task and options.setting and options.folder):
         parser.error("--task, --setting and --folder are needed")
@@ -237,5 +252,6 @@ def run(peer: Peer) -> None:
         return
     # A folder of its own below the given one, so that nothing else can be counted or removed.
     folder = options.folder / f"{peer.name}-{options.task}-{options.setting}"
-    row = measure(peer, options.setting, Task(options.task), options.split, folder)
+    task = Task(options.task, options.weights)
+    row = measure(peer, options.setting, task, options.split, folder)
     print(json.dumps(row), flush=True)

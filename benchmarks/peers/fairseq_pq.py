@@ -53,7 +53,7 @@ def block_of(name: str, module: nn.Module, setting: str) -> int:
     wide, attention, spatial = SETTINGS[setting]
     if isinstance(module, nn.Conv2d):
         return spatial
-    return attention if ".attention." in name else wide
+    return attention if ".attention." in name or name.endswith("proj") else wide
 
 
 def compress(task: Task, setting: str, folder: Path) -> None:

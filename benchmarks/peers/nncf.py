@@ -56,7 +56,7 @@ def restore(task: Task, setting: str, folder: Path) -> nn.Module:
     state = torch.load(folder / FILE, weights_only=True)
     model = task.blank()
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.uniform_(0.01, 0.03)
     model = compressed(task, setting, model)

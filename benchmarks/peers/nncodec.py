@@ -19,11 +19,13 @@ from benchmarks.peers.contract import Peer, Task, run, version_of
 
 FILE = "model.nnc"
 FINE = -75  # QP of biases and norms, its default
-SETTINGS = {f"qp{qp}": (qp, FINE) for qp in range(-30, -15, 2)}
+SETTINGS = {f"qp{qp}": (qp, FINE) for qp in range(-32, -15, 2)}
 SETTINGS["qp-18-nonweight-32"] = (-18, -32)
 ONLY = {
     "resnet20_cifar10": ["qp-30", "qp-26", "qp-22", "qp-18", "qp-18-nonweight-32"],
     "minilm_stsb": ["qp-28", "qp-24", "qp-20", "qp-16"],
+    "minilm_sst2": ["qp-28", "qp-24", "qp-20", "qp-16"],
+    "lm_ptb": ["qp-32", "qp-28", "qp-24", "qp-20"],
 }
 
 

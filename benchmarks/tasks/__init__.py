@@ -1,8 +1,10 @@
 """Benchmark tasks: a trained model and the score that compression must keep.
 
-Every module here offers `load()` (the model in fp32, in evaluation mode) and
-`evaluate(model, split)` (a score in percent, more is better). The data lie in the folder that
-the environment variable ``DITHER_DATA`` names.
+Every module here offers `load` (the model in fp32, in evaluation mode; where it has no published
+checkpoint, `load(weights)` of a file of trained weights) and `evaluate(model, split)`, whose scores
+`benchmarks.methods.TASKS` describes. What trains is in `benchmarks.measure`, since peers import
+these modules where there is no dither. The data lie in the folder that the environment variable
+``DITHER_DATA`` names.
 """
 
 import os

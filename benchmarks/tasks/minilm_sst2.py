@@ -6,6 +6,7 @@ The vocabulary is cut to the word pieces that occur in the task's data, so that 
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from . import data_path
 from .minilm_stsb import model_folder
 
-__all__ = ["Classifier", "batches", "evaluate", "loss_of"]
+__all__ = ["Classifier", "batches", "evaluate", "load", "loss_of"]
 
 _LENGTH = 32
 _FILES = {"train": "train", "dev": "dev", "test": "test-labeled"}
@@ -41,6 +42,13 @@ class Classifier(nn.Module):
         weight = mask.unsqueeze(2).to(hidden.dtype)
         logits: Tensor = self.head((hidden * weight).sum(1) / weight.sum(1))
         return logits
+
+
+def load(weights: Path) -> nn.Module:
+    """The classifier of fine-tuned weights, as ``torch.save`` wrote its state, to evaluate."""
+    model = Classifier()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model.eval()
 
 
 @cache

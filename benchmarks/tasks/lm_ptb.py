@@ -8,16 +8,18 @@ predicted once, from what stands before it in its window.
 import math
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import data_path
 
-__all__ = ["LanguageModel", "evaluate", "loss_of", "vocabulary", "windows"]
+__all__ = ["LanguageModel", "evaluate", "load", "loss_of", "vocabulary", "windows"]
 
 WINDOW = 64
 _BATCH = 64
+_FILES = {"dev": "valid", "test": "test"}
 
 
 class _Layer(nn.Module):
@@ -66,8 +68,36 @@ class LanguageModel(nn.Module):
         x = self.dropout(x + self.get_buffer("places")[: tokens.shape[1]])
         for layer in self.layers:
             x = layer(x)
-        logits: Tensor = self.output(self.norm(x))
-        return logits
+        return self.logits(self.norm(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output layer."""
+        found: Tensor = self.output(x)
+        return found
+
+
+class _OneTable(LanguageModel):
+    """The same without a module for the output layer: there is one table, so one to compress."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.output
+
+    def logits(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.embedding.weight)
+
+
+def load(weights: Path) -> nn.Module:
+    """The model of trained weights in evaluation mode, for compressors that do not know ties.
+
+    Args:
+        weights: what ``torch.save`` wrote of the state of a :class:`LanguageModel`.
+    """
+    state = torch.load(weights, weights_only=True)
+    del state["output.weight"]
+    model = _OneTable()
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
@@ -116,8 +146,8 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: str) -> float:
-    """Perplexity of ``"valid"`` or ``"test"``; call ``model.eval()`` first."""
-    tokens = _tokens(split)
+    """Perplexity of ``"dev"`` (Mikolov's ``valid``) or ``"test"``; call ``model.eval()`` first."""
+    tokens = _tokens(_FILES[split])
     count = (len(tokens) - 1) // WINDOW
     at = WINDOW * torch.arange(count).unsqueeze(1) + torch.arange(WINDOW + 1)
     batches = tokens[at].split(_BATCH)
