@@ -416,6 +416,14 @@ def test_compare(source: Path) -> None:
     assert "below 21 dB: layer.weight" in below.stdout
 
 
+def test_exact_integers_do_not_drown_the_noise_of_weights(source: Path) -> None:
+    state = example() | {"positions": 1000 * torch.arange(200)}
+    torch.save(state, "a.pt")
+    torch.save(state | {"layer.weight": state["layer.weight"] * 1.1}, "b.pt")
+    found = good("compare", "a.pt", "b.pt")
+    assert found["total"]["sqnr_db"] == pytest.approx(20, abs=1)
+
+
 def test_compare_names_and_shapes(source: Path) -> None:
     state = example()
     state["layer.bias"] = state["layer.bias"][:5]

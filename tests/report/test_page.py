@@ -255,3 +255,13 @@ def test_what_the_command_refuses(folder: Path, arguments: list[str], wanted: st
     assert result.exit_code == 2, result.output
     assert wanted in result.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_exact_integers_do_not_drown_the_noise_of_weights() -> None:
+    tensors = {"weight": torch.randn(64, 64), "positions": 1000 * torch.arange(200)}
+    coarse = dither.compress(tensors, size="4kB")
+    found = contents(coarse, "x", ("source", tensors))
+    noise = Noise()
+    noise.add(tensors["weight"], coarse["weight"])
+    assert found.sqnr == noise.decibels < 40
+    assert {tensor.name: tensor.sqnr for tensor in found.tensors}["positions"] == math.inf

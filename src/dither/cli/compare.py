@@ -38,6 +38,11 @@ class Difference:
     equal: bool
 
     @property
+    def is_signal(self) -> bool:
+        """Whether A's tensor holds no integers."""
+        return self.dtypes[0].startswith(("float", "bfloat", "complex"))
+
+    @property
     def sqnr(self) -> float:
         """Signal to quantization noise ratio in dB; infinite when equal."""
         return _decibels(self.signal, self.noise)
@@ -62,10 +67,13 @@ class Comparison:
 
     @property
     def sqnr(self) -> float:
-        """Over all common tensors together, in dB."""
+        """Over all common tensors together, in dB; integers count where there is nothing else.
+
+        Indices and counters are exact and large: they would drown the noise of weights.
+        """
+        some = [item for item in self.differences if item.is_signal] or self.differences
         return _decibels(
-            math.fsum(item.signal for item in self.differences),
-            math.fsum(item.noise for item in self.differences),
+            math.fsum(item.signal for item in some), math.fsum(item.noise for item in some)
         )
 
     @property

@@ -89,7 +89,7 @@ class Contents:
         metadata: the user's own JSON values, sensitivities left out.
         sites: bits of quantized activations by site.
         against: what to call the checkpoint, if there is one.
-        sqnr: of all tensors that both have, in dB.
+        sqnr: of all tensors that both have, in dB; integers are left out.
         lacking: tensors that the checkpoint lacks, or has in another shape.
     """
 
@@ -146,7 +146,7 @@ def contents(
         sqnr, histogram = None, None
         if before is not None and values is not None:
             own = Noise()
-            for noise in (own, total):
+            for noise in (own, total) if _is_signal(entry) else (own,):
                 noise.add(before, values)
             sqnr = own.decibels
         if name in shown and values is not None:
@@ -188,6 +188,11 @@ def histogram_of(after: Tensor, before: Tensor | None) -> Histogram | None:
 
     outside = float(((base < low) | (base > high)).double().mean())
     return Histogram(low, high, shares(after), None if before is None else shares(before), outside)
+
+
+def _is_signal(entry: Entry) -> bool:
+    """Not indices and counters: exact and large, they would drown the noise of weights."""
+    return DTYPES[entry.dtype].is_floating_point or DTYPES[entry.dtype].is_complex
 
 
 def _is_shown(entry: Entry) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -163,8 +164,8 @@ def _boxes(
         text = f"{name}: {nbytes:,} bytes, {share}"
         if bits is not None:
             text += f", {bits:.2f} bits per value"
-        # A box that is too small for words has its title only.
-        room = wide > 90 and high > 48
+        # A box that is too small for its words has its title only.
+        room = wide > 90 and high > 14.5 * (_lines(name, (wide - 12) / 6.8) + 1) + 8
         words = f"<b>{_broken(name)}</b>{share}" if room else ""
         yield (
             f'<div title="{_text(text)}" style="left:{100 * left / width:.3f}%;'
@@ -172,6 +173,17 @@ def _boxes(
             f"height:{100 * high / height:.3f}%;background:{back};color:{ink};"
             f'{"" if room else "padding:0"}">{words}</div>'
         )
+
+
+def _lines(name: str, letters: float) -> int:
+    """Lines that a name takes where so many letters fit into one, broken as ``_broken`` does."""
+    lines, used = 1, 0.0
+    for piece in re.findall(r"[^._]*[._]?", name):
+        if used and used + len(piece) > letters:
+            lines, used = lines + 1, 0.0
+        used += len(piece)
+        lines, used = lines + int(used // (letters + 1)), used % (letters + 1)
+    return lines
 
 
 def _shade(bits: float | None) -> tuple[str, str]:
@@ -186,7 +198,9 @@ def _shade(bits: float | None) -> tuple[str, str]:
 
 
 def _by_order(found: Contents) -> str:
-    matrices = [t for t in found.tensors if len(t.shape) > 1 and t.bits is not None]
+    matrices = [
+        t for t in found.tensors if len(t.shape) > 1 and t.bits is not None and "float" in t.dtype
+    ]
     if len(matrices) < 3:
         return ""
     bits = [t.bits or 0.0 for t in matrices]
