@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,11 @@ class Group:
     @property
     def seeds(self) -> list[int]:
         return sorted(row.run.seed for row in self.rows)
+
+    def of(self, seeds: Collection[int]) -> Group | None:
+        """The part of these seeds; None where one is missing."""
+        rows = tuple(row for row in self.rows if row.run.seed in seeds)
+        return Group(rows) if len(rows) == len(seeds) else None
 
 
 def result_path(results: Path, run: Run) -> Path:

@@ -61,7 +61,9 @@ def verdicts(
     for peer in groups:
         if peer.run.ours or peer.score is None:
             continue
-        rival = best(ours, task, peer.nbytes, share * peer.nbytes)
+        # A seed of a trained model is another model: those that the peer had are compared.
+        rivals = ours if task.checkpoint else [s for g in ours if (s := g.of(peer.seeds))]
+        rival = best(rivals, task, peer.nbytes, share * peer.nbytes)
         margin = None
         if rival is not None and rival.score is not None:
             margin = rival.score - peer.score if task.less else peer.score - rival.score

@@ -242,6 +242,14 @@ def test_seeds_count_by_their_mean_and_largest_file() -> None:
     assert "mean of 2 seeds" in beaten(verdicts(groups(rows, "minilm_stsb"), "minilm_stsb"))[2]
 
 
+def test_models_that_are_trained_are_compared_seed_by_seed() -> None:
+    ours = ("dither", "100", 99, 60.0), ("dither", "100", 99, 80.0)
+    rows = rows_of(*ours, ("nncf", "a", 100, 70.0), task="minilm_sst2")
+    assert wins(rows, "minilm_sst2") == [True]  # 60 of the same model; the mean is 70
+    rows = rows_of(*ours, *[("nncf", "a", 100, 70.0)] * 3, task="minilm_sst2")
+    assert wins(rows, "minilm_sst2") == [None]
+
+
 def test_the_original_model_is_no_method_of_ours() -> None:
     assert wins(rows_of(("fp32", "none", 100, 99.0), ("nncf", "a", 100, 1.0))) == [None]
 
