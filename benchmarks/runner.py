@@ -237,7 +237,8 @@ class Pace:
         self._seconds: dict[tuple[str, str], list[float]] = {}
         for path in (results / "runs").glob("*/*.json"):
             row = json.loads(path.read_text(encoding="utf-8"))
-            self.note(row["task"], row["method"], row["wall_seconds"])
+            if "wall_seconds" in row:
+                self.note(row["task"], row["method"], row["wall_seconds"])
 
     def note(self, task: str, method: str, seconds: float) -> None:
         """Learn from one run."""
