@@ -65,22 +65,22 @@ class Task:
 TASKS = {
     "ptb": Task(
         lm_ptb.LanguageModel,
-        lambda seed: lm_ptb.windows(8, seed),
+        lambda seed: lm_ptb.windows(lm_ptb.ROWS, seed),
         lm_ptb.loss_of,
         lambda model: lm_ptb.evaluate(model, "test"),
         "test perplexity",
-        (1000, 250, 50),
-        (3e-3, 3e-3, 5e-4),
+        (1000, lm_ptb.STEPS, 50),
+        (3e-3, lm_ptb.RATE, 5e-4),
         {"*proj.weight": 4, "*fc?.weight": 8, "embedding.weight": 8, "output.weight": 8},
     ),
     "sst2": Task(
         minilm_sst2.Classifier,
-        lambda seed: minilm_sst2.batches(16, seed),
+        lambda seed: minilm_sst2.batches(minilm_sst2.ROWS, seed),
         minilm_sst2.loss_of,
         lambda model: minilm_sst2.evaluate(model, "test"),
         "test accuracy, %",
-        (150, 60, 20),
-        (1e-4, 1e-4, 5e-5),
+        (150, minilm_sst2.STEPS, 20),
+        (1e-4, minilm_sst2.RATE, 5e-5),
         {
             "*LayerNorm*": 0,
             "*embeddings.weight": 8,

@@ -68,6 +68,7 @@ class Place:
         else:
             found = [str(self.python(run.method)), "-m", f"benchmarks.peers.{run.method}"]
             found += ["--task", run.task, "--setting", run.setting, "--split", "test"]
+            found += ["--seed", str(run.seed)]
             if weights := run.weights(self.folder):
                 found += ["--weights", str(weights)]
         return [*found, "--folder", str(self.folder), "--threads", str(self.threads)]

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from benchmarks.peers.contract import Task
 
 FILE = "model.safetensors"
 
@@ -84,6 +86,13 @@ class Container:
         """Write the file into a folder."""
         about = json.dumps(self._about, separators=(",", ":"))
         save_file(self._tensors, folder / FILE, {"about": about})
+
+
+def restore(task: Task, _setting: str, folder: Path) -> nn.Module:
+    """Fill a model of a task with the tensors of the file: ``Peer.restore`` of most that use it."""
+    model = task.blank()
+    model.load_state_dict(read(folder))
+    return model
 
 
 def read(folder: Path) -> dict[str, Tensor]:

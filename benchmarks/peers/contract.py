@@ -52,10 +52,12 @@ class Task:
     Attributes:
         name: of a module of ``benchmarks.tasks``.
         weights: of the trained model, for tasks whose checkpoint is not published.
+        seed: of these, and of what is random in compressing.
     """
 
     name: str
     weights: Path | None = None
+    seed: int = 0
 
     def load(self) -> nn.Module:
         """The trained model in fp32 and evaluation mode."""
@@ -208,7 +210,7 @@ def measure(peer: Peer, setting: str, task: Task, split: str, folder: Path) -> d
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        torch.manual_seed(0)
+        torch.manual_seed(task.seed)
         start = time.perf_counter()
         peer.compress(task, setting, folder)
         seconds = time.perf_counter() - start
@@ -234,6 +236,7 @@ def run(peer: Peer) -> None:
     parser.add_argument("--setting", choices=list(peer.settings))
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--weights", type=Path, help="of the model, where none is published")
+    parser.add_argument("--seed", type=int, default=0, help="of the model, and of training")
     parser.add_argument("--folder", type=Path, help="for the files; what it held is removed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true")
@@ -251,7 +254,7 @@ def run(peer: Peer) -> None:
         print(json.dumps(row | {"error": f"takes {', '.join(peer.tasks)} only"}))
         return
     # A folder of its own below the given one, so that nothing else can be counted or removed.
-    folder = options.folder / f"{peer.name}-{options.task}-{options.setting}"
-    task = Task(options.task, options.weights)
+    folder = options.folder / f"{peer.name}-{options.task}-{options.setting}-{options.seed}"
+    task = Task(options.task, options.weights, options.seed)
     row = measure(peer, options.setting, task, options.split, folder)
     print(json.dumps(row), flush=True)

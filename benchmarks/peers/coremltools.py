@@ -69,14 +69,7 @@ def compress(task: Task, setting: str, folder: Path) -> None:
     file.write(folder)
 
 
-def restore(task: Task, _setting: str, folder: Path) -> nn.Module:
-    """Fill a model with the decoded tensors."""
-    model = task.blank()
-    model.load_state_dict(container.read(folder))
-    return model
-
-
-PEER = Peer("coremltools", version_of("coremltools"), SETTINGS, compress, restore)
+PEER = Peer("coremltools", version_of("coremltools"), SETTINGS, compress, container.restore)
 
 if __name__ == "__main__":
     run(PEER)

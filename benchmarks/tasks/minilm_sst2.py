@@ -16,6 +16,8 @@ from .minilm_stsb import model_folder
 
 __all__ = ["Classifier", "batches", "evaluate", "load", "loss_of"]
 
+ROWS, STEPS, RATE = 16, 60, 1e-4
+"""Of training that goes on from the fine-tuned model: sentences in a batch, steps, Adam's rate."""
 _LENGTH = 32
 _FILES = {"train": "train", "dev": "dev", "test": "test-labeled"}
 Batch = tuple[Tensor, Tensor, Tensor]
