@@ -7,9 +7,11 @@ CONSTRAINTS ?= constraints.txt
 # A folder of real models and data. Tests that need it are skipped, and say so, when it is unset.
 DITHER_DATA ?=
 export DITHER_DATA
-# Where `make bench` and `make bench-full` keep results, and the environments of peers, if any.
+# Where `make bench` and `make bench-full` keep results, the environments of peers, if any, and how
+# many single-threaded runs of the full set go on at once.
 RESULTS ?= out/results
 PEERS ?=
+JOBS ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
@@ -50,7 +52,8 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.page --results $(RESULTS)
 
 bench-full: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.runner --set full --results $(RESULTS) $(PEERS:%=--peers %); \
+	$(BIN)/python -m benchmarks.runner --set full --results $(RESULTS) --jobs $(JOBS) \
+		$(PEERS:%=--peers %); \
 		status=$$?; $(BIN)/python -m benchmarks.page --results $(RESULTS) && exit $$status
 
 # Every warning is an error; --keep-going shows them all.
