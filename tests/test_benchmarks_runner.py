@@ -37,6 +37,15 @@ class Fake(Place):
         return [sys.executable, "-c", self.scripts.get(run, GOOD)]
 
 
+class Stops(Fake):
+    """The user interrupts where the second run would begin."""
+
+    def command(self, run: Run) -> list[str]:
+        if run == TWO:
+            raise KeyboardInterrupt
+        return super().command(run)
+
+
 def place(folder: Path, scripts: dict[Run, str] | None = None, limit: float = 60) -> Fake:
     return Fake(results=folder, limit=limit, scripts=scripts or {})
 
@@ -91,12 +100,6 @@ def test_runs_with_a_result_are_not_repeated(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_what_was_done_and_no_part(tmp_path: Path) -> None:
-    class Stops(Fake):
-        def command(self, run: Run) -> list[str]:
-            if run == TWO:
-                raise KeyboardInterrupt
-            return super().command(run)
-
     with pytest.raises(KeyboardInterrupt):
         execute([ONE, TWO], Stops(results=tmp_path))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["dither-290000-0.json"]
@@ -135,12 +138,6 @@ while not pathlib.Path({str(tmp_path / other)!r}).exists():
 
 
 def test_an_interrupt_ends_all_that_runs(tmp_path: Path) -> None:
-    class Stops(Fake):
-        def command(self, run: Run) -> list[str]:
-            if run == TWO:
-                raise KeyboardInterrupt
-            return super().command(run)
-
     mark = tmp_path / "mark"
     later = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.methods import RESULTS, peers
-from benchmarks.peers import container, contract, plain, setup
+from benchmarks.peers import container, contract, plain, setup, training
+from benchmarks.tasks import lm_ptb
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "peers"
@@ -99,6 +100,56 @@ def test_a_failure_is_a_row_with_the_error(task: contract.Task, tmp_path: Path) 
     row = contract.measure(peer, "a", task, "test", tmp_path / "out")
     assert set(row) == {*NEEDED, "error"}
     assert row["error"] == "NotImplementedError: no kernel"
+
+
+def teach(masters: bool, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Train a layer whose weights each call halves, as fairseq's noise scales them; its error."""
+
+    class Halving(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.weight.data = self.weight.data / 2
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    goal = torch.ones(1, 4)
+    module = SimpleNamespace(
+        ROWS=16,
+        STEPS=200,
+        RATE=0.1,
+        batches=lambda rows, seed: iter(lambda: torch.randn(rows, 4), None),
+        loss_of=lambda model, x: (model(x) - x @ goal.t()).square().mean(),
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks.tasks.lm_ptb", module)
+    model = Halving(4, 1, bias=False)
+    optimizer = torch.optim.Adam(model.parameters(), training.course(contract.Task("lm_ptb"))[3])
+    kept = [model.weight] if masters else []
+    training.train(contract.Task("lm_ptb"), model, optimizer, masters=kept)
+    assert optimizer.param_groups[0]["lr"] < 1e-3 < module.RATE
+    return float((model.weight.detach() / 2 - goal).abs().max())
+
+
+def test_peers_train_and_weights_that_calls_overwrite_are_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert teach(True, monkeypatch) < 0.05
+    assert teach(False, monkeypatch) > 0.5
+
+
+def test_peers_get_one_table_of_the_language_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lm_ptb, "vocabulary", lambda: {str(i): i for i in range(11)})
+    tied = lm_ptb.LanguageModel().eval()
+    torch.save(tied.state_dict(), tmp_path / "plain.pt")
+    model = lm_ptb.load(tmp_path / "plain.pt")
+    assert "output.weight" not in model.state_dict()
+    tokens = torch.arange(22).reshape(2, 11) % 11
+    assert torch.equal(model(tokens), tied(tokens))
+    task = contract.Task("lm_ptb", tmp_path / "plain.pt")
+    blank = task.blank()
+    assert blank(tokens).isnan().all()
+    blank.load_state_dict(model.state_dict())
+    assert torch.equal(blank(tokens), tied(tokens))  # constants of the code are kept
 
 
 def test_settings_may_differ_between_tasks() -> None:
