@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -45,10 +45,15 @@ def sentences(count: int, seed: int = 0) -> list[Tensor]:
     tokenizer = Tokenizer.from_file(str(minilm_stsb.model_folder() / "tokenizer.json"))
     tokenizer.no_padding()
     encoded = tokenizer.encode_batch([distinct[i] for i in order[:count].tolist()])
+    return of_one_length([torch.tensor(row.ids) for row in encoded])
+
+
+def of_one_length(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Rows of ids ``(tokens,)`` in batches ``(rows, tokens)``: padding would count as data."""
     batches = []
-    for _, same in groupby(sorted((row.ids for row in encoded), key=len), key=len):
-        rows = list(same)
-        batches += [torch.tensor(rows[i : i + _ROWS]) for i in range(0, len(rows), _ROWS)]
+    for _, same in groupby(sorted(rows, key=len), key=len):
+        some = list(same)
+        batches += [torch.stack(some[i : i + _ROWS]) for i in range(0, len(some), _ROWS)]
     return batches
 
 

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from benchmarks import ordering, train_minilm, train_resnet20
+from benchmarks import calibrated, ordering, train_minilm, train_resnet20
 from benchmarks.environment import describe
 from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, WEIGHTS, Run
-from benchmarks.tasks import data_path, lm_ptb, minilm_sst2, minilm_stsb, resnet20_cifar10
+from benchmarks.tasks import lm_ptb, minilm_sst2, minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
 from dither.search.calibrated import divergence
 
-SAMPLES, WINDOWS, BATCH = 512, 64, 32
+WINDOWS = 64
 LENGTHS: dict[tuple[str, int], float] = {("minilm_stsb", 4_930_000): 480}
 """How long to train to a budget, where not 3 epochs or 1,600 steps."""
 TRAINERS: dict[str, tuple[Callable[..., tuple[Path, dict[str, Any]]], float]] = {
@@ -64,44 +64,16 @@ def evaluate(task: str, model: nn.Module, split: str) -> float:
 
 def samples(task: str, seed: int) -> dither.Samples:
     """Training samples without labels, drawn by a seed, and what counts of the outputs."""
-    if task == "resnet20_cifar10":
-        images = resnet20_cifar10.Batches(BATCH, seed)
-        loader: list[Any] = [images[number][0] for number in range(SAMPLES // BATCH)]
-        return dither.Samples(loader, distance=divergence)
-    if task == "minilm_stsb":
-        return dither.Samples(_sentences(seed), forward=_embed)
+    if task in {"resnet20_cifar10", "minilm_stsb"}:
+        return calibrated.samples_of(task, seed)
     if task == "minilm_sst2":
-        stream = minilm_sst2.batches(BATCH, 12_345 + seed)
-        loader = [next(stream)[:2] for _ in range(SAMPLES // BATCH)]
-        return dither.Samples(loader, forward=lambda m, b: m(*b), distance=divergence)
+        ids, mask, _ = next(minilm_sst2.batches(calibrated.SAMPLES, 12_345 + seed))
+        rows = [row[known.bool()] for row, known in zip(ids, mask, strict=True)]
+        pairs = [(batch, torch.ones_like(batch)) for batch in calibrated.of_one_length(rows)]
+        return dither.Samples(pairs, forward=lambda m, b: m(*b), distance=divergence)
     text = lm_ptb.windows(16, 12_345 + seed)
-    loader = [next(text)[:, :-1] for _ in range(WINDOWS // 16)]
-    return dither.Samples(loader, distance=divergence)
-
-
-def _sentences(seed: int) -> list[dict[str, Tensor]]:
-    """Sentences of STS-B's training part, in batches of like length."""
-    from tokenizers import Tokenizer
-
-    lines = data_path("stsb/sts-train.csv").read_text(encoding="utf-8").splitlines()
-    texts = sorted({part.strip() for line in lines for part in line.split("\t")[5:7]})
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    tokenizer = Tokenizer.from_file(str(minilm_stsb.model_folder() / "tokenizer.json"))
-    tokenizer.no_padding()
-    encoded = tokenizer.encode_batch([texts[i] for i in order[:SAMPLES].tolist()])
-    rows = sorted((torch.tensor(e.ids) for e in encoded), key=len)
-    found = []
-    for start in range(0, SAMPLES, BATCH):
-        ids = nn.utils.rnn.pad_sequence(rows[start : start + BATCH], batch_first=True)
-        found.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
-    return found
-
-
-def _embed(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-    """Sentence embeddings of length 1, ``(sentences, width)``: what STS-B compares."""
-    hidden = model(**batch).last_hidden_state
-    weight = batch["attention_mask"].unsqueeze(2).to(hidden.dtype)
-    return nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
+    windows = [next(text)[:, :-1] for _ in range(WINDOWS // 16)]
+    return dither.Samples(windows, distance=divergence)
 
 
 # --- methods -------------------------------------------------------------------------------------
