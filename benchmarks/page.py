@@ -31,8 +31,8 @@ bytes are those of the largest file. Scores are on test data, of what a file hol
 numbers were all made NaN before. A commit with a plus had changes that were not committed.
 
 Tasks whose model is trained here have one model for each seed; ours and peers compress the same
-ones, and a peer that was run with some of the seeds is compared with ours of these seeds. Some of our
-sizes were measured by two programs, a few bytes apart: both rows are shown, and count.
+ones, and a peer that was run with some of the seeds is compared with ours of these seeds. Some of
+our sizes were measured by two programs, a few bytes apart: both rows are shown, and count.
 """
 
 
