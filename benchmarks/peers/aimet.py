@@ -67,12 +67,26 @@ def simulated(model: nn.Module, dummy: tuple[Tensor, ...], bits: int) -> Any:  #
     return sim
 
 
+def of_one_shape(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same with ids and masks ``(rows, tokens)`` padded to one length: its search stacks them."""
+    if any(tensor.dim() != 2 for tensor in batches[0].values()):
+        return batches
+    longest = max(tensor.shape[1] for batch in batches for tensor in batch.values())
+    return [
+        {
+            name: nn.functional.pad(tensor, (0, longest - tensor.shape[1]))
+            for name, tensor in batch.items()
+        }
+        for batch in batches
+    ]
+
+
 def compress(task: Task, setting: str, folder: Path) -> None:
     """Simulate, find encodings, and write integers and scales."""
     options = SETTINGS[setting]
     bits = options["bits"]
     model = task.load()  # before the stand-ins: transformers looks for torchvision, too
-    named = task.calibration()
+    named = of_one_shape(task.calibration())
     batches = [tuple(batch.values()) for batch in named]
     dummy = tuple(tensor[:1] for tensor in batches[0])
     sim = simulated(Positional(model, named[0]).eval(), dummy, bits)
