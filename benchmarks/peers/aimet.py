@@ -68,7 +68,7 @@ def simulated(model: nn.Module, dummy: tuple[Tensor, ...], bits: int) -> Any:  #
 
 
 def of_one_shape(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same with ids and masks ``(rows, tokens)`` padded to one length: its search stacks them."""
+    """Ids and masks ``(rows, tokens)`` padded to one length, since its search stacks them."""
     if any(tensor.dim() != 2 for tensor in batches[0].values()):
         return batches
     longest = max(tensor.shape[1] for batch in batches for tensor in batch.values())
