@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.methods import RESULTS, peers
+from benchmarks.methods import RESULTS, TASKS, peers
 from benchmarks.peers import container, contract, plain, setup, training
 from benchmarks.tasks import lm_ptb
 
@@ -241,6 +241,8 @@ def test_set_up_needs_the_standard_library_only() -> None:
 @pytest.mark.parametrize("name", peers())
 def test_results_keep_the_contract(name: str) -> None:
     paths = sorted((RESULTS / "runs").glob(f"*/{name}-*.json"))
+    assert paths
+    assert {path.parent.name for path in paths} <= set(TASKS)
     for path in paths:
         row = json.loads(path.read_text(encoding="utf-8"))
         assert row["method"] == name
