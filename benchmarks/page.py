@@ -57,8 +57,9 @@ def cells(group: Group, original: Group | None) -> list[str]:
     times = change = ""
     if original is not None and group is not original:
         times = f"{original.nbytes / group.nbytes:.1f}"
-        if group.score is not None and original.score is not None:
-            change = f"{group.score - original.score:+.2f}"
+        base = original.of(group.seeds) or original  # the same models, where they are trained
+        if group.score is not None and base.score is not None:
+            change = f"{group.score - base.score:+.2f}"
     label = f"**{group.label}**" if is_ours(group) else group.label
     seconds = _mean(row.seconds for row in group.rows)
     peak = _mean(row.peak_mb for row in group.rows)

@@ -273,6 +273,12 @@ def test_the_page_says_first_where_a_peer_is_better() -> None:
     assert "No peer beats the best of ours within its bytes, of 1 row compared." in without
 
 
+def test_changes_are_of_the_same_models() -> None:
+    fp32 = ("fp32", "none", 400, 80.0), ("fp32", "none", 400, 90.0)
+    rows = rows_of(*fp32, ("nncf", "a", 100, 79.0), task="minilm_sst2")
+    assert "| nncf a | 79.00 | -1.00 | 0 |" in page.page(rows, [])
+
+
 def test_tables_hold_the_numbers_of_their_files(tmp_path: Path) -> None:
     rows = read([ROOT / "benchmarks" / "results"])
     text = page.page(rows, [])
