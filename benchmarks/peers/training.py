@@ -1,8 +1,8 @@
 """How peers that train do so: from the same weights as ours, on the same batches, for as long.
 
-Where ``benchmarks.measure`` trains to a budget for some steps, with a learning rate that falls
-along half a cosine, so does this, with the labels that it uses. ResNet-20 is trained with labels
-here, for two epochs, as the DiffQ package is (``diffq_peer.py``).
+On the tasks whose model is trained here, that is what ``benchmarks.measure`` does, with its labels:
+a learning rate that falls along half a cosine, here after a short rise. ResNet-20 is trained with
+labels, for two epochs, as the DiffQ package is (``diffq_peer.py``); ours has three, without labels.
 """
 
 from __future__ import annotations
