@@ -21,7 +21,7 @@ import dither
 from benchmarks.environment import describe
 from benchmarks.tasks import minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
-from dither.encoders.trellis import Viterbi
+from dither.encoders.viterbi import Viterbi
 from dither.search import Sensitivity, Weighted, data_free
 
 _WORTH_A_TRELLIS = 4096

@@ -24,7 +24,7 @@ from dither.archive import code, pack
 from dither.checkpoint import read_checkpoint
 from dither.core import Encoded, Stats
 from dither.encoders import GPTQ
-from dither.encoders.trellis import Viterbi
+from dither.encoders.viterbi import Viterbi
 from dither.search.priors import prior_gram
 
 MATRICES = {

@@ -15,7 +15,7 @@ from dither.cli import app
 from dither.core import CheckpointError, DitherError
 from dither.demo.evaluate import evaluate_in_fresh_process
 from dither.demo.network import DigitNet, load_digits
-from dither.demo.rounding import (
+from dither.demo.plain_rounding import (
     load_rounded,
     pack_rounded,
     payload_nbytes,
@@ -77,7 +77,7 @@ def test_a_missing_extra_is_named(package: str, call: str) -> None:
     program = (
         f"import sys\nsys.modules[{package!r}] = None\n"
         "from dither.core import DitherError\nfrom dither.demo.network import load_digits\n"
-        "from dither.demo.plot import require_matplotlib\n"
+        "from dither.demo.picture import require_matplotlib\n"
         f"try:\n    {call}\nexcept DitherError as error:\n    print(error)"
     )
     done = subprocess.run(

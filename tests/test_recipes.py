@@ -20,7 +20,7 @@ from dither.recipes import (
     quant_noise,
     quantized_distillation,
 )
-from dither.recipes.layers import layers
+from dither.recipes.model_layers import layers
 from dither.train import (
     LSQ,
     DiffQ,

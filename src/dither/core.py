@@ -250,7 +250,8 @@ class Format(ABC):
     def machine(self, part: str) -> tuple[int, int] | None:
         """Polynomials of a machine along all axes but the last of a code part, if it has one.
 
-        Driven by the parities of codes (:mod:`dither.formats.machine`), it is a hint to the coder.
+        Driven by the parities of codes (:mod:`dither.formats.parity_machine`), it is a hint to the
+        coder.
         """
         del part
         return None

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dither.core import ArchiveError, Encoded, Encoder, Format, Stats, code_dtype
 from dither.formats import format_from_json, format_to_json
+from dither.train.method import Method, begin, spec_from_json, spec_to_json
 from dither.train.noise import Noise
-from dither.train.spec import Method, begin, spec_from_json, spec_to_json
 from dither.train.surrogate import Surrogate
 
 RoundTrip = Callable[[Encoded], Encoded]

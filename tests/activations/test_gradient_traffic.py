@@ -12,7 +12,7 @@ from benchmarks.tasks import resnet20_cifar10
 from benchmarks.traffic import Layer, backward, forward, layers_of, totals, written
 from dither.activations import Activation, Gradient
 from dither.activations.gradients import GradientQuantizer
-from dither.activations.grid import cover
+from dither.activations.integer_grid import cover
 from dither.activations.quantizer import Quantizer
 
 IMAGES = 2

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dither.activations import Activation, Encoding, Encodings, Quantizer, observe
-from dither.activations.grid import cover, rounded
 from dither.activations.histogram import Histogram
+from dither.activations.integer_grid import cover, rounded
 from dither.core import SpecError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dither.coding import decode_codes, encode_codes
-from dither.coding.plan import LANES_SHARE
+from dither.coding.part_plan import LANES_SHARE
 from tests.coding import reference
 from tests.coding.samples import ALPHABETS, KINDS, Codes, arrays, entropy_nbytes, sample
 

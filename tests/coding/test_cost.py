@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 
 from dither.coding import code_lengths, encode_codes, estimate_from_counts, estimate_nbytes
-from dither.coding.fit import fit_table, written_bits
-from dither.coding.plan import plan_part
+from dither.coding.part_plan import plan_part
+from dither.coding.table_fit import fit_table, written_bits
 from dither.coding.tables import Curve
 from tests.coding.samples import ALPHABETS, KINDS, Codes, arrays, entropy_nbytes, sample
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dither.archive import Archive, code, pack
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.gptq import GPTQ
-from dither.encoders.trellis import BLOCK, Viterbi
+from dither.encoders.viterbi import BLOCK, Viterbi
 from dither.formats import Trellis
 from dither.search.options import Option, Weighted
 from dither.search.priors import prior_gram

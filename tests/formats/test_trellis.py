@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dither.core import Codes, Encoded, SpecError
 from dither.formats import Trellis
-from dither.formats.machine import POLYNOMIALS, predecessors, quantizers
+from dither.formats.parity_machine import POLYNOMIALS, predecessors, quantizers
 from dither.formats.trellis import MOST_CODES
 from dither.testing import awkward_weights, check_format, check_idempotent
 from tests.formats.test_laws import FLOATS, SCALES, round_trip, weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dither.core import Codes, Encoded, SpecError
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
-from dither.formats.rounding import restore
+from dither.formats.grid_rounding import restore
 from dither.testing import same_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -22,8 +22,8 @@ from dither.core import ArchiveError
 from dither.formats import Affine, Raw
 from dither.report import contents, page, save_page
 from dither.report.contents import BINS, HISTOGRAMS, histogram_of
-from dither.report.noise import Noise
 from dither.report.page import MOST_ROWS
+from dither.report.signal_noise import Noise
 from dither.report.treemap import squarified
 
 VOID = {"meta", "br", "wbr"}

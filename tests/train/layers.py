@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import dither.train
 from dither import LSQ, Affine, Product, Run, SpecError, attach, load_into
 from dither.core import Encoder
-from dither.train.spec import METHODS, Method
+from dither.train.method import METHODS, Method
 
 Spec = Encoder | Method
 

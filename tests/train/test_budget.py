@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import dither
 from dither import LSQ, Affine, BudgetError, Raw, SpecError
-from dither.train.budget import AIM, ARRIVE, Controller
+from dither.train.controller import AIM, ARRIVE, Controller
 
 
 def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

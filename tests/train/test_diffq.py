@@ -17,7 +17,7 @@ from dither.core import SpecError
 from dither.formats import Affine, Mixed, Raw
 from dither.train import LSQ, DiffQ, DiffQSize, Plan, model_size_mib, true_model_size_mib
 from dither.train.diffq import LearnedBits, fill_noise
-from dither.train.spec import AfterTraining
+from dither.train.method import AfterTraining
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

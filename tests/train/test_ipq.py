@@ -15,7 +15,7 @@ from dither.train.ipq import (
     quantize,
     usable_points,
 )
-from dither.train.spec import spec_from_json, spec_to_json
+from dither.train.method import spec_from_json, spec_to_json
 from tests.train.test_straight_through import weight_of
 
 MIB = 2**20

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dither import Affine, Codebook, Product, QuantNoise, Ramp, Run, SpecError, StraightThrough
 from dither.train import Method, attach
+from dither.train.method import spec_from_json, spec_to_json
 from dither.train.noise import Noise
 from dither.train.quant_noise import listed, marked
-from dither.train.spec import spec_from_json, spec_to_json
 from tests.train.test_straight_through import draw, weight_of
 
 

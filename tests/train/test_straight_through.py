@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from dither import Affine, Codebook, Mixed, Product, SpecError, StraightThrough, attach
 from dither.core import Format
+from dither.train.method import spec_from_json, spec_to_json
 from dither.train.noise import Noise
-from dither.train.spec import spec_from_json, spec_to_json
 from dither.train.surrogate import Surrogate
 
 FORMATS = [

@@ -2,7 +2,7 @@
 
 from dither.activations.encodings import Encoding, Encodings
 from dither.activations.gradients import GradientQuantizer
-from dither.activations.layers import inputs_of_layers
+from dither.activations.layer_inputs import inputs_of_layers
 from dither.activations.observe import (
     apply,
     begin,
@@ -14,8 +14,8 @@ from dither.activations.observe import (
     step,
 )
 from dither.activations.quantizer import Quantizer
+from dither.activations.site_spec import Activation, Gradient, site_from_json
 from dither.activations.sites import Site, placed, resolve
-from dither.activations.spec import Activation, Gradient, site_from_json
 
 __all__ = [
     "Activation",

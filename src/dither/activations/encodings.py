@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dither.activations.quantizer import Quantizer
-from dither.activations.spec import Activation
+from dither.activations.site_spec import Activation
 from dither.core import SpecError
 
 _LIMIT = 1 << 24

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dither.activations.grid import cover
-from dither.activations.spec import Gradient
+from dither.activations.integer_grid import cover
+from dither.activations.site_spec import Gradient
 
 
 class GradientQuantizer(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dither.activations.grid import cover, integers
+from dither.activations.integer_grid import cover, integers
 
 _HALF = 1 << 13
 """Bins on either side of 0."""

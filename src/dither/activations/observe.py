@@ -23,8 +23,8 @@ from dither.activations.functions import (
 from dither.activations.gradients import GradientQuantizer
 from dither.activations.observers import Observer, sort_dimensions, started
 from dither.activations.quantizer import Quantizer
+from dither.activations.site_spec import Activation
 from dither.activations.sites import Rules, displace, on_input, on_output, place, placed, resolve
-from dither.activations.spec import Activation
 from dither.core import SpecError
 from dither.model import evaluating
 

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from dither.activations.encodings import Encoding
 from dither.activations.functions import kind_of
-from dither.activations.grid import cover, integers
 from dither.activations.histogram import Histogram, search
+from dither.activations.integer_grid import cover, integers
 from dither.activations.quantizer import Quantizer
-from dither.activations.spec import Activation
+from dither.activations.site_spec import Activation
 from dither.core import SpecError
 
 

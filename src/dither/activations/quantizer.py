@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dither.activations.grid import cover, ends, integers, rounded
-from dither.activations.spec import Activation
+from dither.activations.integer_grid import cover, ends, integers, rounded
+from dither.activations.site_spec import Activation
 from dither.core import SpecError
 
 _STATE = ("scale", "zero", "low", "high", "seen_low", "seen_high", "order")

@@ -19,7 +19,7 @@ from dither.activations.functions import (
 )
 from dither.activations.gradients import GradientQuantizer
 from dither.activations.quantizer import Quantizer
-from dither.activations.spec import Gradient, SiteSpec
+from dither.activations.site_spec import Gradient, SiteSpec
 from dither.core import SpecError
 from dither.model import SITES
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dither.calibrate.data import Call, call, parameters_of, some_batches
 from dither.calibrate.inputs import (
     attention_vectors,
     has_vectors,
@@ -19,7 +20,6 @@ from dither.calibrate.inputs import (
     recurrent_vectors,
 )
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
-from dither.calibrate.quiet import Call, call, parameters_of, some_batches
 from dither.core import SpecError, Stats
 from dither.model import evaluating
 

@@ -63,7 +63,7 @@ def main() -> None:
     app(prog_name="dither")
 
 
-def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
+def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"dither {__version__}")
         raise typer.Exit

@@ -4,11 +4,11 @@ This room knows arrays, not models. The bytes it writes are part of the file for
 ``docs/FORMAT.md`` specifies them. Decoders use integer arithmetic only.
 """
 
+from dither.coding.byte_planes import decode_array, encode_array
 from dither.coding.checksum import crc32
 from dither.coding.codes import decode_codes, encode_codes
 from dither.coding.cost import code_lengths, estimate_from_counts, estimate_nbytes
 from dither.coding.errors import CodingError
-from dither.coding.planes import decode_array, encode_array
 
 __all__ = [
     "CodingError",

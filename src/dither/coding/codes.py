@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import code_dtype, packed_nbytes, unpack_bits, width_of
 from dither.coding.errors import CodingError
-from dither.coding.machine import Machine
+from dither.coding.parity_contexts import Machine
+from dither.coding.part_plan import plan_part, smaller
 from dither.coding.payload import decode_rans
-from dither.coding.plan import plan_part, smaller
 
 MAX_ALPHABET = 1 << 24
 """The largest alphabet."""
@@ -40,7 +40,7 @@ def encode_codes(
             choice of contexts and must be given again to decode.
         alphabet: 1 to 2**24.
         machine: polynomials of a machine whose state says more about the codes; it is used where
-            that saves bytes. See :mod:`dither.coding.machine`.
+            that saves bytes. See :mod:`dither.coding.parity_contexts`.
 
     Returns:
         Codec name, ``"bits"`` or ``"rans"``, and the payload, the smaller of the two; ``"bits"``

@@ -20,7 +20,7 @@ from dither.coding.bits import (
 )
 from dither.coding.contexts import MAX_AXES, Contexts
 from dither.coding.errors import CodingError
-from dither.coding.machine import Machine, Steering
+from dither.coding.parity_contexts import Machine, Steering
 from dither.coding.rans import decode_lanes
 from dither.coding.tables import MIN_PRECISION, Curve, Steps, Table, read_table
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits, width_of
 from dither.coding.errors import CodingError
-from dither.coding.machine import Steering
+from dither.coding.parity_contexts import Steering
 from dither.coding.tables import Ints, Table
 
 Symbols = NDArray[Any]

@@ -19,7 +19,7 @@ from torch import Tensor
 from dither.archive import load_into
 from dither.core import DitherError
 from dither.demo.network import DigitNet, accuracy, predict, test_set
-from dither.demo.rounding import load_rounded
+from dither.demo.plain_rounding import load_rounded
 
 ROUNDED_SUFFIX = ".rounded.safetensors"
 

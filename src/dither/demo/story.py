@@ -19,8 +19,8 @@ from dither.demo.evaluate import (
     score,
 )
 from dither.demo.network import DigitNet, predict, test_set, train
-from dither.demo.plot import plot, require_matplotlib
-from dither.demo.rounding import pack_rounded, payload_nbytes, save_rounded, unpack_rounded
+from dither.demo.picture import plot, require_matplotlib
+from dither.demo.plain_rounding import pack_rounded, payload_nbytes, save_rounded, unpack_rounded
 from dither.model import collect
 from dither.search import compress
 

@@ -10,7 +10,7 @@ from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
 from dither.encoders.rotated import Rotated
 from dither.encoders.sequential_mse import SequentialMSE
-from dither.encoders.trellis import Viterbi
+from dither.encoders.viterbi import Viterbi
 
 __all__ = [
     "GPTQ",

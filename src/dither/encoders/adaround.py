@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
+from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
-from dither.encoders.places import best_of, encoded_at, ends, places_of
 from dither.encoders.sequential_mse import RANGES, params_by
 from dither.formats import Affine
-from dither.formats.rounding import require_floating
+from dither.formats.grid_rounding import require_floating
 from dither.formats.settings import check_choice, check_count, check_kind, check_number
 
 STRETCH = (1.2, -0.1)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
-from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid, refitted
+from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid, refitted
+from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
-from dither.encoders.places import best_of, encoded_at, ends, places_of
 from dither.encoders.sequential_mse import RANGES, params_by
 from dither.formats import Affine
-from dither.formats.rounding import require_floating
+from dither.formats.grid_rounding import require_floating
 from dither.formats.settings import check_choice, check_kind
 
 _BLOCK = 64

@@ -11,8 +11,8 @@ from torch import Tensor
 from dither.core import Encoded, SpecError, Stats
 from dither.encoders.importance import importance_of
 from dither.formats import Affine
+from dither.formats.grid_rounding import require_floating
 from dither.formats.grouping import Grouping, rows_of
-from dither.formats.rounding import require_floating
 from dither.formats.settings import check_choice, check_kind, check_number
 
 METHODS = ("minmax", "percentile", "mse")

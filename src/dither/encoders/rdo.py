@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, Stats, code_dtype
-from dither.encoders.grid import code_range, grid_steps, in_steps, on_grid
+from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
+from dither.encoders.coded_grid import grid_steps, in_steps
 from dither.encoders.gptq import GPTQ
-from dither.encoders.grid import grid_steps, in_steps
 from dither.encoders.importance import importance_of
 from dither.formats import Factors
 from dither.formats.factors import MOST_RANK
+from dither.formats.grid_rounding import require_floating
 from dither.formats.grouping import rows_of
-from dither.formats.rounding import require_floating
 
 _FINEST = 2.0**-18
 

@@ -11,7 +11,7 @@ from dither.core import Encoded, SpecError, Stats
 from dither.encoders.outputs import matrix_of, output_errors, retargeted
 from dither.encoders.ranges import Ranges
 from dither.formats import Affine
-from dither.formats.rounding import require_floating
+from dither.formats.grid_rounding import require_floating
 from dither.formats.settings import check_count, check_kind
 
 RANGES = ("mse", "minmax", "output")

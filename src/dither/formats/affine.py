@@ -21,8 +21,8 @@ from dither.core import (
     expect_param,
     expect_parts,
 )
+from dither.formats.grid_rounding import Grid, require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import Grouping
-from dither.formats.rounding import Grid, require_floating, require_held, restore, usable_scale
 from dither.formats.settings import check_choice, check_count, check_restored
 
 GRIDS = ("symmetric", "asymmetric", "endpoint")

@@ -22,8 +22,8 @@ from dither.core import (
     expect_parts,
 )
 from dither.formats.affine import SCALE_DTYPES
+from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import rows_of
-from dither.formats.rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.settings import check_choice, check_restored
 
 MOST_RANK = 4096

@@ -22,8 +22,8 @@ from dither.core import (
     expect_param,
     expect_parts,
 )
+from dither.formats.grid_rounding import Grid, require_floating, require_held, restore
 from dither.formats.grouping import CHUNK, Grouping
-from dither.formats.rounding import Grid, require_floating, require_held, restore
 from dither.formats.settings import check_choice, check_count, check_restored
 
 WIDEST = 16

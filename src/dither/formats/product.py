@@ -21,9 +21,9 @@ from dither.core import (
     expect_param,
     expect_parts,
 )
+from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import CHUNK, rows_of
 from dither.formats.matching import nearest_vectors
-from dither.formats.rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.settings import check_choice, check_count, check_restored
 
 SAMPLE = 1 << 17

@@ -20,9 +20,9 @@ from dither.core import (
     expect_parts,
 )
 from dither.formats.affine import SCALE_DTYPES
+from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import Grouping, rows_of
-from dither.formats.machine import POLYNOMIALS, predecessors, quantizers
-from dither.formats.rounding import require_floating, require_held, restore, usable_scale
+from dither.formats.parity_machine import POLYNOMIALS, predecessors, quantizers
 from dither.formats.settings import check_choice, check_count, check_restored
 
 MOST_CODES = 1 << 23
@@ -41,9 +41,9 @@ class Trellis(Format):
 
     A code ``k`` stands for ``(2 * k + z) * scale``: with ``z = 0`` for an even and with ``z = 1``
     for an odd multiple. Which of the two holds follows from the parities of the codes before it in
-    the row, by a linear machine (:mod:`dither.formats.machine`); a row of the tensor viewed as
-    ``(shape[0], rest)`` is a path that begins with ``z = 0``, and a vector is one row. Because an
-    encoder may choose among all paths, errors are as small as those of a scalar grid at 0.15 to
+    the row, by a linear machine (:mod:`dither.formats.parity_machine`); a row of the tensor viewed
+    as ``(shape[0], rest)`` is a path that begins with ``z = 0``, and a vector is one row. Because
+    an encoder may choose among all paths, errors are as small as those of a scalar grid at 0.15 to
     0.2 bits more for each weight. Codes have no bound.
 
     Parts: codes ``levels`` and ``zero`` (minus the lowest code, ``(1,)``); param ``scale``. Rows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dither.recipes.layers import Layer, layers, plan_of
+from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.bayesian_bits import BayesianBits, GatedBits, GatePenalty, is_open
 from dither.train.plan import Plan

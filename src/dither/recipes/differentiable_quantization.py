@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from dither.core import SpecError
-from dither.recipes.layers import layers, plan_of
+from dither.recipes.model_layers import layers, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.plan import Plan

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dither.core import SpecError
-from dither.recipes.layers import literal
+from dither.recipes.model_layers import literal
 from dither.train.attach import attach as attach_plan
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dither.core import SpecError
 from dither.formats import Product
-from dither.recipes.layers import Layer, layers, plan_of
+from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.recipes.quant_noise import block, product
 from dither.train.attach import attach as attach_plan
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes

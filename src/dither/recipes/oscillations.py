@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dither.core import SpecError
 from dither.encoders import Ranges
 from dither.formats import Affine
-from dither.recipes.layers import Layer, layers, plan_of
+from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.lsq import LSQ
 from dither.train.oscillations import CountOscillations, Dampening, FreezeOscillations

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dither.core import Format, SpecError
 from dither.formats import Affine, Product
-from dither.recipes.layers import Layer, plan_of
+from dither.recipes.model_layers import Layer, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise

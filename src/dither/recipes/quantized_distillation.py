@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dither.core import SpecError
-from dither.recipes.layers import layers, plan_of
+from dither.recipes.model_layers import layers, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.distill import soft_targets
 from dither.train.learned_codebook import LearnedCodebook

@@ -2,7 +2,7 @@
 
 from dither.report.contents import Contents, Histogram, Stored, contents
 from dither.report.diagnosis import Diagnosis, Overall, Row
-from dither.report.layers import diagnose
+from dither.report.layer_costs import diagnose
 from dither.report.page import page, save_page
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dither.archive import Archive, Entry, describe
 from dither.core import DTYPES
-from dither.report.noise import Noise
+from dither.report.signal_noise import Noise
 
 BINS = 96
 HISTOGRAMS = 6

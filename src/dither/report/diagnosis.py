@@ -12,7 +12,7 @@ from typing import Any
 
 from dither.archive import atomic_write
 from dither.core import SpecError
-from dither.report.plot import draw
+from dither.report.bars import draw
 
 
 @dataclass(frozen=True)

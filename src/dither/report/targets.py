@@ -27,9 +27,9 @@ from dither.calibrate.inputs import has_vectors, outputs_axis
 from dither.core import CheckpointError, Encoded, Format, SpecError
 from dither.formats import Affine
 from dither.model import is_weight
-from dither.report.noise import Noise
+from dither.report.signal_noise import Noise
+from dither.train.method import begin
 from dither.train.plan import Plan, Rule, as_plan
-from dither.train.spec import begin
 
 DEFAULT_BITS = 8
 

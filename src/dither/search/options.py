@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, Stats
+from dither.encoders.coded_grid import in_steps
 from dither.encoders.gptq import GPTQ
-from dither.encoders.grid import in_steps
 from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
 from dither.encoders.rotated import Rotated
-from dither.encoders.trellis import Viterbi
+from dither.encoders.viterbi import Viterbi
 from dither.formats import Raw
 
 _SAMPLE = 1 << 15

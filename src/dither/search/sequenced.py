@@ -14,7 +14,7 @@ from dither.core import Encoded, Encoder, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.outputs import retargeted
 from dither.encoders.rdo import HIGH_RATE_STRENGTH
-from dither.encoders.trellis import Viterbi
+from dither.encoders.viterbi import Viterbi
 from dither.search.budget import BudgetSearch, Progress
 from dither.search.calibrated import lean
 from dither.search.options import Option, Weighted

@@ -2,15 +2,15 @@
 
 from dither.train.attach import attach
 from dither.train.bayesian_bits import BayesianBits, GatePenalty
-from dither.train.budget import Budget
+from dither.train.controller import Budget
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
 from dither.train.finish import reestimate as reestimate_batch_norm
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
-from dither.train.layers import LayerDrop, drop_layers, share_layers
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.lsq import LSQ
+from dither.train.method import Method
 from dither.train.noise import Noise
 from dither.train.oscillations import (
     CountOscillations,
@@ -24,9 +24,9 @@ from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
 from dither.train.run import Run
 from dither.train.schedules import Ramp, Schedule, Vary, WarmUp
-from dither.train.spec import Method
 from dither.train.straight_through import StraightThrough
 from dither.train.surrogate import Surrogate, straight_through
+from dither.train.whole_layers import LayerDrop, drop_layers, share_layers
 
 __all__ = [
     "LSQ",

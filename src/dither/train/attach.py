@@ -14,15 +14,15 @@ from dither.activations import begin as begin_sites
 from dither.core import SpecError
 from dither.model import collect
 from dither.search import Sensitivity, Weighted, compress, parse_size
-from dither.train.budget import Budget, Controller
+from dither.train.controller import Budget, Controller
 from dither.train.defaults import default_plan
+from dither.train.method import begin
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Rule, Spec, as_plan
 from dither.train.run import Run
 from dither.train.schedules import Schedule
 from dither.train.shadow import find_sites, is_shadowed, shadow
-from dither.train.spec import begin
 from dither.train.surrogate import Surrogate, plain
 
 

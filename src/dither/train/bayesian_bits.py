@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.formats import Affine, Mixed, Raw
+from dither.train.method import AfterTraining, Method
 from dither.train.schedules import Ramp, value_at
-from dither.train.spec import AfterTraining, Method
 from dither.train.surrogate import Surrogate
 from dither.train.widths import BINS, WIDEST, cells_of, sums, tables
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.formats import Affine, Mixed, Raw
 from dither.formats.settings import check_choice, check_count
-from dither.train.spec import AfterTraining, Method
+from dither.train.method import AfterTraining, Method
 from dither.train.surrogate import Surrogate, plain
 from dither.train.widths import WidthCosts, sums
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from dither.formats import Affine
 from dither.train.diffq import LearnedBits
 from dither.train.lsq import LearnedStep
+from dither.train.method import AfterTraining
 from dither.train.schedules import Ramp, value_at
-from dither.train.spec import AfterTraining
 
 if TYPE_CHECKING:
     from dither.train.run import Run

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
-from dither.calibrate.quiet import call
+from dither.calibrate.data import call
 from dither.core import BudgetError, Encoded
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.quiet import call
+from dither.calibrate.data import call
 from dither.train.shadow import find_sites
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from dither.core import Codes, Encoded, SpecError, Stats, code_width
 from dither.encoders import KMeans
 from dither.formats import Product
 from dither.formats.settings import check_count, check_kind, check_number
-from dither.train.fitted import decoded_table
 from dither.train.input_moments import input_metrics
-from dither.train.spec import Method
+from dither.train.method import Method
+from dither.train.refreshed_format import decoded_table
 from dither.train.surrogate import Surrogate, plain
 
 if TYPE_CHECKING:

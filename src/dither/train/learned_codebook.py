@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import Encoded, SpecError, Stats, code_width
 from dither.formats import Codebook
-from dither.train.spec import Method
+from dither.train.method import Method
 from dither.train.surrogate import Surrogate, straight_through
 
 INITS = ("quantiles", "uniform")

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import Encoded, SpecError, Stats
 from dither.formats import Affine
+from dither.train.method import Method
 from dither.train.oscillations import Watch, hold
 from dither.train.rate import CodeLengths, Linear
-from dither.train.spec import Method
 from dither.train.surrogate import Surrogate
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dither.activations import Activation, Gradient, site_from_json
 from dither.core import Encoder, SpecError
 from dither.model import collect
-from dither.train.spec import Method, spec_from_json, spec_to_json
+from dither.train.method import Method, spec_from_json, spec_to_json
 
 Spec = Encoder | Method
 Rule = Spec | Activation | Gradient

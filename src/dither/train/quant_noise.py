@@ -15,9 +15,9 @@ from dither.core import Format, SpecError
 from dither.formats import Affine, Product
 from dither.formats.grouping import rows_of
 from dither.formats.settings import check_choice, check_count
-from dither.train.fitted import Fitted, default_refresh, round_some, uniform
+from dither.train.method import Method
+from dither.train.refreshed_format import Fitted, default_refresh, round_some, uniform
 from dither.train.schedules import Ramp, value_at
-from dither.train.spec import Method
 from dither.train.straight_through import Replaced, Replacing, check_quantizer
 from dither.train.surrogate import Surrogate
 

@@ -17,15 +17,15 @@ from dither.core import Encoded, SpecError
 from dither.formats import Raw
 from dither.model import is_weight
 from dither.rewrite import absorbed, norms
-from dither.train.budget import Controller
-from dither.train.extras import Extras
+from dither.train.controller import Controller
 from dither.train.finish import first_changed, reestimate, trim_to
+from dither.train.learned_extras import Extras
+from dither.train.method import AfterTraining, begin
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import SHADOWS, unshadow
-from dither.train.spec import AfterTraining, begin
 from dither.train.surrogate import Surrogate, estimated_bits, moved, plain, whole
 
 

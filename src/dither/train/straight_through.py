@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from dither.core import Encoded, Format, SpecError, Stats
 from dither.formats import Affine
 from dither.formats.settings import check_choice, check_count, check_kind
-from dither.train.fitted import Fitted, default_refresh, uniform
+from dither.train.method import Method
 from dither.train.oscillations import Watch, hold
-from dither.train.spec import Method
+from dither.train.refreshed_format import Fitted, default_refresh, uniform
 from dither.train.surrogate import Surrogate, plain
 
 

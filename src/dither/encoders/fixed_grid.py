@@ -11,7 +11,7 @@ from torch import Tensor
 from dither.core import Encoded, Stats
 from dither.encoders.outputs import matrix_of, output_errors
 from dither.formats import Affine
-from dither.formats.rounding import restore
+from dither.formats.grid_rounding import restore
 
 
 def ends(fmt: Affine) -> tuple[float, float]:

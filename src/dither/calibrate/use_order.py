@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch
+from dither.calibrate.data import Call
 from dither.calibrate.moments import Vectors
-from dither.calibrate.quiet import Call
 from dither.model import evaluating
 
 

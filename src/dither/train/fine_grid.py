@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
 from dither.formats import Affine
-from dither.train.spec import AfterTraining, Method
+from dither.train.method import AfterTraining, Method
 from dither.train.surrogate import Surrogate
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.calibrate.collect import Watch
+from dither.calibrate.data import Call
 from dither.calibrate.inputs import has_vectors, outputs_axis
-from dither.calibrate.quiet import Call
 from dither.core import Stats
 from dither.model import evaluating
 

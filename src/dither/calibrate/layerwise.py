@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.means import Receiver, centered, find_receivers, mean_outputs
+from dither.calibrate.data import Call, call, some_batches
+from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments
-from dither.calibrate.order import Keep, Order, find_order
-from dither.calibrate.quiet import Call, call, some_batches
+from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError
 from dither.model import evaluating
 

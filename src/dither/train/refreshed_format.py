@@ -13,8 +13,8 @@ from dither.core import Encoded, Format, SpecError
 from dither.encoders import KMeans, Ranges
 from dither.encoders.lloyd import lloyd_vectors
 from dither.formats import Affine, Codebook, Product
+from dither.formats.grid_rounding import SURE, Grid
 from dither.formats.grouping import rows_of
-from dither.formats.rounding import SURE, Grid
 from dither.train.surrogate import plain
 
 _CHUNK = 1 << 16

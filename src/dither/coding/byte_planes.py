@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import BitReader, BitWriter
 from dither.coding.errors import CodingError
+from dither.coding.part_plan import encode_plain
 from dither.coding.payload import decode_rans
-from dither.coding.plan import encode_plain
 
 Bytes = NDArray[np.uint8]
 

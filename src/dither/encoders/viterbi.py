@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
+from dither.encoders.coded_grid import grid_steps, in_steps, refitted
 from dither.encoders.gptq import feedback
-from dither.encoders.grid import grid_steps, in_steps, refitted
 from dither.formats import Trellis
 from dither.formats.grouping import rows_of
-from dither.formats.machine import predecessors
+from dither.formats.parity_machine import predecessors
 from dither.formats.trellis import CLASSES, MOST_CODES, cheapest
 
 BLOCK = 64

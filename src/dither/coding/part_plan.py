@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
-from dither.coding.fit import Fit, entropy_bits, fit_table
-from dither.coding.machine import Machine
+from dither.coding.parity_contexts import Machine
 from dither.coding.payload import Head, Window, stride_of
 from dither.coding.rans import MAX_LANES_LOG2, MAX_ROWS, encode_lanes
 from dither.coding.refine import refine
+from dither.coding.table_fit import Fit, entropy_bits, fit_table
 from dither.coding.tables import MAX_PRECISION, MIN_PRECISION, Ints
 
 LANES_SHARE = 0.006
@@ -292,7 +292,7 @@ def plan_part(
         values: flat codes in their canonical type.
         shape: of the part.
         alphabet: number of symbols.
-        machine: one that may say more about the codes; see :mod:`dither.coding.machine`.
+        machine: one that may say more about the codes; see :mod:`dither.coding.parity_contexts`.
         is_thorough: take four times as long to save another thousandth where contexts pay.
     """
     best = plan_counts(*pairs_of(values, alphabet), alphabet, len(shape))

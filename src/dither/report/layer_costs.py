@@ -17,7 +17,7 @@ from dither.archive import Archive
 from dither.calibrate import Call, call, evaluating, some_batches
 from dither.core import Format, SpecError
 from dither.report.diagnosis import Diagnosis, Overall, Row, worst_first
-from dither.report.noise import Noise
+from dither.report.signal_noise import Noise
 from dither.report.targets import Targets, sites_quantized, targets_of, weights_quantized
 from dither.search import squared
 from dither.search.calibrated import Distance

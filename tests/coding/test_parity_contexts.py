@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dither.coding import CodingError, decode_codes, encode_codes
-from dither.coding.machine import Machine
+from dither.coding.parity_contexts import Machine
 
 POLYNOMIALS = (0o13, 0o4)
 
