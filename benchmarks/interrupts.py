@@ -69,7 +69,7 @@ class Bench:
         if share < 1:
             _wait(process, lambda: time.monotonic() >= deadline)
         else:  # wait for the temporary file, and then a little
-            pattern = f".{target.name}.*.tmp"
+            pattern = f".{target.name[:40]}.*.tmp"
             _wait(process, lambda: any(target.parent.glob(pattern)), pause=0.0)
             time.sleep((share - 1) * 0.004)
         return _kill(process)

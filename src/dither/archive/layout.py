@@ -150,7 +150,7 @@ def pack_index(index: Index) -> bytes:
     }
     optional = {
         "aliases": dict(index.aliases),
-        "metadata": dict(index.metadata),
+        "metadata": _ordered(index.metadata),
         "sites": dict(index.sites),
         "base": index.base,
     }
@@ -164,6 +164,12 @@ def pack_index(index: Index) -> bytes:
     packed = zlib.compress(text, 9)
     lengths = struct.pack("<II", len(packed), len(text))
     return packed + TAIL.pack(len(packed), len(text), crc32(head() + packed + lengths), END)
+
+
+def _ordered(metadata: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+    """The user's values with the fields of objects in order, so that theirs changes no byte."""
+    plain = json.loads(json.dumps(dict(metadata), allow_nan=False))  # keys are strings then
+    return json.loads(json.dumps(plain, sort_keys=True))
 
 
 def check_head(data: bytes) -> None:

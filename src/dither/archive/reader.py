@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from dither.archive.layout import (
     unpack_index,
     unpack_tail,
 )
+from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
 from dither.coding import CodingError, crc32, decode_array, decode_codes
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
@@ -39,7 +39,8 @@ class Archive(Mapping[str, Tensor]):
     """A ``.dither`` archive, in a file or in memory: a mapping from names to tensors.
 
     Opening reads the index only; a tensor is read, checked and decoded when it is asked for.
-    Aliases (tied weights) are names like any other. Reading from several threads is safe.
+    Aliases (tied weights) are names like any other. Reading is safe from several threads, and from
+    processes that were forked after opening; copies and pickles open the file anew, by its path.
 
     >>> import torch, dither
     >>> archive = dither.compress({"w": torch.linspace(-1, 1, 4096).reshape(64, 64)}, size="2kB")
@@ -47,7 +48,7 @@ class Archive(Mapping[str, Tensor]):
     (torch.Size([64, 64]), True)
     """
 
-    def __init__(self, source: _Source, max_nbytes: int | None = None) -> None:
+    def __init__(self, source: Source, max_nbytes: int | None = None) -> None:
         self._source = source
         self.nbytes = source.size
         self.max_nbytes = max(LEAST_LIMIT, LIMIT_RATIO * source.size)
@@ -76,12 +77,12 @@ class Archive(Mapping[str, Tensor]):
             ArchiveError: the file is no archive or is damaged.
             OSError: the file cannot be read.
         """
-        return cls(_FileSource(path), max_nbytes)
+        return cls(FileSource(path), max_nbytes)
 
     @classmethod
     def from_bytes(cls, data: bytes, max_nbytes: int | None = None) -> Self:
         """The archive that ``data`` holds."""
-        return cls(_BytesSource(data), max_nbytes)
+        return cls(BytesSource(data), max_nbytes)
 
     def close(self) -> None:
         """Close the file; tensors that were read stay."""
@@ -195,6 +196,14 @@ class Archive(Mapping[str, Tensor]):
 
     __hash__ = object.__hash__
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and pickles read for themselves; of a file they take the path, not the bytes."""
+        return type(self), (self._source, self.max_nbytes), {"trials": self.trials}
+
+    def __copy__(self) -> Self:
+        """A copy with a descriptor of its own, which is closed by itself."""
+        return copy.deepcopy(self)
+
     def __str__(self) -> str:
         """A table: one line for each tensor and the sums."""
         return table(list(self._entries.values()), self.aliases, self.nbytes)
@@ -253,46 +262,9 @@ def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:
     return ArchiveError(f"tensor {entry.name!r}, part {part.name!r} is damaged: {why}")
 
 
-def _read_index(source: _Source) -> Index:
+def _read_index(source: Source) -> Index:
     start = source.read(0, min(HEAD.size, source.size))
     check_head(start)
     tail = source.read(max(source.size - TAIL.size, 0), min(TAIL.size, source.size))
     offset, packed, _ = unpack_tail(tail, source.size)
     return unpack_index(start, source.read(offset, packed), tail, offset)
-
-
-class _BytesSource:
-    """Bytes in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
-
-    def close(self) -> None:
-        pass
-
-
-class _FileSource:
-    """A file, read at any place by any thread."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 - closed with the archive
-        self._lock = threading.Lock()
-        self.size = os.fstat(self._file.fileno()).st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        with self._lock:
-            self._file.seek(offset)
-            data = self._file.read(length)
-        if len(data) != length:
-            raise ArchiveError(f"the file ended at {length - len(data)} bytes before its size")
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-
-_Source = _BytesSource | _FileSource

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from dither import __version__
-from dither.cli.console import CHECK_FAILED, GOOD, Printer, user_errors
+from dither.cli.console import CHECK_FAILED, GOOD, SIGNALLED, Printer, user_errors
 
 if TYPE_CHECKING:
     from dither.cli import work
@@ -60,7 +61,16 @@ _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or
 
 def main() -> None:
     """Run the command line."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
     app(prog_name="dither")
+
+
+def _end(number: int, _: object) -> None:
+    """End as an exception does: what is being written is removed."""
+    raise SystemExit(SIGNALLED + number)
 
 
 def _show_version(value: bool) -> None:

@@ -21,8 +21,8 @@ _WIDE = 160
 _PATIENCE = 1.0
 """Seconds after which work shows its progress."""
 
-GOOD, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-"""Exit statuses."""
+GOOD, CHECK_FAILED, BAD_INPUT, SIGNALLED, INTERRUPTED = 0, 1, 2, 128, 130
+"""Exit statuses; of a signal, with its number added."""
 
 Advance = Callable[[str, float], None]
 """Reports progress: what is being done, and the fraction from 0 to 1."""

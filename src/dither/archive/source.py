@@ -1,0 +1,93 @@
+"""Where the bytes of an archive come from: memory, or a file that many may read at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+from dither.core import ArchiveError
+
+_TAIL = 16
+"""Bytes at the end of an archive that tell it from others: lengths and checksum of its index."""
+
+
+class BytesSource:
+    """Bytes in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on."""
+        return self._data[offset : offset + length]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FileSource:
+    """A file, read at any place by any thread of any process that shares its descriptor.
+
+    A forked process shares the place at which a file is read, too: it is never used, but where the
+    system has no reading at a place, and no fork either. A copy, a pickle and a spawned process
+    open the file anew, by the path that it had, and refuse another that stands there by then.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path).absolute()
+        self._file: BinaryIO = self._path.open("rb")  # closed with the archive
+        self._lock = threading.Lock()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on.
+
+        Raises:
+            ArchiveError: the file has become shorter.
+            OSError: it cannot be read.
+        """
+        pieces: list[bytes] = []
+        left = length
+        while left:  # a system may read less than asked for, and reads 2 GiB at most
+            piece = self._read(offset + length - left, left)
+            if not piece:
+                raise ArchiveError(f"the file ended at {left} bytes before its size")
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), length, offset)
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(length)
+
+    def close(self) -> None:
+        """Close this process's descriptor."""
+        self._file.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """By path, with what the file ends in."""
+        return _reopened, (self._path, self.size, self._tail())
+
+    def _tail(self) -> bytes:
+        if self._file.closed:
+            raise ValueError(f"the archive {str(self._path)!r} is closed; copy it while it is open")
+        return self.read(self.size - _TAIL, _TAIL)
+
+
+def _reopened(path: Path, size: int, tail: bytes) -> FileSource:
+    source = FileSource(path)
+    if source.size != size or source._tail() != tail:  # noqa: SLF001 - its own kind
+        source.close()
+        raise ArchiveError(
+            f"{str(path)!r} is no longer the archive that was pickled; open it again"
+        )
+    return source
+
+
+Source = BytesSource | FileSource
