@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dither.core import DTYPES, CheckpointError
+from dither.core import DTYPES, CheckpointError, some_names
 
 T = TypeVar("T")
 
@@ -51,7 +51,6 @@ _MODEL_KEYS = (
 _TRAINING_KEYS = re.compile(r"optim|sched|scaler|callbacks|loops|(^|_)rng", re.IGNORECASE)
 _WRAPPERS = ("module.", "_orig_mod.")
 _DEEPEST = 4
-_SHOWN = 8
 _ZIP_MARK = b"PK\x03\x04"
 
 
@@ -171,8 +170,8 @@ def _read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
     wrong = [f"{name!r} ({type(v).__name__})" for name, v in state.items() if not _is_tensor(v)]
     if wrong:
         raise CheckpointError(
-            f"{str(path)!r}{found} has entries that are no tensors: {_some(wrong)}; save a state "
-            "dict of tensors only"
+            f"{str(path)!r}{found} has entries that are no tensors: {some_names(wrong)}; save a "
+            "state dict of tensors only"
         )
     return _unwrapped({name: value.detach() for name, value in state.items()})
 
@@ -211,12 +210,12 @@ def _find_state(path: Path, loaded: object, key: str | None) -> tuple[str, Mappi
         if key not in choices:
             raise CheckpointError(
                 f"{str(path)!r} has no state dict under {key!r}; there are "
-                f"{_some([repr(where) for where in choices]) or 'none'}"
+                f"{some_names([repr(where) for where in choices]) or 'none'}"
             )
     elif not choices:
         raise CheckpointError(
             f"{str(path)!r} holds no state dict; it has the entries "
-            f"{_some([repr(name) for name in loaded]) or '(none)'}"
+            f"{some_names([repr(name) for name in loaded]) or '(none)'}"
         )
     elif "" in choices:
         key = ""
@@ -225,14 +224,14 @@ def _find_state(path: Path, loaded: object, key: str | None) -> tuple[str, Mappi
         likely = named or list(choices)
         if len(likely) > 1:
             raise CheckpointError(
-                f"{str(path)!r} holds several state dicts: {_some([repr(x) for x in likely])}; "
-                "say which with key=... (on the command line: --key)"
+                f"{str(path)!r} holds several state dicts: {some_names([repr(x) for x in likely])}"
+                "; say which with key=... (on the command line: --key)"
             )
         key = likely[0]
     state = choices[key]
     if strange := [repr(name) for name in state if not isinstance(name, str)]:
         raise CheckpointError(
-            f"{str(path)!r} has names that are no strings: {_some(strange)}; save a state dict"
+            f"{str(path)!r} has names that are no strings: {some_names(strange)}; save a state dict"
         )
     return (f" (under {key!r})" if key else ""), state
 
@@ -280,7 +279,7 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     others = sorted(folder.glob("*.index.json")) or sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return _read_file(others[0])
-    found = f"it has {_some([path.name for path in others])}; name one; " if others else ""
+    found = f"it has {some_names([path.name for path in others])}; name one; " if others else ""
     raise CheckpointError(
         f"the folder {str(folder)!r} has none of {', '.join((*_WHOLE_FILES, *_INDEX_FILES))}; "
         f"{found}{_UNDERSTOOD}"
@@ -299,21 +298,21 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     outside = [repr(name) for name in shards if PurePath(name).name != name or "\\" in name]
     if outside:
         raise CheckpointError(
-            f"{str(index)!r} names shards outside its folder: {_some(outside)}; expected plain "
-            "file names"
+            f"{str(index)!r} names shards outside its folder: {some_names(outside)}; expected "
+            "plain file names"
         )
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{str(index)!r} needs {len(shards)} shards, of which {len(missing)} are missing: "
-            f"{_some(missing)}; download them into the same folder"
+            f"{some_names(missing)}; download them into the same folder"
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= _read_file(index.parent / shard)
     if lost := [repr(name) for name in weights if name not in tensors]:
         raise CheckpointError(
-            f"{str(index)!r} names {len(lost)} tensors that its shards lack: {_some(lost)}; "
+            f"{str(index)!r} names {len(lost)} tensors that its shards lack: {some_names(lost)}; "
             "download the folder again"
         )
     return tensors
@@ -363,8 +362,3 @@ def _from_numpy(path: Path, name: str, array: object) -> Tensor:
         )
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     return torch.from_numpy(np.require(native, requirements=["W"]))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -10,7 +10,7 @@ This module imports torch and nothing of ours.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -46,6 +46,16 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """The tensor types that an archive can hold, by the names that files use."""
+
+
+def some_names(names: Sequence[str], most: int = 8) -> str:
+    """A list for an error's text, cut where it is long.
+
+    >>> some_names(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 class DitherError(Exception):

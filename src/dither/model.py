@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn, strided
@@ -64,19 +65,18 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
             continue
         # A conjugate view shares memory with numbers that differ.
         tensor = value.detach().resolve_conj().resolve_neg()
-        place = (
-            tensor.device,
-            tensor.data_ptr(),
-            tensor.dtype,
-            tuple(tensor.shape),
-            tensor.stride(),
-        )
+        place = memory_of(tensor)
         if tensor.numel() and place in seen:
             aliases[name] = seen[place]
         else:
             seen[place] = name
             values[name] = tensor
     return Tensors(values, aliases)
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """What two names of one tied tensor have in common: the same memory, shown in the same way."""
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _check(name: object, value: object) -> None:
@@ -94,6 +94,25 @@ def _check(name: object, value: object) -> None:
             "tensors with data"
         )
     dtype_name(value.dtype)
+
+
+class Added(nn.Module):
+    """What we add to a model, to learn or note: checkpoints may lack it, and it keeps its types."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """All of it may be absent: a plain checkpoint loads strictly."""
+        metadata, strict, _, unexpected, errors = rest
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], unexpected, errors)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        """Follow the model to its device, but stay in float32 when it goes to another type."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return made
 
 
 @contextmanager

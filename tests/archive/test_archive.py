@@ -231,7 +231,7 @@ def test_reading_from_several_threads(tmp_path: Path) -> None:
     assert wrong == []
 
 
-class _Tied(nn.Module):
+class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(40, 8)
@@ -241,11 +241,11 @@ class _Tied(nn.Module):
 
 
 def test_a_tied_model_comes_back(tmp_path: Path) -> None:
-    model = _Tied()
+    model = Tied()
     archive = dither.compress(model, size="100%")
     assert dict(archive.aliases) == {"head.weight": "embed.weight"}
     archive.save(tmp_path / "a.dither")
-    again = _Tied()
+    again = Tied()
     found = dither.load_into(again, tmp_path / "a.dither")
     assert found.exact
     assert str(found) == "all tensors match"
@@ -255,9 +255,9 @@ def test_a_tied_model_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_missing_alias_is_not_missing() -> None:
-    model = _Tied()
+    model = Tied()
     tensors = {n: Raw().encode(v) for n, v in model.state_dict().items() if n != "head.weight"}
-    assert dither.load_into(_Tied(), pack(tensors)).exact
+    assert dither.load_into(Tied(), pack(tensors)).exact
 
 
 def test_what_differs_is_reported() -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dither
 from benchmarks.budgets import check, draw, odd_state_dicts
 from dither import Archive, BudgetError, CheckpointError
 from dither.model import collect
 from dither.search import LEAST_SHARE, SLACK_NBYTES
+from tests.archive.test_archive import Tied
 
 SLOW = {"tiny tensors", "large embedding"}
 """Seconds for each budget; ``python -m benchmarks.budgets`` has them."""
@@ -174,15 +175,6 @@ def test_progress() -> None:
         shares = [share for s, share in calls if s == stage]
         assert all(0 < share <= 1 for share in shares)
         assert shares[-1] == 1
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 8)
-        self.norm = nn.BatchNorm1d(8)
-        self.head = nn.Linear(8, 40, bias=False)
-        self.head.weight = self.embed.weight
 
 
 def test_a_model_with_ties() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import dither
 from dither import LSQ, Affine, BudgetError, Raw, SpecError
+from dither.train import BayesianBits, DiffQ, Method, Plan
 from dither.train.controller import AIM, ARRIVE, Controller
 
 
@@ -52,6 +53,32 @@ def test_the_file_fills_its_budget_and_is_what_was_evaluated(budget: int, tmp_pa
     fresh = network(1).eval()
     assert dither.load_into(fresh, path).exact
     assert torch.equal(fresh(images), logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        (BayesianBits(lr=0.01), 0.1),
+        (DiffQ(noise="uniform", lr=0.02), 0.14),
+        (DiffQ(noise="uniform", lr=0.02), 0.08),
+    ],
+    ids=repr,
+)
+def test_learned_widths_reach_a_budget(method: Method, share: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    budget = int(share * sum(4 * p.numel() for p in net.parameters()))
+    plan = Plan({"*weight": method, "*bias": Affine(8)})
+    run = dither.attach(net, plan, budget=budget, steps=60)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    run.join(optimizer)
+    for step in range(60):
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step))
+        ((net(x) - x).square().mean() + run.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step()
+    assert 0.985 * budget <= run.finish() <= budget
 
 
 def test_the_size_arrives_by_training_not_by_trimming() -> None:

@@ -347,22 +347,3 @@ def test_slopes_of_soft_bits_are_those_of_the_file() -> None:
     assert predicted == pytest.approx(wider, rel=0.1)
     shrinking = -0.1 * float((weight.grad * weight.detach() * middle).sum())
     assert shrinking == pytest.approx(smaller, rel=0.2)
-
-
-@pytest.mark.parametrize("share", [0.14, 0.08])
-def test_a_budget_is_reached(share: float) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-    budget = int(share * sum(4 * p.numel() for p in net.parameters()))
-    plan = Plan({"*weight": DiffQ(noise="uniform", lr=0.02), "*bias": Affine(8)})
-    run = dither.attach(net, plan, budget=budget, steps=60)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    run.join(optimizer)
-    for step in range(60):
-        x = numbers(32, 64, seed=step)
-        ((net(x) - x).square().mean() + run.penalty()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.step()
-    nbytes = run.finish()
-    assert 0.985 * budget <= nbytes <= budget

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dither.activations.integer_grid import cover
 from dither.activations.site_spec import Gradient
+from dither.model import Added
 
 
-class GradientQuantizer(nn.Module):
+class GradientQuantizer(Added):
     """Passes activations unchanged and quantizes the gradient that comes back.
 
     Ranges are those of earlier steps (Fournarakis and Nagel 2021, arXiv 2105.04246): they move in
@@ -97,21 +97,6 @@ class GradientQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.spec)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """All of it may be absent: a plain checkpoint loads strictly."""
-        metadata, strict, _, unexpected, errors = rest
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], unexpected, errors)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        """Follow the model to its device, but stay in float32 when it goes to another type."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        return made
 
 
 def _fractions(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 from dither.activations.integer_grid import cover, ends, integers, rounded
 from dither.activations.site_spec import Activation
 from dither.core import SpecError
+from dither.model import Added
 
 _STATE = ("scale", "zero", "low", "high", "seen_low", "seen_high", "order")
 
 
-class Quantizer(nn.Module):
+class Quantizer(Added):
     """Puts activations on the grid of a spec; keeps and moves its ranges.
 
     Before it has ranges, by :meth:`step` or :meth:`set`, training uses each tensor's own, and
@@ -235,24 +235,12 @@ class Quantizer(nn.Module):
         return repr(self.spec)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """All of it may be absent: a plain checkpoint loads strictly."""
-        metadata, strict, _, unexpected, errors = rest
         order = state_dict.get(f"{prefix}order")
         if order is not None:
             self.order = torch.empty_like(order, device=self.order.device)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, [], unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if f"{prefix}scale" in state_dict:
             self.ready = bool((self.scale > 0).all())
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        """Follow the model to its device, but stay in float32 when it goes to another type."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
-        return made
 
 
 def _split(dimensions: int, groups: int) -> None:

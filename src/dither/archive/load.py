@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dither.archive.reader import Archive
-from dither.core import CheckpointError
-from dither.model import SITES, is_weight
-
-_SHOWN = 8
+from dither.core import CheckpointError, some_names
+from dither.model import SITES, is_weight, memory_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Loaded:
             "activations that the archive quantizes, and the model does not (call "
             "dither.activations.apply(model, archive.sites) first)": self.sites,
         }
-        lines = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+        lines = [f"{kind}: {some_names(names)}" for kind, names in kinds.items() if names]
         return "\n".join(lines) or "all tensors match"
 
 
@@ -104,10 +102,10 @@ def load_into(
         if name in state and shapes[name] != tuple(state[name].shape)
     }
     fitting = [name for name in source if name in state and name not in mismatched]
-    covered = {_place(state[name]) for name in fitting}
+    covered = {memory_of(state[name]) for name in fitting}
     found = Loaded(
         missing=tuple(
-            name for name in state if name not in source and _place(state[name]) not in covered
+            name for name in state if name not in source and memory_of(state[name]) not in covered
         ),
         unexpected=tuple(name for name in source if name not in state),
         mismatched=tuple(mismatched.values()),
@@ -133,13 +131,3 @@ def _is_quantized(model: nn.Module, site: str) -> bool:
     except AttributeError:
         return False
     return isinstance(held, nn.ModuleDict) and end in held
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    """What two names of one tied weight have in common."""
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dither.cli.console import Advance
+from dither.report.signal_noise import decibels
 
 _CHUNK = 1 << 20
 """Values compared at once."""
@@ -45,7 +46,7 @@ class Difference:
     @property
     def sqnr(self) -> float:
         """Signal to quantization noise ratio in dB; infinite when equal."""
-        return _decibels(self.signal, self.noise)
+        return decibels(self.signal, self.noise)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Comparison:
         Indices and counters are exact and large: they would drown the noise of weights.
         """
         some = [item for item in self.differences if item.is_signal] or self.differences
-        return _decibels(
+        return decibels(
             math.fsum(item.signal for item in some), math.fsum(item.noise for item in some)
         )
 
@@ -148,11 +149,3 @@ def _exact(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _wide(a: Tensor) -> Tensor:
     return a.to(torch.complex128 if a.is_complex() else torch.float64)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    if signal == 0 or math.isinf(noise):
-        return -math.inf
-    return 10 * math.log10(signal / noise)

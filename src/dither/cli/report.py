@@ -10,9 +10,7 @@ from typing import Any
 from dither.archive import Archive, Entry, describe
 from dither.cli.compare import Comparison
 from dither.cli.console import Printer
-from dither.core import DTYPES, code_width
-
-_SHOWN = 8
+from dither.core import DTYPES, code_width, some_names
 
 
 def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
@@ -150,31 +148,22 @@ def print_comparison(
             item.name,
             _shape(item.shape),
             " / ".join(dict.fromkeys(item.dtypes)),
-            _decibels(item.sqnr),
+            f"{item.sqnr:.2f}",
             f"{item.largest:.4g}",
         )
         for item in found.differences
     ]
     count = len(found.differences)
     equal = f"{found.equal} of {count} equal"
-    rows.append((f"all {count}", equal, "", _decibels(found.sqnr), f"{found.largest:.4g}"))
+    rows.append((f"all {count}", equal, "", f"{found.sqnr:.2f}", f"{found.largest:.4g}"))
     printer.table(("tensor", "shape", "dtype", "SQNR dB", "largest error"), rows, left=3)
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
-            printer.text(f"only in {side}: {_some(names)}")
+            printer.text(f"only in {side}: {some_names(names)}")
     for name, (left, right) in found.reshaped.items():
         printer.text(f"of another shape: {name} is {_shape(left)} in A, {_shape(right)} in B")
     if below:
-        printer.text(f"below {min_sqnr:g} dB: {_some(tuple(below))}")
-
-
-def _decibels(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+        printer.text(f"below {min_sqnr:g} dB: {some_names(below)}")
 
 
 def print_demo(printer: Printer, results: Mapping[str, Any], out: Path) -> None:

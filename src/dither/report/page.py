@@ -24,7 +24,7 @@ MOST_BOXES, LEAST_BOX = 120, 0.0015
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _BEST_SQNR = 60.0
-_WIDEST = 8.0
+_DARKEST = 8.0
 _NOTHING = "&ndash;"
 _OVERHEAD = "names, shapes, checksums"
 
@@ -107,7 +107,7 @@ def _head(found: Contents) -> str:
         (f"{len(found.tensors):,}", f"tensors, {values:,} values"),
     ]
     if found.sqnr is not None:
-        tiles.append((_decibels(found.sqnr), "signal to noise, all weights"))
+        tiles.append((_quality(found.sqnr), "signal to noise, all weights"))
     boxes = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
     against = f"<p>Compared with {_text(found.against)}.</p>" if found.against else ""
     lacking = ""
@@ -190,7 +190,7 @@ def _shade(bits: float | None) -> tuple[str, str]:
     """Background and ink: the more bits, the darker, so that it reads in grey, too."""
     if bits is None:
         return "#d9d9d9", "#1b1f24"
-    light = 92 - 62 * min(bits, _WIDEST) / _WIDEST
+    light = 92 - 62 * min(bits, _DARKEST) / _DARKEST
     return f"hsl(211 52% {light:.0f}%)", "#fff" if light < 58 else "#10243a"
 
 
@@ -253,7 +253,7 @@ def _figure(tensor: Stored, histogram: Histogram) -> str:
     if histogram.before:
         shapes += f'<path class="before" d="{_outline(histogram.before)}"/>'
     shapes += f'<path class="after" d="{_outline(histogram.after)}"/>'
-    noise = "" if tensor.sqnr is None else f", {_decibels(tensor.sqnr)}"
+    noise = "" if tensor.sqnr is None else f", {_quality(tensor.sqnr)}"
     beyond = f"{100 * histogram.outside:.2g} % beyond" if histogram.outside else ""
     return (
         f"<figure><figcaption>{_broken(tensor.name)}<br><span>{_text(tensor.spec)}{noise}</span>"
@@ -292,7 +292,7 @@ def _table(found: Contents) -> str:
             _cell("bits per value", _NOTHING if t.bits is None else f"{t.bits:.2f}", t.bits, widest)
         )
         if has_noise:
-            shown = _NOTHING if t.sqnr is None else _decibels(t.sqnr)
+            shown = _NOTHING if t.sqnr is None else _quality(t.sqnr)
             cells.append(_cell("SQNR", shown, t.sqnr, _BEST_SQNR))
         if has_cost:
             shown = _NOTHING if t.sensitivity is None else f"{t.sensitivity:.3g}"
@@ -341,7 +341,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _decibels(value: float) -> str:
+def _quality(value: float) -> str:
     if value == math.inf:
         return "exact"
     return "none" if value == -math.inf else f"{value:.1f} dB"

@@ -11,6 +11,15 @@ _CHUNK = 1 << 22
 """Values compared at once: a large table in float64 would take twice its own memory."""
 
 
+def decibels(signal: float, noise: float) -> float:
+    """Ratio of two sums of squares in dB; infinite without noise."""
+    if noise == 0:
+        return math.inf
+    if signal == 0 or math.isinf(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise)
+
+
 class Noise:
     """Sums over one or many tensors before and after quantization.
 
@@ -64,8 +73,4 @@ class Noise:
     @property
     def decibels(self) -> float:
         """Signal to noise ratio in dB; infinite without noise."""
-        if self.noise == 0:
-            return math.inf
-        if self.signal == 0 or math.isinf(self.noise):
-            return -math.inf
-        return 10 * math.log10(self.signal / self.noise)
+        return decibels(self.signal, self.noise)

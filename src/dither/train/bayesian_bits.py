@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.formats import Affine, Mixed, Raw
+from dither.formats.mixed import WIDEST
 from dither.train.method import AfterTraining, Method
 from dither.train.schedules import Ramp, value_at
 from dither.train.surrogate import Surrogate
-from dither.train.widths import BINS, WIDEST, cells_of, sums, tables
+from dither.train.widths import BINS, cells_of, sums, tables
 
 if TYPE_CHECKING:
     from dither.train.run import Run

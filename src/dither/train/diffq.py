@@ -26,7 +26,7 @@ _REFRESH = 10
 
 _CHUNK = 1 << 18
 _LEVELS = 1 << 16
-_WIDEST = 15
+_MOST_BITS = 15
 _UPWARDS = 6.0
 _MARGIN = 0.02
 """Share of the range of widths that a start keeps from its ends, where the sigmoid is flat."""
@@ -72,9 +72,9 @@ extra_bits=0, min_size=0, lr=0.001)
 
     def __post_init__(self) -> None:
         check_count("DiffQ", "group", self.group, 0, MAX_ALPHABET)
-        if not 1 <= self.min_bits < self.init_bits < self.max_bits <= _WIDEST:
+        if not 1 <= self.min_bits < self.init_bits < self.max_bits <= _MOST_BITS:
             raise SpecError(
-                f"DiffQ has 1 <= min_bits < init_bits < max_bits <= {_WIDEST}, not "
+                f"DiffQ has 1 <= min_bits < init_bits < max_bits <= {_MOST_BITS}, not "
                 f"{self.min_bits}, {self.init_bits} and {self.max_bits}"
             )
         check_choice("DiffQ", "noise", self.noise, NOISES)
@@ -134,7 +134,7 @@ class LearnedBits(Surrogate):
             number = torch.arange(len(bits), dtype=torch.float64, device=bits.device)
             trim = trim if trim > 0 else _UPWARDS * trim
             bits = bits - trim * (0.9 + 0.2 * (0.5 + number * 0.618033988749895).frac())
-        widths = bits.round().clamp(1, _WIDEST)
+        widths = bits.round().clamp(1, _MOST_BITS)
         return torch.where(widths == 1, 0, widths) if trim > 0 else widths
 
     def noisy(self, weight: Tensor) -> Tensor:

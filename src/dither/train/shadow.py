@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dither.activations.functions import apart
 from dither.core import SpecError
+from dither.model import memory_of
 from dither.train.surrogate import Surrogate
 
 SHADOWS = "dither_shadows"
@@ -268,13 +269,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     """One parameter, or two that show the same memory in the same way."""
     if one is other or not one.numel():
         return one is other
-    return (one.data_ptr(), one.shape, one.stride(), one.dtype, one.device) == (
-        other.data_ptr(),
-        other.shape,
-        other.stride(),
-        other.dtype,
-        other.device,
-    )
+    return memory_of(one) == memory_of(other)
 
 
 def _refuse(full: str, module: nn.Module, *, is_noisy: bool) -> None:

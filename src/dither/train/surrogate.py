@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.core import Encoded, Stats
+from dither.model import Added
 
 
 def straight_through(decoded: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _eagerly(function: Function) -> Function:
     return kept
 
 
-class Surrogate(nn.Module):
+class Surrogate(Added):
     """Stands in for one weight.
 
     In ``train()`` :meth:`forward` returns :meth:`noisy`; in ``eval()`` exactly what the file would
@@ -237,12 +238,7 @@ class Surrogate(nn.Module):
         return (weight.data_ptr(), self.trim, versions)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Learned parameters may be absent: a plain checkpoint loads strictly."""
-        metadata, strict, _, unexpected, errors = rest
-        absent: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, absent, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         self.reset()
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's own signature
@@ -252,15 +248,7 @@ class Surrogate(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        """Follow the model to its device, but stay in float32 when it goes to a smaller type."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved: Tensor = fn(tensor)
-            if moved.dtype == tensor.dtype or not tensor.is_floating_point():
-                return moved
-            return tensor.to(moved.device)
-
-        made: Self = super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        made = super()._apply(fn, recurse)
         device = fn(torch.zeros(1)).device
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):

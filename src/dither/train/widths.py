@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dither.coding import code_lengths
+from dither.formats.mixed import WIDEST
 
-WIDEST = 16
 _FINEST = 12
 BINS = 1 << _FINEST
 """Cells of the range, of which the codes of each width are made up."""
