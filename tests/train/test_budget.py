@@ -140,6 +140,14 @@ def test_the_wanted_size_falls_geometrically_and_stays() -> None:
     assert controller.wanted(ARRIVE) == controller.wanted(1.0) == pytest.approx(goal)
 
 
+def test_a_file_too_large_coarsens_all_steps_and_less_so_late() -> None:
+    controller = Controller(1000, count=2000)
+    assert controller.update(AIM * 1000, 0.0) == 0
+    early, late = controller.update(1010, 0.1), controller.update(1010, 1.0)
+    assert 0 < late < early
+    assert controller.update(500, 0.1) == -controller.update(2000, 0.1) == pytest.approx(-0.05)
+
+
 def test_lambda_rises_while_the_file_is_too_large() -> None:
     controller = Controller(1000)
     controller.update(1000, 0.0)

@@ -301,7 +301,7 @@ def test_widths_move_away_from_where_they_began_and_bytes_follow() -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.step()
-    widths = run.encode_one("0.weight").codes["bits"].values
+    widths = run.encode()["0.weight"].codes["bits"].values
     assert widths.max() <= 8
     assert widths.float().mean() < 6
     assert run.measure() < 0.8 * before

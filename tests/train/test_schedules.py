@@ -9,7 +9,7 @@ from torch import nn
 import dither
 from dither.core import SpecError
 from dither.train import LSQ, Ramp, Run, Vary, WarmUp
-from dither.train.schedules import value_at
+from dither.train.ramp import value_at
 
 
 def test_ramps_stay_before_and_after() -> None:

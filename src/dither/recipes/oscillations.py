@@ -17,8 +17,8 @@ from dither.train.attach import attach as attach_plan
 from dither.train.lsq import LSQ
 from dither.train.oscillations import CountOscillations, Dampening, FreezeOscillations
 from dither.train.plan import Plan
+from dither.train.ramp import Ramp
 from dither.train.run import Run
-from dither.train.schedules import Ramp
 
 REMEDIES = ("freeze", "dampen", "none")
 

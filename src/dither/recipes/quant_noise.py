@@ -16,8 +16,8 @@ from dither.recipes.model_layers import Layer, plan_of
 from dither.train.attach import attach as attach_plan
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
+from dither.train.ramp import Ramp
 from dither.train.run import Run
-from dither.train.schedules import Ramp
 
 SCHEMES = ("pq", "int8", "int4")
 RANGES = ("tensor", "channel", "histogram")

@@ -8,6 +8,10 @@ from fractions import Fraction
 
 from dither.core import BudgetError
 
+SLACK_NBYTES = 64
+ENOUGH = 0.995
+"""A file with at most so many bytes left, or that fills this share of its budget, is done."""
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -67,3 +71,12 @@ def _parse(text: str, original_nbytes: int, values: int | None) -> int:
     if unit not in _UNITS:
         raise BudgetError(f"{text!r} has the unknown unit {match[2]!r}; {_EXAMPLES}")
     return int(number * _UNITS[unit])
+
+
+def fills(size: int, budget: int) -> bool:
+    """Whether a file meets its budget so well that more passes are not worth their time.
+
+    >>> fills(995, 1000), fills(1001, 1000), fills(80_000, 90_000)
+    (True, False, False)
+    """
+    return size <= budget and (size >= ENOUGH * budget or size >= budget - SLACK_NBYTES)

@@ -1,6 +1,7 @@
 """Train with quantization noise, to a budget."""
 
 from dither.train.attach import attach
+from dither.train.attached import Attached
 from dither.train.bayesian_bits import BayesianBits, GatePenalty
 from dither.train.controller import Budget
 from dither.train.diffq import DiffQ
@@ -22,14 +23,16 @@ from dither.train.oscillations import (
 from dither.train.penalties import Kurtosis, Penalty, Size
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
+from dither.train.ramp import Ramp
 from dither.train.run import Run
-from dither.train.schedules import Ramp, Schedule, Vary, WarmUp
+from dither.train.schedules import Schedule, Vary, WarmUp
 from dither.train.straight_through import StraightThrough
 from dither.train.surrogate import Surrogate, straight_through
 from dither.train.whole_layers import LayerDrop, drop_layers, share_layers
 
 __all__ = [
     "LSQ",
+    "Attached",
     "BayesianBits",
     "Budget",
     "CountOscillations",

@@ -83,7 +83,7 @@ def attach(
     if optimizer is not None:
         run.join(optimizer)
     if goal is not None and nbytes is not None:
-        run.controller = Controller(nbytes, goal.arrive)
+        run.controller = Controller(nbytes, goal.arrive, sum(w.numel() for *_, w in run.weights()))
         run.measure()
     return run
 

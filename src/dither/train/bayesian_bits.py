@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,11 @@ from torch.autograd.function import once_differentiable
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
 from dither.formats import Affine, Mixed, Raw
 from dither.formats.mixed import WIDEST
+from dither.train.attached import Attached
 from dither.train.method import AfterTraining, Method
-from dither.train.schedules import Ramp, value_at
+from dither.train.ramp import Ramp, value_at
 from dither.train.surrogate import Surrogate
 from dither.train.widths import BINS, cells_of, sums, tables
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
 
 _REFRESH = 10
 """Steps after which the estimate of coded bits is made anew."""
@@ -234,7 +232,7 @@ class GatePenalty:
     weight: float | Ramp
     macs: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         gated = {n: s for n, s in run.surrogates.items() if isinstance(s, GatedBits)}
         if not gated:
             raise SpecError("GatePenalty finds no weight under BayesianBits; name some in the plan")

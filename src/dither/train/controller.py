@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dither.core import SpecError
 from dither.search import Sensitivity, data_free
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
 
 ARRIVE = 0.6
 """Share of the steps after which the size should have arrived at the budget."""
@@ -55,7 +52,7 @@ MEASURES = 20
 """How often the file is measured while training to a budget, about."""
 
 _EVERY = 10
-"""Steps between looks at the size."""
+"""Steps between looks at the estimated size."""
 
 _NUDGE = 0.6
 """Share of the error in size that is mended at once, by steps that all grow or shrink."""
@@ -72,13 +69,14 @@ class Controller:
     """Finds the factor of the size penalty, lambda, so that sizes follow a path to the budget.
 
     log(lambda) integrates the logarithm of predicted over wanted bytes, so that it comes to rest
-    where training keeps the size by itself; until then the run mends errors by a common factor of
-    all steps. The wanted size falls geometrically from where training starts, and stays at the
+    where training keeps the size by itself; until then errors are mended by a common factor of all
+    steps. The wanted size falls geometrically from where training starts, and stays at the
     budget from the share ``arrive`` of the steps on.
 
     Attributes:
         nbytes: the budget.
         arrive: share of the steps after which sizes should be there.
+        count: how many weights train with noise.
         log_weight: natural logarithm of lambda, for the size in bits per weight.
         start: bytes when training began.
         error: logarithm of predicted over wanted bytes, at the last update.
@@ -86,6 +84,7 @@ class Controller:
 
     nbytes: int
     arrive: float = ARRIVE
+    count: int = 1
     log_weight: float = math.log(_FIRST)
     start: float | None = None
     error: float = 0.0
@@ -95,6 +94,11 @@ class Controller:
         """Lambda: loss for one bit per weight."""
         return math.exp(self.log_weight)
 
+    @property
+    def per_bit(self) -> float:
+        """Loss for one bit."""
+        return self.weight / max(self.count, 1)
+
     def wanted(self, progress: float) -> float:
         """The size at which training should be, in bytes."""
         goal = AIM * self.nbytes
@@ -103,31 +107,17 @@ class Controller:
         share = min(progress / self.arrive, 1.0)
         return float(self.start * (goal / self.start) ** share)
 
-    def update(self, predicted: float, progress: float) -> None:
-        """Take in the predicted size after a step."""
+    def update(self, predicted: float, progress: float) -> float:
+        """Take in the predicted size in bytes; returns by how many octaves to coarsen all steps."""
         if self.start is None:
             self.start = predicted
         self.error = math.log(max(predicted, 1.0) / self.wanted(progress))
         self.log_weight += min(max(_INTEGRAL * self.error, -_FASTEST), _FASTEST)
-
-    def steer(self, run: Run) -> None:
-        """After a step: look at the size now and then, adjust lambda, and mend the error."""
-        if run.done % max(1, (run.steps or 1) // MEASURES) == 0:
-            run.measure()
-        elif run.done % _EVERY:
-            return
-        else:
-            run.look()
-        predicted = run.predicted_nbytes()
-        self.update(predicted, run.progress)
-        weights = list(run.weights())
-        bits = 8 * predicted / max(sum(weight.numel() for _, _, weight in weights), 1)
         # Late in training many weights stand near the middle between two grid points, where a
         # little change of the step moves many codes.
-        gain = _NUDGE * max(1 - run.progress, _LEAST_NUDGE)
-        octaves = min(max(gain * self.error * bits, -_FARTHEST), _FARTHEST)
-        for _, surrogate, _ in weights:
-            surrogate.nudge(octaves)
+        gain = _NUDGE * max(1 - progress, _LEAST_NUDGE)
+        bits = 8 * predicted / max(self.count, 1)
+        return min(max(gain * self.error * bits, -_FARTHEST), _FARTHEST)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as numbers."""
@@ -137,3 +127,13 @@ class Controller:
         """The inverse of :meth:`state_dict`."""
         self.log_weight, self.start = state["log_weight"], state["start"]
         self.error = state["error"]
+
+
+def measures_at(step: int, steps: int | None) -> bool:
+    """Whether the file is measured after this step."""
+    return step % max(1, (steps or 1) // MEASURES) == 0
+
+
+def looks_at(step: int) -> bool:
+    """Whether the size is at least estimated after this step."""
+    return step % _EVERY == 0

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dither.formats import Affine
+from dither.train.attached import Attached
 from dither.train.diffq import LearnedBits
 from dither.train.lsq import LearnedStep
 from dither.train.method import AfterTraining
-from dither.train.schedules import Ramp, value_at
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
+from dither.train.ramp import Ramp, value_at
 
 _MIB_BITS = 8 * 2.0**20
 _RANGE_BITS = 2 * 32 + 8
@@ -37,14 +34,14 @@ class DiffQSize:
     exact: bool = False
     half: bool = False
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         size = model_size_mib(run, half=self.half)
         if self.exact:
             size = true_model_size_mib(run, half=self.half) + (size - size.detach())
         return size * value_at(self.weight, run.progress)
 
 
-def model_size_mib(run: Run, *, half: bool = False) -> Tensor:
+def model_size_mib(run: Attached, *, half: bool = False) -> Tensor:
     """The model in MiB (2**20 bytes) as the paper counts it; differentiable, a scalar.
 
     A tensor under DiffQ counts its weights' widths, 64 bits for its range, 8 for the number of bits
@@ -60,13 +57,13 @@ def model_size_mib(run: Run, *, half: bool = False) -> Tensor:
     return _size(run, is_exact=False, half=half)
 
 
-def true_model_size_mib(run: Run, *, half: bool = False) -> Tensor:
+def true_model_size_mib(run: Attached, *, half: bool = False) -> Tensor:
     """The same with widths rounded and clamped as they are for files; a scalar without slope."""
     with torch.no_grad():
         return _size(run, is_exact=True, half=half)
 
 
-def _size(run: Run, *, is_exact: bool, half: bool) -> Tensor:
+def _size(run: Attached, *, is_exact: bool, half: bool) -> Tensor:
     device = next(run.model.parameters()).device
     learned = [torch.zeros((), device=device)]
     fixed = 0.0

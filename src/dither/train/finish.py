@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dither.archive import CodedTensor, code, packed_nbytes
 from dither.calibrate.data import call
 from dither.core import BudgetError, Encoded
+from dither.search.size import fills
+from dither.train.surrogate import Surrogate, encode_now, plain
 
-if TYPE_CHECKING:
-    from dither.train.run import Run
-
-_ENOUGH = 0.995
-_SLACK_NBYTES = 64
 _TRIES = 14
 _FARTHEST = 6.0
 """Octaves by which steps may be made coarser to fit."""
@@ -25,35 +22,38 @@ _FINEST = -0.25
 """Octaves by which steps may be made finer to use a budget up: what was trained is kept."""
 
 
-def trim_to(run: Run, budget: int, aliases: Mapping[str, str], slack: int = 0) -> int:
+def trim_to(
+    budget: int,
+    movable: Mapping[str, tuple[Surrogate, Tensor]],
+    fixed: Mapping[str, CodedTensor],
+    aliases: Mapping[str, str],
+    sites: Mapping[str, Any],
+) -> int:
     """Choose one trim for all surrogates that have one, so that the file fits the budget.
 
     Args:
-        run: sets ``trim`` of its surrogates.
         budget: bytes.
-        aliases: of the archive.
-        slack: how often the file came out too large before, when buffers changed afterwards.
+        movable: surrogates whose ``trim`` is set, and their weights.
+        fixed: all other tensors of the file.
+        aliases: of the file.
+        sites: of the file.
+
+    Returns:
+        Bytes of the file.
 
     Raises:
         BudgetError: even the coarsest does not fit.
     """
-    budget -= slack * _SLACK_NBYTES
-    movable = {n: s for n, s in run.surrogates.items() if s.can_trim}
-    fixed: dict[str, CodedTensor] = {
-        name: code(encoded) for name, encoded in run.encode().items() if name not in movable
-    }
 
     def measure(octaves: float) -> int:
         coded = dict(fixed)
-        encoded = {}
-        for name, surrogate in movable.items():
+        for name, (surrogate, weight) in movable.items():
             surrogate.trim = octaves
-            encoded[name] = run.encode_one(name)
-            coded[name] = code(encoded[name])
-        return packed_nbytes(coded, aliases, sites=run.sites())
+            coded[name] = code(encode_now(surrogate, plain(weight)))
+        return packed_nbytes(coded, aliases, sites=sites)
 
     size = measure(0.0)
-    if _fits(size, budget):
+    if fills(size, budget):
         return size
     if not movable:
         if size > budget:
@@ -74,21 +74,22 @@ def trim_to(run: Run, budget: int, aliases: Mapping[str, str], slack: int = 0) -
         )
     if size <= budget and end <= budget:
         return end
+    return _bisect(measure, budget, low, high)
+
+
+def _bisect(measure: Callable[[float], int], budget: int, low: float, high: float) -> int:
+    """Find the least octaves at which a file fits, where it is too large at ``low``; its bytes."""
     best = high
     for _ in range(_TRIES):
         middle = (low + high) / 2
         size = measure(middle)
         if size <= budget:
             best = high = middle
-            if _fits(size, budget):
+            if fills(size, budget):
                 return size
         else:
             low = middle
     return measure(best)
-
-
-def _fits(size: int, budget: int) -> bool:
-    return size <= budget and (size >= _ENOUGH * budget or size >= budget - _SLACK_NBYTES)
 
 
 def reestimate(model: nn.Module, data: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dither.core import DTYPES, Encoded, Encoder, Format, SpecError, Stats, dtype_name
 from dither.formats import format_from_json, format_to_json
-from dither.train.schedules import Ramp
+from dither.train.ramp import Ramp
 from dither.train.surrogate import Surrogate
 
 METHODS: dict[str, type[Method]] = {}

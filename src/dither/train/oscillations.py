@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dither.core import SpecError
-from dither.train.schedules import Ramp, value_at
+from dither.train.attached import Attached
+from dither.train.ramp import Ramp, value_at
 from dither.train.surrogate import Surrogate, gathered, plain, whole
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
 
 FREEZING = Ramp(0.1, 0.011, begin=0.25, shape="cosine")
 """The paper's threshold at 3 bits; at 4 bits it ends at 0.01."""
@@ -162,7 +160,7 @@ class CountOscillations:
     def __post_init__(self) -> None:
         _check_momentum(self.momentum)
 
-    def __call__(self, run: Run, step: int) -> None:
+    def __call__(self, run: Attached, step: int) -> None:
         for _, watch in _look(run, self.momentum, step, None):
             del watch
 
@@ -189,7 +187,7 @@ class FreezeOscillations:
     def __post_init__(self) -> None:
         _check_momentum(self.momentum)
 
-    def __call__(self, run: Run, step: int) -> None:
+    def __call__(self, run: Attached, step: int) -> None:
         ramp = self.threshold
         begun = not isinstance(ramp, Ramp) or run.progress > ramp.begin
         limit = value_at(ramp, run.progress)
@@ -211,7 +209,7 @@ class Dampening:
 
     weight: float | Ramp = DAMPENING
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         factor = value_at(self.weight, run.progress)
         total = torch.zeros((), device=next(run.model.parameters()).device)
         if not factor:
@@ -227,7 +225,7 @@ class Dampening:
         return total * factor
 
 
-def oscillating(run: Run, above: float = 0.005) -> float:
+def oscillating(run: Attached, above: float = 0.005) -> float:
     """Share of the watched weights that oscillate more often than ``above``, frozen ones excepted.
 
     Raises:
@@ -242,14 +240,14 @@ def oscillating(run: Run, above: float = 0.005) -> float:
     return count / sum(w.last.numel() for w in watches)
 
 
-def frozen_share(run: Run) -> float:
+def frozen_share(run: Attached) -> float:
     """Share of the watched weights that are frozen; 0 where nothing is watched."""
     watches = [watch for _, watch in _watched(run)]
     total = sum(watch.last.numel() for watch in watches)
     return sum(int(watch.frozen.sum()) for watch in watches) / max(total, 1)
 
 
-def _watched(run: Run) -> Iterator[tuple[Surrogate, Watch]]:
+def _watched(run: Attached) -> Iterator[tuple[Surrogate, Watch]]:
     for _, surrogate, _ in run.weights():
         watch = getattr(surrogate, "watch", None)
         if isinstance(watch, Watch):
@@ -257,7 +255,7 @@ def _watched(run: Run) -> Iterator[tuple[Surrogate, Watch]]:
 
 
 def _look(
-    run: Run, momentum: float, step: int, max_bits: int | None
+    run: Attached, momentum: float, step: int, max_bits: int | None
 ) -> Iterator[tuple[Surrogate, Watch]]:
     """Let everything that can be watched be looked at after a step."""
     for _, surrogate, weight in run.weights():

@@ -7,7 +7,7 @@ frozen dataclass shows its settings. One that keeps the largest weights small, f
     class Largest:
         weight: float | Ramp
 
-        def __call__(self, run: Run) -> Tensor:
+        def __call__(self, run: Attached) -> Tensor:
             largest = [weight.abs().amax() for _, _, weight in run.weights()]
             return torch.stack(largest).sum() * value_at(self.weight, run.progress)
 
@@ -18,21 +18,19 @@ frozen dataclass shows its settings. One that keeps the largest weights small, f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dither.train.schedules import Ramp, value_at
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
+from dither.train.attached import Attached
+from dither.train.ramp import Ramp, value_at
 
 
 class Penalty(Protocol):
     """A scalar that is added to the loss."""
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         """The term, times its weight."""
         ...
 
@@ -49,7 +47,7 @@ class Size:
     weight: float | Ramp
     unit: float = 8 * 2.0**20
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         return run.soft_bits() * (value_at(self.weight, run.progress) / self.unit)
 
 
@@ -70,7 +68,7 @@ class Kurtosis:
     weight: float | Ramp
     target: float = 1.8
 
-    def __call__(self, run: Run) -> Tensor:
+    def __call__(self, run: Attached) -> Tensor:
         terms = []
         for name in run.surrogates:
             weight = run.parameter(name)

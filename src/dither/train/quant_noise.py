@@ -16,8 +16,8 @@ from dither.formats import Affine, Product
 from dither.formats.grouping import rows_of
 from dither.formats.settings import check_choice, check_count
 from dither.train.method import Method
+from dither.train.ramp import Ramp, value_at
 from dither.train.refreshed_format import Fitted, default_refresh, round_some, uniform
-from dither.train.schedules import Ramp, value_at
 from dither.train.straight_through import Replaced, Replacing, check_quantizer
 from dither.train.surrogate import Surrogate
 

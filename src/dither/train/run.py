@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from dither.core import Encoded, SpecError
 from dither.formats import Raw
 from dither.model import is_weight
 from dither.rewrite import absorbed, norms
-from dither.train.controller import Controller
+from dither.search.size import SLACK_NBYTES
+from dither.train.controller import Controller, looks_at, measures_at
 from dither.train.finish import first_changed, reestimate, trim_to
 from dither.train.learned_extras import Extras
 from dither.train.method import AfterTraining, begin
@@ -26,7 +28,7 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import SHADOWS, unshadow
-from dither.train.surrogate import Surrogate, estimated_bits, moved, plain, whole
+from dither.train.surrogate import Surrogate, encode_now, estimated_bits, moved, plain, whole
 
 
 class Run:
@@ -102,8 +104,7 @@ class Run:
         """What to add to the loss, a scalar; 0 where nothing is penalised."""
         terms = [penalty(self) for penalty in self.penalties]
         if self.controller is not None:
-            count = sum(weight.numel() for _, _, weight in self.weights())
-            terms.append(self.soft_bits() * (self.controller.weight / max(count, 1)))
+            terms.append(self.soft_bits() * self.controller.per_bit)
         if not terms:
             return torch.zeros((), device=next(self.model.parameters()).device)
         return torch.stack(terms).sum()
@@ -118,7 +119,7 @@ class Run:
             schedule(self, self.done)
         self._draw()
         if self.controller is not None:
-            self.controller.steer(self)
+            self._steer(self.controller)
 
     def predicted_nbytes(self) -> float:
         """Bytes of the file, by the last estimate of its size and the last measurement."""
@@ -188,11 +189,11 @@ class Run:
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
-        data = None if loader is None else list(_first(loader, batches))
+        data = None if loader is None else list(islice(loader, batches))
         for attempt in range(3):
             self._unfinish()
             if self.controller is not None:
-                trim_to(self, self.controller.nbytes, self._aliases, slack=attempt)
+                self._trim(self.controller.nbytes - attempt * SLACK_NBYTES)
             self._commit(data)
             nbytes = packed_nbytes(self.encode(), self._aliases, sites=self._sites)
             if self.controller is None or nbytes <= self.controller.nbytes:
@@ -294,9 +295,26 @@ class Run:
         """The model's own parameter of a name."""
         return self.model.get_parameter(name)
 
-    def encode_one(self, name: str) -> Encoded:
-        """One weight as the file would hold it now."""
-        return self._encode(name, plain(self.parameter(name)))
+    def _steer(self, controller: Controller) -> None:
+        """After a step: look at the size now and then, adjust lambda, and mend the error."""
+        if measures_at(self.done, self.steps):
+            self.measure()
+        elif looks_at(self.done):
+            self.look()
+        else:
+            return
+        octaves = controller.update(self.predicted_nbytes(), self.progress)
+        for _, surrogate, _ in self.weights():
+            surrogate.nudge(octaves)
+
+    def _trim(self, budget: int) -> None:
+        movable = {n: (s, self.parameter(n)) for n, s in self.surrogates.items() if s.can_trim}
+        fixed = {
+            name: code(self._encode(name, value))
+            for name, value in self._values().items()
+            if name not in movable
+        }
+        trim_to(budget, movable, fixed, self._aliases, self.sites())
 
     def _draw(self) -> None:
         with torch.no_grad():
@@ -326,14 +344,11 @@ class Run:
         return values
 
     def _encode(self, name: str, value: Tensor) -> Encoded:
-        with torch.no_grad():
-            if name in self.surrogates:
-                with whole(self.surrogates[name]):
-                    return self.surrogates[name].encode(value)
-            return begin(self._buffers.get(name, Raw()), value).encode(value)
+        surrogate = self.surrogates.get(name) or begin(self._buffers.get(name, Raw()), value)
+        return encode_now(surrogate, value)
 
     def _commit(self, data: list[Any] | None) -> None:
-        trained = {name: self.encode_one(name) for name, _, _ in self.weights()}
+        trained = {name: self._encode(name, plain(weight)) for name, _, weight in self.weights()}
         for name, fixed in trained.items():
             self.surrogates[name].commit(self.parameter(name), fixed)
         if data:
@@ -380,10 +395,3 @@ class Run:
                 "be saved; call finish() again"
             )
         return self._finished
-
-
-def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
-    for number, batch in enumerate(loader):
-        if number == count:
-            return
-        yield batch

@@ -58,6 +58,12 @@ def estimated_bits(surrogate: Surrogate, weight: Tensor) -> Tensor:
         return surrogate.soft_bits(gathered(weight))
 
 
+def encode_now(surrogate: Surrogate, weight: Tensor) -> Encoded:
+    """:meth:`Surrogate.encode` outside the model's `forward`: gathered, and without a graph."""
+    with whole(surrogate), torch.no_grad():
+        return surrogate.encode(weight)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Plain data with its tensors on a device."""
     if isinstance(value, Tensor):

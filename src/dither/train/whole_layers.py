@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from dither.core import SpecError
 from dither.formats.settings import check_count
+from dither.train.attached import Attached
 from dither.train.noise import Noise
-from dither.train.schedules import Ramp, value_at
+from dither.train.ramp import Ramp, value_at
 from dither.train.shadow import is_shadowed
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
 
 _STATE = "dither_dropped"
 
@@ -100,7 +98,7 @@ class LayerDrop:
         self.seed = seed
         self._draw(0, 0.0)
 
-    def __call__(self, run: Run, step: int) -> None:
+    def __call__(self, run: Attached, step: int) -> None:
         """Draw for the next step."""
         self._draw(step, run.progress)
 
