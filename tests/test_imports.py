@@ -82,3 +82,58 @@ def test_import_dither_adds_little_to_import_torch() -> None:
     packages = {name.partition(".")[0] for name in foreign} - set(sys.stdlib_module_names)
     assert {name for name in packages if not name.startswith("_")} <= {"safetensors"}
     assert len(foreign) < 60, f"import dither loads {len(foreign)} modules besides torch and itself"
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Which module imports which; imports for type checkers alone and in functions are counted."""
+    paths = {module_of(path): path for path in sorted(root.rglob("*.py"))}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names} & paths.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module in paths:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {inner if inner in paths else node.module for inner in names}
+    return graph
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, or nothing."""
+    done: set[str] = set()
+
+    def search(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if cycle := search(other, [*trail, name]):
+                return cycle
+        done.add(name)
+        return []
+
+    return next((cycle for name in graph if (cycle := search(name, []))), [])
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert find_cycle(import_graph(PACKAGE)) == []
+
+
+def test_a_cycle_would_be_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set[str]()}
+    assert find_cycle(graph) == ["b", "c", "b"]
+    assert "dither.train.surrogate" in import_graph(PACKAGE)["dither.train.attached"]
+
+
+@pytest.mark.parametrize("room", ["train", "calibrate"])
+def test_rooms_that_are_called_hold_no_import_for_types_alone(room: str) -> None:
+    paths = (PACKAGE / room).rglob("*.py")
+    assert [p.name for p in paths if "TYPE_CHECKING" in p.read_text(encoding="utf-8")] == []

@@ -5,77 +5,79 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dither.calibrate.collect import Watch
 from dither.calibrate.data import call
-from dither.train.shadow import find_sites
+from dither.calibrate.moments import Vectors
+from dither.model import evaluating
+from dither.train.shadow import in_place
+from dither.train.surrogate import Surrogate
 
-if TYPE_CHECKING:
-    from dither.train.run import Run
+
+class _BlockMoments(Watch):
+    """Second moments of inputs, summed over the blocks of a weight, ``(block, block)`` float64."""
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, int]) -> None:
+        super().__init__(model, only=blocks)
+        self.blocks = blocks
+        self.found: dict[str, Tensor] = {}
+
+    def note(self, name: str, vectors: Vectors) -> None:
+        block = self.blocks[name]
+        for some in [vectors] if isinstance(vectors, Tensor) else vectors:
+            if some.shape[-1] % block == 0:
+                rows = some.reshape(-1, block)
+                moment = (rows.T @ rows).double()
+                self.found[name] = self.found[name] + moment if name in self.found else moment
 
 
-def input_metrics(run: Run, blocks: Mapping[str, int], data: Iterable[Any]) -> dict[str, Tensor]:
+def input_metrics(
+    model: nn.Module,
+    surrogates: Mapping[str, Surrogate],
+    blocks: Mapping[str, int],
+    data: Iterable[Any],
+) -> dict[str, Tensor]:
     """Second moments of inputs, summed over blocks: ``(block, block)`` for each weight.
 
-    The network runs as it is quantized so far, without noise and as in evaluation. Weights whose
-    module is no Linear or Conv2d without groups, or whose inputs the block does not divide, are
-    left out.
+    The network runs as it is quantized so far, without noise and as in evaluation. Weights are
+    left out whose inputs :class:`~dither.calibrate.collect.Watch` does not know, whose inputs the
+    block does not divide, or whose blocks lie along their outputs.
+
+    Args:
+        model: attached.
+        surrogates: all of the model's.
+        blocks: length of the blocks, by name of the weight.
+        data: batches as the model takes them.
     """
-    found: dict[str, Tensor] = {}
-    hooks = []
-    for name, block in blocks.items():
-        for site in find_sites(run.model, name, run.plan.owners):
-            if site.path == "weight" and _has_inputs(site.owner, block):
-                hook = _watch(found, name, block)
-                hooks.append(site.owner.register_forward_pre_hook(hook))
-    try:
-        with torch.no_grad(), quiet(run):
-            for batch in data:
-                call(run.model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    watch = _BlockMoments(model, blocks)
+    # Their inner inputs are computed before `forward`, from the weights that they have then.
+    inner = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)]
+    with torch.no_grad(), _quiet(model, surrogates), in_place(inner), watch.hooks():
+        for batch in data:
+            call(model, batch)
+    return {name: m for name, m in watch.found.items() if not _across(watch, model, name)}
 
 
-def _has_inputs(module: nn.Module, block: int) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.in_features % block == 0
-    is_plain = isinstance(module, nn.Conv2d) and module.groups == 1
-    return is_plain and math.prod(module.get_parameter("weight").shape[1:]) % block == 0
-
-
-def _watch(found: dict[str, Tensor], name: str, block: int) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().float()
-        if isinstance(module, nn.Conv2d):
-            pad = module.padding if isinstance(module.padding, tuple) else 0
-            values = nn.functional.unfold(
-                values, module.kernel_size, module.dilation, pad, module.stride
-            ).transpose(1, 2)
-        rows = values.reshape(-1, block)
-        moment = (rows.T @ rows).double()
-        found[name] = found[name] + moment if name in found else moment
-
-    return hook
+def _across(watch: _BlockMoments, model: nn.Module, name: str) -> bool:
+    """Whether the blocks of a weight lie along its outputs: not where they are within a kernel."""
+    kernel = math.prod(model.get_parameter(name).shape[2:])
+    return watch.outputs[name] == 1 and kernel % watch.blocks[name] != 0
 
 
 @contextmanager
-def quiet(run: Run) -> Iterator[None]:
+def _quiet(model: nn.Module, surrogates: Mapping[str, Surrogate]) -> Iterator[None]:
     """The model as in evaluation, but with weights that are not placed as they are trained."""
-    modes = {module: module.training for module in run.model.modules()}
-    active = {surrogate: surrogate.active for surrogate in run.surrogates.values()}
-    run.model.eval()
-    for surrogate in active:
-        surrogate.training = True
-        surrogate.active = getattr(surrogate, "is_placed", False)
-    try:
-        yield
-    finally:
-        for surrogate, was in active.items():
-            surrogate.active = was
-        for module, mode in modes.items():
-            module.training = mode
+    active = {surrogate: surrogate.active for surrogate in surrogates.values()}
+    with evaluating(model):
+        for surrogate in active:
+            surrogate.training = True
+            surrogate.active = getattr(surrogate, "is_placed", False)
+        try:
+            yield
+        finally:
+            for surrogate, was in active.items():
+                surrogate.active = was

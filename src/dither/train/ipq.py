@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from dither.core import Codes, Encoded, SpecError, Stats, code_width
 from dither.encoders import KMeans
 from dither.formats import Product
 from dither.formats.settings import check_count, check_kind, check_number
+from dither.train.attached import Attached
 from dither.train.input_moments import input_metrics
 from dither.train.method import Method
 from dither.train.refreshed_format import decoded_table
 from dither.train.surrogate import Surrogate, plain
-
-if TYPE_CHECKING:
-    from dither.train.run import Run
 
 _ATTENTION = r"attn|attention|query|key|value|qkv|[qkvo]_proj|out_proj|in_proj"
 _EMBEDDING = r"emb|wte|wpe|lm_head|tok"
@@ -262,7 +260,7 @@ class IterativePQ:
                 f"['*.mlp.*', '*.attn.*'], not {self.stages!r}"
             )
 
-    def __call__(self, run: Run, step: int) -> None:
+    def __call__(self, run: Attached, step: int) -> None:
         """Place what is due after ``step`` steps."""
         if step < self.start:
             return
@@ -272,7 +270,7 @@ class IterativePQ:
             for name, surrogate in due.items():
                 surrogate.place(run.parameter(name), metrics.get(name))
 
-    def groups(self, run: Run) -> list[list[str]]:
+    def groups(self, run: Attached) -> list[list[str]]:
         """Names of weights, stage by stage.
 
         Raises:
@@ -293,12 +291,13 @@ class IterativePQ:
         numbers = sorted(set(stage_of.values()))
         return [[name for name in names if stage_of[name] == number] for number in numbers]
 
-    def _metrics(self, run: Run, due: Mapping[str, LearnedCentroids]) -> dict[str, Tensor]:
+    def _metrics(self, run: Attached, due: Mapping[str, LearnedCentroids]) -> dict[str, Tensor]:
         data = islice(self.loader or (), self.batches)
-        return input_metrics(run, {n: s.spec.format.block for n, s in due.items()}, data)
+        blocks = {name: surrogate.spec.format.block for name, surrogate in due.items()}
+        return input_metrics(run.model, run.surrogates, blocks, data)
 
 
-def _surrogate(run: Run, name: str) -> LearnedCentroids:
+def _surrogate(run: Attached, name: str) -> LearnedCentroids:
     return cast(LearnedCentroids, run.surrogates[name])
 
 

@@ -8,9 +8,11 @@ pickling, copying, optimizers and checkpoints do not notice.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +137,19 @@ def _remove(placed: list[tuple[nn.Module, str]]) -> None:
                 _list_weights(module)
 
 
+@contextmanager
+def in_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules have what surrogates return in place of their weights, outside `forward` too."""
+    placed: list[tuple[nn.Module, str]] = []
+    try:
+        for module in modules:
+            if is_shadowed(module):
+                placed += _place(module)
+        yield
+    finally:
+        _remove(placed)
+
+
 def _list_weights(module: nn.RNNBase) -> None:
     """Bring the list that recurrent layers read up to date with their attributes.
 
@@ -162,6 +177,9 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         finally:
             _remove(placed)
+
+    # Others bind calls to names by it. No `__wrapped__`: accelerate would unwrap to the base's.
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
 
     def reduce(self: nn.Module, protocol: int) -> Any:
         rebuilt = base.__reduce_ex__(self, protocol)
