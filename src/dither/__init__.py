@@ -1,148 +1,132 @@
-"""Name the bytes, keep the model: compress neural networks to a byte budget."""
+"""Name the bytes, keep the model: compress neural networks to a byte budget.
+
+What stands here is what a newcomer needs and what a plan names; everything else comes from its
+room: ``dither.train`` (penalties, schedules, distillation), ``dither.rewrite``,
+``dither.calibrate``, ``dither.search``, ``dither.recipes`` and so on.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dither.activations import Activation, Gradient
-    from dither.archive import Archive, Loaded, load, load_into, verify
-    from dither.calibrate import collect, in_sequence
-    from dither.core import (
-        ArchiveError,
-        BudgetError,
-        CheckpointError,
-        DitherError,
-        Encoded,
-        Encoder,
-        Format,
-        SpecError,
-        Stats,
+    from dither.archive import Archive, load, load_into, verify
+    from dither.core import ArchiveError, BudgetError, CheckpointError, DitherError, SpecError
+    from dither.encoders import (
+        GPTQ,
+        AdaRound,
+        KMeans,
+        Nearest,
+        Ranges,
+        RateDistortion,
+        Rotated,
+        SequentialMSE,
+        Viterbi,
     )
-    from dither.encoders import GPTQ, AdaRound, KMeans, SequentialMSE
-    from dither.formats import Affine, Codebook, Mixed, Product, Raw
-    from dither.report import Diagnosis, diagnose
-    from dither.rewrite import absorb_biases, correct_biases, equalize, fold_batch_norm
-    from dither.search import Samples, calibrated, compress
+    from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
+    from dither.report import diagnose
+    from dither.search import Samples, compress
     from dither.train import (
         LSQ,
         BayesianBits,
         Budget,
-        Dampening,
         DiffQ,
-        DiffQSize,
-        FreezeOscillations,
-        GatePenalty,
-        IterativePQ,
-        Kurtosis,
-        LayerDrop,
         LearnedCodebook,
-        Noise,
         Plan,
         ProductCodes,
         QuantNoise,
-        Ramp,
         Run,
-        Size,
         StraightThrough,
-        Teacher,
-        Vary,
-        WarmUp,
         attach,
-        soft_targets,
     )
 
     open = Archive.open
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GPTQ",
-    "LSQ",
-    "Activation",
-    "AdaRound",
-    "Affine",
-    "Archive",
-    "ArchiveError",
-    "BayesianBits",
-    "Budget",
-    "BudgetError",
-    "CheckpointError",
-    "Codebook",
-    "Dampening",
-    "Diagnosis",
-    "DiffQ",
-    "DiffQSize",
-    "DitherError",
-    "Encoded",
-    "Encoder",
-    "Format",
-    "FreezeOscillations",
-    "GatePenalty",
-    "Gradient",
-    "IterativePQ",
-    "KMeans",
-    "Kurtosis",
-    "LayerDrop",
-    "LearnedCodebook",
-    "Loaded",
-    "Mixed",
-    "Noise",
-    "Plan",
-    "Product",
-    "ProductCodes",
-    "QuantNoise",
-    "Ramp",
-    "Raw",
-    "Run",
-    "Samples",
-    "SequentialMSE",
-    "Size",
-    "SpecError",
-    "Stats",
-    "StraightThrough",
-    "Teacher",
-    "Vary",
-    "WarmUp",
-    "absorb_biases",
-    "attach",
-    "calibrated",
-    "collect",
+__all__ = [  # noqa: RUF022 - by task
+    # Compress, bring back, look inside.
     "compress",
-    "correct_biases",
-    "diagnose",
-    "equalize",
-    "fold_batch_norm",
-    "in_sequence",
+    "Samples",
     "load",
     "load_into",
     "open",
-    "soft_targets",
     "verify",
+    "diagnose",
+    "Archive",
+    # Train to a budget.
+    "attach",
+    "Plan",
+    "Budget",
+    "Run",
+    # What goes wrong.
+    "DitherError",
+    "ArchiveError",
+    "BudgetError",
+    "CheckpointError",
+    "SpecError",
+    # A plan names formats,
+    "Raw",
+    "Affine",
+    "Codebook",
+    "Product",
+    "Mixed",
+    "Trellis",
+    "Factors",
+    # encoders that choose their codes,
+    "AdaRound",
+    "GPTQ",
+    "KMeans",
+    "Nearest",
+    "Ranges",
+    "RateDistortion",
+    "Rotated",
+    "SequentialMSE",
+    "Viterbi",
+    # methods of training,
+    "BayesianBits",
+    "DiffQ",
+    "LSQ",
+    "LearnedCodebook",
+    "ProductCodes",
+    "QuantNoise",
+    "StraightThrough",
+    # and grids for activations and gradients.
+    "Activation",
+    "Gradient",
 ]
 
-_ROOMS = (
-    "core",
-    "formats",
-    "encoders",
-    "calibrate",
-    "rewrite",
-    "archive",
-    "search",
-    "train",
-    "report",
-    "activations",  # last, because it has a module called `attach`
-)
+_NAMES = {
+    "activations": "Activation Gradient",
+    "archive": "Archive load load_into verify",
+    "core": "ArchiveError BudgetError CheckpointError DitherError SpecError",
+    "encoders": (
+        "AdaRound GPTQ KMeans Nearest Ranges RateDistortion Rotated SequentialMSE Viterbi"
+    ),
+    "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
+    "report": "diagnose",
+    "search": "Samples compress",
+    "train": (
+        "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes QuantNoise Run "
+        "StraightThrough attach"
+    ),
+}
+_ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
     """Import a public name at its first use: torch takes seconds, `dither --help` needs none."""
     if name == "open":
-        return import_module("dither.archive").Archive.open
-    for room in _ROOMS if name in __all__ else ():
-        module = import_module(f"dither.{room}")
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"module 'dither' has no attribute {name!r}")
+        found = import_module("dither.archive").Archive.open
+    elif name in _ROOM:
+        found = getattr(import_module(f"dither.{_ROOM[name]}"), name)
+    else:
+        raise AttributeError(
+            f"module 'dither' has no attribute {name!r}; most names are in its rooms, for instance "
+            "dither.train"
+        )
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

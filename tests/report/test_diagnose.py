@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from dither import Activation, Affine, Diagnosis, SpecError
+from dither import Activation, Affine, SpecError
 from dither.activations import apply, observe, remove
 from dither.archive import Archive
+from dither.calibrate import in_sequence
 from dither.core import CheckpointError
 from dither.model import evaluating
-from dither.report import Row
+from dither.report import Diagnosis, Row
 from dither.report.diagnosis import worst_first
 from dither.search import divergence, squared
 from dither.testing import same_bits
@@ -246,7 +247,7 @@ def test_a_file_with_sites(tmp_path: Path) -> None:
 
 def test_encodings_that_exist() -> None:
     model, data = network(), batches()
-    encoded = dither.in_sequence(model, data, {"up.weight": Affine(4), "down.weight": Affine(4)})
+    encoded = in_sequence(model, data, {"up.weight": Affine(4), "down.weight": Affine(4)})
     grids = observe(model, {"up@in": Activation(4)}, data)
     found = dither.diagnose(model, data, {**encoded, **grids})
     assert {row.name for row in found.rows} == {"up.weight", "down.weight", "up@in"}

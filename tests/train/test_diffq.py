@@ -15,7 +15,7 @@ import dither
 from dither.archive import code
 from dither.core import SpecError
 from dither.formats import Affine, Mixed, Raw
-from dither.train import LSQ, DiffQ, DiffQSize, Plan, model_size_mib, true_model_size_mib
+from dither.train import LSQ, DiffQ, DiffQSize, Plan, Size, model_size_mib, true_model_size_mib
 from dither.train.diffq import LearnedBits, fill_noise
 from dither.train.method import AfterTraining
 
@@ -231,7 +231,7 @@ def test_resumes_exactly() -> None:
     def made() -> tuple[nn.Module, dither.Run]:
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(12, 6))
-        return net, dither.attach(net, {"*weight": DiffQ()}, penalties=[dither.Size(1e3)])
+        return net, dither.attach(net, {"*weight": DiffQ()}, penalties=[Size(1e3)])
 
     net, run = made()
     steps(net, run, 13)

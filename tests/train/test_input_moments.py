@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from dither import IterativePQ, Product, ProductCodes
+from dither import Product, ProductCodes
 from dither.calibrate import collect
+from dither.train import IterativePQ
 from dither.train.input_moments import input_metrics
 from dither.train.ipq import LearnedCentroids
 from tests.calibrate.test_collect import CONVOLUTIONS, normal

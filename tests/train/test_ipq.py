@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dither import Affine, IterativePQ, Product, ProductCodes, QuantNoise, Run, SpecError, attach
-from dither.train import published_nbytes
+from dither import Affine, Product, ProductCodes, QuantNoise, Run, SpecError, attach
+from dither.train import IterativePQ, published_nbytes
 from dither.train.ipq import (
     LearnedCentroids,
     _transformer_stage,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dither import Affine, QuantNoise, Ramp, SpecError, attach
-from dither.train import LayerDrop, drop_layers, share_layers
+from dither import Affine, QuantNoise, SpecError, attach
+from dither.train import LayerDrop, Ramp, drop_layers, share_layers
 
 
 class Stack(nn.Module):

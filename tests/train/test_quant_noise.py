@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dither import Affine, Codebook, Product, QuantNoise, Ramp, Run, SpecError, StraightThrough
-from dither.train import Method, attach
+from dither import Affine, Codebook, Product, QuantNoise, Run, SpecError, StraightThrough
+from dither.train import Method, Ramp, attach
 from dither.train.method import spec_from_json, spec_to_json
 from dither.train.noise import Noise
 from dither.train.quant_noise import listed, marked

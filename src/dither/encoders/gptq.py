@@ -103,7 +103,7 @@ class GPTQ:
         Args:
             weight: floating point, finite; with a Gram matrix, at least one axis.
             stats: ``gram``, positive definite once damped, ``(inputs, inputs)``, or of a group
-                of inputs or outputs as :class:`~dither.Stats` says; ``cross``, ``outputs``.
+                of inputs or outputs as :class:`~dither.core.Stats` says; ``cross``, ``outputs``.
 
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
