@@ -1,4 +1,7 @@
-"""The import law: rooms import what stands to their left, and `import dither` stays light."""
+"""The import law: rooms import what stands to their left, floors what is below them.
+
+And `import dither` stays light.
+"""
 
 import ast
 import json
@@ -15,11 +18,30 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dither"
 # strangers. `__init__` is what `import dither` loads.
 BARS = """
     core, coding | formats, model, checkpoint
-    | encoders, calibrate, activations, rewrite, archive | search | train | run, testing
+    | encoders, calibrate, activations, rewrite, archive | search | train
+    | select, run, testing
     | report | __init__ | recipes, integrations, demo | cli | __main__
 """
 RANK = {room.strip(): rank for rank, bar in enumerate(BARS.split("|")) for room in bar.split(",")}
-FORBIDDEN = {("formats", "coding")}  # a format knows numbers, not how many bits they cost
+
+# From the ground up: what a file is; how numbers are chosen; how a budget is spent and where the
+# result goes. A floor imports its own rooms and those below. `model` and `checkpoint`, which walk
+# models and read others' files, serve all three.
+FLOORS = (
+    {"core", "coding", "formats", "archive", "model", "checkpoint"},
+    {"encoders", "calibrate", "activations", "rewrite", "train"},
+    {"search", "select", "run", "testing", "report", "__init__", "recipes", "integrations"}
+    | {"demo", "cli", "__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Training begins where the search for the same budget ends, and reads sizes as it does. The search
+# knows nothing of training: it stands to the left.
+UPSTAIRS = {("train", "search")}
+
+# Rooms of the first floor that know no models; one of them, coding, knows no tensors either.
+NO_MODELS = {"core", "coding", "formats"}
+COUNTING = {"archive", "encoders", "search", "train"}
+"""Rooms that know how many bits codes cost; a format knows numbers only."""
 
 REQUIRED = {*sys.stdlib_module_names, "numpy", "safetensors"}
 TERMINAL = {"rich", "typer"}  # required, but loaded only where something is shown
@@ -33,7 +55,8 @@ def imports(tree: ast.AST, *, inside: bool = False) -> Iterator[tuple[str, bool]
             yield from ((alias.name, inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write imports in full, from `dither`"
-            names = [f".{alias.name}" for alias in node.names] if node.module == "dither" else [""]
+            split = node.module in {"dither", "torch"}
+            names = [f".{alias.name}" for alias in node.names] if split else [""]
             yield from ((f"{node.module}{name}", inside) for name in names)
         else:
             deeper = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -48,8 +71,16 @@ def broken(room: str, name: str, *, inside: bool) -> str | None:
         other = other if other in RANK else "__init__"
         if inside:
             return f"imports {name} inside a function; only optional packages may be"
-        if other != room and (RANK[other] >= RANK[room] or (room, other) in FORBIDDEN):
+        if other != room and RANK[other] >= RANK[room]:
             return f"imports {name}, which does not stand to its left"
+        if FLOOR[other] > FLOOR[room] and (room, other) not in UPSTAIRS:
+            return f"imports {name}, which is on a floor above its own"
+        if other == "coding" and room not in COUNTING | {"coding"}:
+            return f"imports {name}; only {', '.join(sorted(COUNTING))} may"
+    elif name.startswith("torch.nn") and room in NO_MODELS:
+        return f"imports {name}; {', '.join(sorted(NO_MODELS))} know no models"
+    elif top == "torch" and room == "coding":
+        return "imports torch; coding knows arrays"
     elif top in TERMINAL and room not in SHOWING:
         return f"imports {name}; only {', '.join(sorted(SHOWING))} may"
     elif top in REQUIRED and inside:
@@ -67,6 +98,32 @@ def test_imports_run_one_way(path: Path) -> None:
     assert room in RANK, f"{room} is no room of the design: give it a place in BARS"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert [e for name, inside in imports(tree) if (e := broken(room, name, inside=inside))] == []
+
+
+def test_every_room_has_a_floor() -> None:
+    assert RANK.keys() == FLOOR.keys()
+
+
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [
+        ("archive", "dither.encoders"),  # of the same bar
+        ("calibrate", "dither.search"),
+        ("search", "dither.train"),
+        ("recipes", "dither.demo"),
+        ("train", "dither.recipes"),
+        ("formats", "dither.coding"),
+        ("report", "dither.coding.rans"),
+        ("formats", "torch.nn"),
+        ("coding", "torch"),
+        ("archive", "rich"),
+        ("train", "scipy"),
+    ],
+)
+def test_the_law_has_teeth(room: str, name: str) -> None:
+    assert broken(room, name, inside=False) is not None
+    assert broken("search", "dither.calibrate", inside=False) is None
+    assert broken("train", "dither.search", inside=False) is None
 
 
 def test_import_dither_adds_little_to_import_torch() -> None:
