@@ -223,7 +223,52 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Format(ABC):
+class Described:
+    """A frozen dataclass whose settings survive JSON: formats, training methods, activations."""
+
+    noun: ClassVar[str]
+    """What it is, for errors."""
+
+    name: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings that differ from their defaults, as JSON values."""
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.default is MISSING or value != item.default:
+                values[item.name] = self._written(value)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`; unknown settings and wrong types are refused."""
+        known = {item.name: item for item in fields(cls)}
+        settings: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in known:
+                raise SpecError(
+                    f"{cls.noun} {cls.name!r} has no setting {name!r}; known are {', '.join(known)}"
+                )
+            is_dtype = "dtype" in str(known[name].type) and isinstance(value, str)
+            settings[name] = DTYPES.get(value, value) if is_dtype else cls._read(value)
+        try:
+            return cls(**settings)
+        except TypeError as error:
+            raise SpecError(f"{cls.noun} {cls.name!r} refuses {dict(values)!r}: {error}") from error
+
+    def _written(self, value: object) -> object:
+        """One setting as a JSON value."""
+        return dtype_name(value) if isinstance(value, torch.dtype) else value
+
+    @classmethod
+    def _read(cls, value: object) -> object:
+        """The inverse of :meth:`_written`, but for types of tensors."""
+        return value
+
+
+@dataclass(frozen=True)
+class Format(Described, ABC):
     """How numbers are rebuilt from codes: a frozen dataclass whose settings are JSON.
 
     ``name`` and ``version`` are permanent, because files carry them. Subclasses say which parts
@@ -231,7 +276,7 @@ class Format(ABC):
     (:meth:`assign`) and rebuild the tensor (:meth:`decode`).
     """
 
-    name: ClassVar[str]
+    noun: ClassVar[str] = "format"
     version: ClassVar[int] = 1
 
     @abstractmethod
@@ -272,32 +317,6 @@ class Format(ABC):
         Formats whose parameters include integer parts (zero points, widths) add those.
         """
         return dict(encoded.params)
-
-    def to_json(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, as JSON values."""
-        values: dict[str, Any] = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.default is MISSING or value != item.default:
-                values[item.name] = dtype_name(value) if isinstance(value, torch.dtype) else value
-        return values
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`; unknown settings and wrong types are refused."""
-        known = {item.name: item for item in fields(cls)}
-        settings: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in known:
-                raise SpecError(
-                    f"format {cls.name!r} has no setting {name!r}; known are {', '.join(known)}"
-                )
-            is_dtype = "dtype" in str(known[name].type) and isinstance(value, str)
-            settings[name] = DTYPES.get(value, value) if is_dtype else value
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise SpecError(f"format {cls.name!r} refuses {dict(values)!r}: {error}") from error
 
 
 def expect_parts(encoded: Encoded, codes: set[str], params: set[str]) -> None:

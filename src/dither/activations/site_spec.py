@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
-from dither.core import SpecError
+from dither.core import Described, SpecError
 from dither.formats.settings import check_choice, check_count, check_flag, check_number
 
 PER = ("tensor", "token")
@@ -15,39 +15,29 @@ TRAINING = ("fixed", "hindsight", "running", "learned", "clip")
 
 
 @dataclass(frozen=True)
-class _Described:
-    """Settings that survive JSON."""
+class _Site(Described):
+    """What is done at a site."""
 
-    name: ClassVar[str]
+    noun: ClassVar[str] = "site"
 
     def to_json(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, as JSON values."""
-        values: dict[str, Any] = {"site": self.name}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value != item.default:
-                values[item.name] = value
-        return values
+        """Kind of site and settings that differ from their defaults, as JSON values."""
+        return {"site": self.name, **super().to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`; without the kind too.
 
         Raises:
             SpecError: an unknown setting, or a value that makes no sense.
         """
-        settings = {name: value for name, value in values.items() if name != "site"}
-        known = {item.name for item in fields(cls)}
-        if values.get("site", cls.name) != cls.name or not known.issuperset(settings):
-            raise SpecError(
-                f"{cls.__name__} has the settings {', '.join(sorted(known))}, not "
-                f"{str(dict(values))[:200]}"
-            )
-        return cls(**settings)
+        if values.get("site", cls.name) != cls.name:
+            raise SpecError(f"a site of the kind {cls.name!r} is not {str(dict(values))[:200]}")
+        return super().from_json({k: value for k, value in values.items() if k != "site"})
 
 
 @dataclass(frozen=True)
-class Activation(_Described):
+class Activation(_Site):
     """Activations on an integer grid: ``scale * (clamp(round(x / scale) + zero) - zero)``.
 
     Attributes:
@@ -142,7 +132,7 @@ class Activation(_Described):
 
 
 @dataclass(frozen=True)
-class Gradient(_Described):
+class Gradient(_Site):
     """Gradients on an integer grid in back-propagation, for training at low precision.
 
     The range is per tensor and asymmetric, that of earlier steps (in hindsight, Fournarakis and

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from dither.core import DTYPES, Encoded, Encoder, Format, SpecError, Stats, dtype_name
+from dither.core import Described, Encoded, Encoder, Format, SpecError, Stats
 from dither.formats import format_from_json, format_to_json
 from dither.train.ramp import Ramp
 from dither.train.surrogate import Surrogate
@@ -20,14 +19,14 @@ METHODS: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Described, ABC):
     """A frozen, JSON-able description whose :meth:`begin` makes a surrogate.
 
     Subclasses are frozen dataclasses with a ``name``; settings are numbers, strings, torch types,
     formats and ramps.
     """
 
-    name: ClassVar[str]
+    noun: ClassVar[str] = "method"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,43 +39,20 @@ class Method(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """Name and settings that differ from their defaults, as JSON values."""
-        values: dict[str, Any] = {"method": self.name}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.default is MISSING or value != item.default:
-                values[item.name] = _to_json(value)
-        return values
+        return {"method": self.name, **super().to_json()}
+
+    def _written(self, value: object) -> object:
+        if isinstance(value, Ramp):
+            return {"ramp": asdict(value)}
+        if isinstance(value, Format | Method):
+            return spec_to_json(value)
+        return super()._written(value)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`, without the name."""
-        known = {item.name: item for item in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise SpecError(
-                f"method {cls.name!r} has no setting {unknown[0]!r}; known are {', '.join(known)}"
-            )
-        settings = {}
-        for name, value in values.items():
-            is_dtype = "dtype" in str(known[name].type) and isinstance(value, str)
-            settings[name] = DTYPES.get(value, value) if is_dtype else _from_json(value)
-        try:
-            return cls(**settings)
-        except TypeError as error:
-            raise SpecError(f"method {cls.name!r} refuses {dict(values)!r}: {error}") from error
-
-
-def _to_json(value: object) -> object:
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
-    if isinstance(value, Ramp):
-        return {"ramp": asdict(value)}
-    return spec_to_json(value) if isinstance(value, Format | Method) else value
-
-
-def _from_json(value: object) -> object:
-    if isinstance(value, Mapping) and set(value) == {"ramp"}:
-        return Ramp(**value["ramp"])
-    return spec_from_json(value) if isinstance(value, Mapping) else value
+    def _read(cls, value: object) -> object:
+        if isinstance(value, Mapping) and set(value) == {"ramp"}:
+            return Ramp(**value["ramp"])
+        return spec_from_json(value) if isinstance(value, Mapping) else value
 
 
 def spec_to_json(spec: Encoder | Method) -> dict[str, Any]:
