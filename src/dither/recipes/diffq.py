@@ -15,11 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dither.core import SpecError
-from dither.recipes.model_layers import literal
 from dither.train.attach import attach as attach_plan
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize
-from dither.train.plan import Plan
+from dither.train.plan import Plan, literal
 from dither.train.run import Run
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dither.core import SpecError
-from dither.train.plan import Plan, Spec
+from dither.train.plan import Plan, Spec, literal
 
 _ATTENTION = re.compile(r"attn|attention|in_proj|out_proj|\b[qkv]_proj|query|key|value|qkv")
 
@@ -79,12 +79,3 @@ def _rules(layer: Layer, choose: Callable[[Layer], Spec | None]) -> Iterator[tup
     spec = choose(layer)
     if spec is not None:
         yield from ((literal(name), spec) for name in layer.names)
-
-
-def literal(name: str) -> str:
-    """A glob that matches only ``name``.
-
-    >>> literal("blocks[0].weight")
-    'blocks[[]0].weight'
-    """
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -9,7 +9,7 @@ from dither.model import collect
 from dither.search.options import can_quantize
 from dither.train.fine_grid import Fine
 from dither.train.lsq import LSQ
-from dither.train.plan import Plan, Spec
+from dither.train.plan import Plan, Spec, literal
 
 
 def default_plan(model: nn.Module) -> Plan:
@@ -25,18 +25,13 @@ def default_plan(model: nn.Module) -> Plan:
     tensors = collect(model)
     for name, value in tensors.values.items():
         if value.ndim > 1 and can_quantize(value):
-            rules[_literal(name)] = LSQ(bits=None)
+            rules[literal(name)] = LSQ(bits=None)
         elif value.ndim <= 1 and value.is_floating_point() and bool(value.isfinite().all()):
-            rules[_literal(name)] = Fine()
+            rules[literal(name)] = Fine()
     # A plan treats all names of a tied tensor alike.
     for alias, name in tensors.aliases.items():
-        if _literal(name) in rules:
-            rules[_literal(alias)] = rules[_literal(name)]
+        if literal(name) in rules:
+            rules[literal(alias)] = rules[literal(name)]
     if not rules:
         raise SpecError("the model has no finite floating-point tensor to quantize")
     return Plan(rules)
-
-
-def _literal(name: str) -> str:
-    """A glob that matches only ``name``."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -154,6 +154,15 @@ def _names(glob: str, name: str) -> bool:
     return bool(set(last) - _WILD) and fnmatchcase(name.rpartition(".")[2], last)
 
 
+def literal(name: str) -> str:
+    """A glob that matches only ``name``.
+
+    >>> literal("blocks[0].weight")
+    'blocks[[]0].weight'
+    """
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 def as_plan(plan: Plan | Mapping[str, Rule]) -> Plan:
     """A plan, from the dict that users write."""
     return plan if isinstance(plan, Plan) else Plan(dict(plan))

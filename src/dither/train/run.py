@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dither.activations import Quantizer, encodings_of, placed
 from dither.activations import step as step_sites
 from dither.archive import Archive, code, pack, packed_nbytes, write
+from dither.calibrate.data import moved
 from dither.core import Encoded, SpecError
 from dither.formats import Raw
 from dither.model import is_weight
@@ -28,7 +29,7 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import SHADOWS, unshadow
-from dither.train.surrogate import Surrogate, encode_now, estimated_bits, moved, plain, whole
+from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, whole
 
 
 class Run:
@@ -280,8 +281,8 @@ class Run:
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
         for name, aside in state["surrogates"].items():
-            device = self.parameter(name).device
-            self.surrogates[name].load_aside(moved(aside, device))
+            placed: Any = moved(aside, self.parameter(name).device)
+            self.surrogates[name].load_aside(placed)
             self.surrogates[name].active = state["active"][name]
             self.surrogates[name].reset()
         self._finished, self._bits = None, None

@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dither.calibrate.data import moved
 from dither.core import Encoded, Stats
 from dither.model import Added
 
@@ -62,17 +63,6 @@ def encode_now(surrogate: Surrogate, weight: Tensor) -> Encoded:
     """:meth:`Surrogate.encode` outside the model's `forward`: gathered, and without a graph."""
     with whole(surrogate), torch.no_grad():
         return surrogate.encode(weight)
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Plain data with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved(item, device) for item in value)
-    return value
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -260,7 +250,8 @@ class Surrogate(Added):
             if isinstance(value, Tensor):
                 self.__dict__[name] = value.to(device)
         if aside := self.aside():
-            self.load_aside(moved(aside, device))
+            placed: Any = moved(aside, device)
+            self.load_aside(placed)
         if self._shown is not None:
             self._shown = (self._shown[0], self._shown[1].to(device))
         return made
