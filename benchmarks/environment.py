@@ -28,9 +28,10 @@ def describe() -> dict[str, object]:
     }
 
 
-def commit() -> str:
-    """Of the repository; with a plus where files differ from it."""
-    return _git("rev-parse", "--short", "HEAD") + ("+" if _git("diff", "--stat") else "")
+def commit(folder: Path | None = None) -> str:
+    """Of the repository, or that around a folder; with a plus where files differ from it."""
+    at = ["-C", str(folder or Path())]
+    return _git(*at, "rev-parse", "--short", "HEAD") + ("+" if _git(*at, "diff", "--stat") else "")
 
 
 def machine() -> str:
