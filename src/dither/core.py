@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -163,6 +163,24 @@ class Stats:
     high: float | None = None
     samples: int = 0
 
+    def to(self, device: torch.device | str) -> Stats:
+        """The same with its tensors on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def on_cpu(weight: Tensor, stats: Stats | None = None) -> tuple[Tensor, Stats | None]:
+    """The door of everything that encodes: a weight and its statistics as the CPU holds them.
+
+    Encoders and search compute on the CPU alone, so that a file is the same wherever the model is.
+    What is there already is not copied.
+    """
+    return weight.cpu(), None if stats is None else stats.to("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
@@ -197,6 +215,14 @@ class Encoded:
     def decode(self) -> Tensor:
         """The tensor: computed in float32 in a stated order, restored to ``dtype``."""
         return self.format.decode(self)
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same with its parts on a device, where :meth:`decode` then computes."""
+        codes = {
+            name: Codes(part.values.to(device), part.alphabet) for name, part in self.codes.items()
+        }
+        params = {name: part.to(device) for name, part in self.params.items()}
+        return replace(self, codes=codes, params=params)
 
     @property
     def numel(self) -> int:

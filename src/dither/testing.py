@@ -177,17 +177,21 @@ def check_idempotent(encoded: Encoded, params: Mapping[str, Tensor] | None = Non
 def check_round_trip(encoded: Encoded, round_trip: RoundTrip) -> None:
     """Law 2: what is loaded is equal in every part, and decodes to the same bits."""
     loaded = round_trip(encoded)
-    assert loaded.format == encoded.format, f"{encoded.format!r} was loaded as {loaded.format!r}"
+    _check_alike(loaded, encoded, "loaded")
+
+
+def _check_alike(found: Encoded, encoded: Encoded, how: str) -> None:
+    assert found.format == encoded.format, f"{encoded.format!r} was {how} as {found.format!r}"
     for kind in ("codes", "params"):
-        given, got = getattr(encoded, kind), getattr(loaded, kind)
-        assert set(given) == set(got), f"{kind} {sorted(given)} were loaded as {sorted(got)}"
+        given, got = getattr(encoded, kind), getattr(found, kind)
+        assert set(given) == set(got), f"{kind} {sorted(given)} were {how} as {sorted(got)}"
     for name, part in encoded.params.items():
-        assert same_bits(loaded.params[name], part), f"param {name!r} was loaded differently"
+        assert same_bits(found.params[name], part), f"param {name!r} was {how} differently"
     for name, code in encoded.codes.items():
-        other = loaded.codes[name]
-        assert other.alphabet == code.alphabet, f"{name!r} was loaded over {other.alphabet} symbols"
-        assert same_bits(other.values, code.values), f"codes {name!r} were loaded differently"
-    assert same_bits(loaded.decode(), encoded.decode()), "the loaded tensor decodes differently"
+        other = found.codes[name]
+        assert other.alphabet == code.alphabet, f"{name!r} was {how} over {other.alphabet} symbols"
+        assert same_bits(other.values, code.values), f"codes {name!r} were {how} differently"
+    assert same_bits(found.decode(), encoded.decode()), f"what was {how} decodes differently"
 
 
 def check_size(encoded: Encoded, nbytes: int, overhead: int) -> None:
@@ -223,6 +227,41 @@ def check_encoder(
     if round_trip is not None:
         check_round_trip(encoded, round_trip)
     return encoded
+
+
+def check_device(
+    encoder: Encoder, weight: Tensor, device: torch.device, stats: Stats | None = None
+) -> None:
+    """Where a model is makes no difference to its file.
+
+    Encoders compute on the CPU: from a device they make every bit that they make of the same
+    weight there, wherever the statistics are. Formats, which training runs at every step, compute
+    where the weight is; what they make is there too, and decodes to the same bits on the CPU.
+
+    Args:
+        encoder: a format or another encoder.
+        weight: on the CPU.
+        device: another.
+        stats: on the CPU.
+    """
+    away = weight.to(device)
+    if isinstance(encoder, Format):
+        found = encoder.encode(away, stats)
+        _check_place(encoder, found, away.device)
+        here, there = found.to(weight.device).decode(), found.decode()
+        assert same_bits(here, there), f"{encoder!r} decodes differently there"
+        return
+    expected = encoder.encode(weight, stats)
+    for given in {stats, None if stats is None else stats.to(device)}:
+        found = encoder.encode(away, given)
+        _check_place(encoder, found, weight.device)
+        _check_alike(found, expected, "encoded from a device")
+
+
+def _check_place(encoder: Encoder, encoded: Encoded, device: torch.device) -> None:
+    parts = [*encoded.params.values(), *(part.values for part in encoded.codes.values())]
+    places = {part.device for part in parts}
+    assert places <= {device}, f"{encoder!r} leaves parts on {places}, not on {device}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

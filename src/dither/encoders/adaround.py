@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
 from dither.encoders.sequential_mse import RANGES, params_by
@@ -96,6 +96,7 @@ class AdaRound:
         Raises:
             SpecError: a weight is not finite, or moments do not fit.
         """
+        weight, stats = on_cpu(weight, stats)
         weight = require_floating(weight, self.format.name)
         held = self._held(weight, stats)
         if stats is None or stats.gram is None or not weight.numel() or not weight.ndim:

@@ -15,12 +15,12 @@ from dither.formats import Affine
 def grid_steps(step: float | Tensor) -> Tensor:
     """Steps as a file stores them: one for the tensor, ``(1,)``, or one for each row.
 
-    bfloat16 where that holds them exactly, else float32.
+    On the CPU; bfloat16 where that holds them exactly, else float32.
 
     Raises:
         SpecError: a step is not positive and finite in float32.
     """
-    steps = torch.as_tensor(step, dtype=torch.float32).reshape(-1)
+    steps = torch.as_tensor(step, dtype=torch.float32, device="cpu").reshape(-1)
     if not bool((steps > 0).all()) or not bool(steps.isfinite().all()):
         raise SpecError(f"a step is a positive number, or one for each row, not {step}")
     short = steps.to(torch.bfloat16)

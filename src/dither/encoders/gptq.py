@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid, refitted
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
@@ -108,6 +108,7 @@ class GPTQ:
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
+        weight, stats = on_cpu(weight, stats)
         if self.format is not None:
             return self._bounded(self.format, weight, stats)
         assert self.step is not None  # noqa: S101 - one of the two is given

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.importance import importance_of, weighted_error
 from dither.encoders.lloyd import SortedValues, lloyd_scalar, lloyd_vectors, spread_start
 from dither.formats import Codebook, Product
@@ -75,6 +75,10 @@ class KMeans:
         Raises:
             SpecError: weights that are not finite, importance that does not fit.
         """
+        return self.lloyd(*on_cpu(weight, stats))
+
+    def lloyd(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        """As :meth:`encode`, computed where the weight is: for training, in between its steps."""
         importance = importance_of(stats, weight)
         weight = weight.detach()
         first = self.format.encode(weight)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.formats import Affine
 from dither.formats.settings import check_kind, check_number
 
@@ -46,7 +46,7 @@ class Nearest:
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Nearest codes at the step; ``stats`` is not read."""
-        del stats
+        weight, _ = on_cpu(weight)
         count = self.format.grouping(tuple(weight.shape)).count
-        scale = torch.full((count,), float(self.step), dtype=torch.float64, device=weight.device)
+        scale = torch.full((count,), float(self.step), dtype=torch.float64)
         return self.format.assign(weight, {"scale": scale})

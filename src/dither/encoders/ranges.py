@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.importance import importance_of
 from dither.formats import Affine
 from dither.formats.grid_rounding import require_floating
@@ -64,10 +64,11 @@ class Ranges:
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         """Nearest codes within the chosen ranges."""
+        weight, stats = on_cpu(weight, stats)
         return self.format.assign(weight, self.params(weight, stats))
 
     def params(self, weight: Tensor, stats: Stats | None = None) -> dict[str, Tensor]:
-        """Scales, and zeros or offsets, as ``format.assign`` takes them."""
+        """Scales, and zeros or offsets, as ``format.assign`` takes them, where the weight is."""
         weight = require_floating(weight, self.format.name)
         grouping = self.format.grouping(tuple(weight.shape))
         if self.method == "percentile":

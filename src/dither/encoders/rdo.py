@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, Stats, code_dtype
+from dither.core import Encoded, Stats, code_dtype, on_cpu
 from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid
 
 Floats = NDArray[np.floating[Any]]
@@ -131,6 +131,7 @@ class RateDistortion:
             SpecError: a step is not positive, or so small that the codes leave the alphabet; a
                 weight is not finite.
         """
+        weight, _ = on_cpu(weight)
         steps = grid_steps(self.step)
         scaled = in_steps(weight, steps)
         if not weight.numel():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats
+from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats, on_cpu
 from dither.encoders.coded_grid import grid_steps, in_steps
 from dither.encoders.gptq import GPTQ
 from dither.encoders.importance import importance_of
@@ -67,6 +67,7 @@ class Rotated:
         Raises:
             SpecError: the step or the basis does not fit, or a weight is not finite.
         """
+        weight, stats = on_cpu(weight, stats)
         steps = grid_steps(self.step)
         weight = require_floating(weight, Factors.name)
         found = self._rotated(weight, steps, stats)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, SpecError, Stats
+from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.coded_grid import grid_steps, in_steps, refitted
 from dither.encoders.gptq import feedback
 from dither.formats import Trellis
@@ -75,6 +75,7 @@ class Viterbi:
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
+        weight, stats = on_cpu(weight, stats)
         steps = grid_steps(self.step)
         shape = tuple(weight.shape)
         fmt = Trellis(self.states, 0 if len(steps) > 1 else None, steps.dtype)

@@ -207,14 +207,14 @@ def quantize(spec: ProductCodes, weight: Tensor, metric: Tensor | None = None) -
     """
     fmt = spec.format
     if metric is None:
-        return KMeans(fmt, spec.iterations).encode(weight)
+        return KMeans(fmt, spec.iterations).lloyd(weight)
     blocks = fmt.blocks(weight.float())
     metric = metric.to(blocks).double()
     scale = metric.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     ridge = torch.eye(fmt.block, dtype=torch.float64, device=metric.device) * 1e-4
     root = torch.linalg.cholesky(metric / scale + ridge).float()
     wide = Product(fmt.block, fmt.points, torch.float32)
-    found = KMeans(wide, spec.iterations).encode(blocks @ root)
+    found = KMeans(wide, spec.iterations).lloyd(blocks @ root)
     indices = found.codes["indices"].values.reshape(-1).to(torch.int64)
     members = indices.bincount().clamp(min=1).unsqueeze(1)
     means = blocks.new_zeros(len(members), fmt.block).index_add_(0, indices, blocks) / members

@@ -69,7 +69,7 @@ class Fitted:
             self.params = fmt.params_of(encoded)
             self.indices = encoded.codes["indices"].values.reshape(-1).to(torch.int64)
         elif isinstance(fmt, Codebook):
-            self.params = fmt.params_of(KMeans(fmt).encode(weight))
+            self.params = fmt.params_of(KMeans(fmt).lloyd(weight))
         elif self.ranges == "mse" and isinstance(fmt, Affine):
             self.params = Ranges(fmt).params(weight)
         else:
@@ -79,9 +79,9 @@ class Fitted:
         """Nearest codes; with the centroids in use where there are some, or else fresh ranges."""
         fmt = self.format
         if isinstance(fmt, Product | Codebook):
-            return KMeans(fmt).encode(weight) if self.params is None else self.assign(weight)
+            return KMeans(fmt).lloyd(weight) if self.params is None else self.assign(weight)
         if self.ranges == "mse" and isinstance(fmt, Affine):
-            return Ranges(fmt).encode(weight)
+            return fmt.assign(weight, Ranges(fmt).params(weight))
         return fmt.encode(weight)
 
     def assign(self, weight: Tensor) -> Encoded:
@@ -178,7 +178,7 @@ class Fitted:
     def _centroids(self, fmt: Product, weight: Tensor) -> Encoded:
         blocks = fmt.blocks(weight).float()
         if self.params is None or len(blocks) <= 4 * fmt.points:
-            return KMeans(fmt).encode(weight)
+            return KMeans(fmt).lloyd(weight)
         unit = 2.0 ** -blocks.abs().max().clamp(min=1e-37).log2().ceil().item()
         generator = torch.Generator(weight.device).manual_seed(0)
         table = self.params["centroids"] * unit
