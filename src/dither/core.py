@@ -337,6 +337,15 @@ class Format(Described, ABC):
         del part
         return None
 
+    def multiplications(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Multiplications that decoding takes beyond a few for each value, by the parts' shapes.
+
+        Of memory every format takes the tensor and its parts, and a few megabytes: it decodes a box
+        at a time.
+        """
+        del shapes
+        return 0
+
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
         """What :meth:`assign` takes to encode again with the parameters of ``encoded`` held fixed.
 

@@ -15,7 +15,7 @@ from torch import nn
 import dither
 from dither import Archive, ArchiveError, CheckpointError
 from dither.archive import ArchiveWriter, code, pack, packed_nbytes, verify, write
-from dither.archive.layout import HEAD, TAIL
+from dither.archive.layout import END, HEAD, TAIL
 from dither.core import DTYPES, Encoded
 from dither.encoders.gptq import GPTQ
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
@@ -176,11 +176,16 @@ def _edited(data: bytes, old: bytes, new: bytes) -> bytes:
     body, index = data[: -TAIL.size - packed], data[-TAIL.size - packed : -TAIL.size]
     text = zlib.decompress(index)
     assert text.count(old) == 1
-    text = text.replace(old, new)
-    index = zlib.compress(text)
-    lengths = struct.pack("<II", len(index), len(text))
-    crc = zlib.crc32(data[: HEAD.size] + index + lengths)
-    return body + index + lengths + struct.pack("<I", crc) + data[-4:]
+    return closed(body, text.replace(old, new))
+
+
+def closed(payloads: bytes, index: object) -> bytes:
+    """An archive of payloads, the file's head before them, and an index or its text."""
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
+    packed = zlib.compress(text)
+    lengths = struct.pack("<II", len(packed), len(text))
+    crc = zlib.crc32(payloads[: HEAD.size] + packed + lengths)
+    return payloads + packed + lengths + struct.pack("<I", crc) + END
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,10 @@ FEATURES = 0
 """Required-feature bits that this reader understands: none exist in version 1."""
 
 MAX_INDEX_NBYTES = 1 << 28
+INDEX_BASE, INDEX_RATIO = 1 << 20, 64
+"""Bytes of an index before compression: so many for any file, and as many for each of its own."""
+PARSED = 32
+"""Bytes of memory for each of an index's: empty lists, the worst, take 28."""
 MAX_DIMENSIONS = 32
 MAX_PARTS = 64
 MAX_NUMEL = 1 << 46
@@ -162,6 +166,13 @@ def pack_index(index: Index) -> bytes:
             f"{MAX_INDEX_NBYTES}; store fewer tensors or less metadata in one archive"
         )
     packed = zlib.compress(text, 9)
+    size = HEAD.size + len(packed) + TAIL.size
+    size += sum(part.length for part, _ in parts if part.inline is None)
+    if len(text) > INDEX_BASE + INDEX_RATIO * size:
+        raise ArchiveError(
+            f"the index of this archive would unpack to {len(text)} bytes, more than readers allow "
+            f"a file of {size} bytes; store less metadata, or shorter names"
+        )
     lengths = struct.pack("<II", len(packed), len(text))
     return packed + TAIL.pack(len(packed), len(text), crc32(head() + packed + lengths), END)
 
@@ -188,8 +199,20 @@ def check_head(data: bytes) -> None:
         )
 
 
-def unpack_tail(tail: bytes, size: int) -> tuple[int, int, int]:
-    """Where the index lies: its offset, its length, and its length before compression."""
+def index_room(size: int, max_nbytes: int, *, is_default: bool) -> int:
+    """Most bytes that an index may unpack to.
+
+    Args:
+        size: of the file.
+        max_nbytes: most memory.
+        is_default: whether that is what nobody asked for.
+    """
+    room = min(max(INDEX_BASE, max_nbytes // PARSED), MAX_INDEX_NBYTES)
+    return min(room, INDEX_BASE + INDEX_RATIO * size) if is_default else room
+
+
+def unpack_tail(tail: bytes, size: int, room: int) -> tuple[int, int]:
+    """Where the index lies: its offset and its length; refused if it unpacks to more than room."""
     if len(tail) < TAIL.size or size < HEAD.size + TAIL.size:
         raise ArchiveError(f"the archive is cut off: it has {size} bytes")
     packed, raw, _, end = TAIL.unpack(tail[-TAIL.size :])
@@ -201,7 +224,12 @@ def unpack_tail(tail: bytes, size: int) -> tuple[int, int, int]:
             f"the archive's end is damaged: an index of {packed} bytes ({raw} unpacked) does "
             f"not fit a file of {size} bytes"
         )
-    return offset, packed, raw
+    if raw > room:
+        raise ArchiveError(
+            f"the archive's index would unpack to {raw} bytes, more than the {room} allowed; if "
+            "you trust the file, open it with a larger max_nbytes"
+        )
+    return offset, packed
 
 
 def unpack_index(file_head: bytes, packed: bytes, tail: bytes, parts_end: int) -> Index:

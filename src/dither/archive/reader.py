@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +20,20 @@ from dither.archive.layout import (
     Index,
     Part,
     check_head,
+    index_room,
     unpack_index,
     unpack_tail,
 )
 from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
-from dither.coding import CodingError, crc32, decode_array, decode_codes
+from dither.coding import CodingError, coder_nbytes, crc32, decode_array, decode_codes
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
 
 LEAST_LIMIT = 1 << 32
 LIMIT_RATIO = 256
 """Without ``max_nbytes``, decoding may take 4 GiB or 256 times the file, whichever is more."""
+MULTIPLICATIONS = 128
+"""Most for each byte of ``max_nbytes``, beyond a few for each value: it bounds the time."""
 
 _COPY_CHUNK = 1 << 20
 
@@ -51,11 +54,10 @@ class Archive(Mapping[str, Tensor]):
     def __init__(self, source: Source, max_nbytes: int | None = None) -> None:
         self._source = source
         self.nbytes = source.size
-        self.max_nbytes = max(LEAST_LIMIT, LIMIT_RATIO * source.size)
-        if max_nbytes is not None:
-            self.max_nbytes = max_nbytes
+        self.max_nbytes = default_limit(source.size) if max_nbytes is None else max_nbytes
+        room = index_room(source.size, self.max_nbytes, is_default=max_nbytes is None)
         try:
-            index = _read_index(source)
+            index = _read_index(source, room)
         except BaseException:
             source.close()
             raise
@@ -70,8 +72,10 @@ class Archive(Mapping[str, Tensor]):
 
         Args:
             path: the file.
-            max_nbytes: most memory, in bytes, that decoded tensors and their codes may take;
-                by default 4 GiB or 256 times the file's size, whichever is more.
+            max_nbytes: most memory, in bytes, that decoded tensors, their codes and the index may
+                take, beside some 64 MB whatever the file; by default 4 GiB or 256 times the file's
+                size, whichever is more. It also bounds the multiplications of ``Factors``, to
+                :data:`MULTIPLICATIONS` for each byte.
 
         Raises:
             ArchiveError: the file is no archive or is damaged.
@@ -157,7 +161,7 @@ class Archive(Mapping[str, Tensor]):
         entry = self._entries.get(self._index.aliases.get(name, name))
         if entry is None:
             raise KeyError(f"the archive has no tensor {name!r}")
-        self._check_memory([entry])
+        self._check([entry])
         codes: dict[str, Codes] = {}
         params: dict[str, Tensor] = {}
         for part in entry.parts:
@@ -176,7 +180,7 @@ class Archive(Mapping[str, Tensor]):
         Raises:
             ArchiveError: a part is damaged, or all would take more than ``max_nbytes``.
         """
-        self._check_memory(self._entries.values())
+        self._check(self._entries.values())
         tensors = {name: self[name] for name in self._entries}
         return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
 
@@ -220,7 +224,7 @@ class Archive(Mapping[str, Tensor]):
         return Codes(torch.from_numpy(values).reshape(part.shape), alphabet)
 
     def _numbers(self, entry: Entry, part: Part, dtype: torch.dtype) -> Tensor:
-        nbytes = int(np.prod(part.shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(part.shape) * dtype.itemsize
         try:
             data = decode_array(part.codec, self._payload(entry, part), nbytes, dtype.itemsize)
         except CodingError as error:
@@ -239,32 +243,57 @@ class Archive(Mapping[str, Tensor]):
             raise _damaged(entry, part, "its checksum does not match")
         return payload
 
-    def _check_memory(self, entries: Iterable[Entry]) -> None:
-        need = sum(map(_memory, entries))
-        if need > self.max_nbytes:
-            raise ArchiveError(
-                f"decoding would take {need} bytes, more than max_nbytes={self.max_nbytes}; if "
-                "you trust the file, open it with a larger max_nbytes"
-            )
+    def _check(self, entries: Collection[Entry]) -> None:
+        """Refuse what decoding, and keeping, all of some tensors would take too much for."""
+        kept = sum(entry.decoded_nbytes for entry in entries)
+        beside = max((working_nbytes(e) - e.decoded_nbytes for e in entries), default=0)
+        work = sum(map(multiplications, entries))
+        for need, most, what in (
+            (kept + beside, self.max_nbytes, "bytes, more than"),
+            (work, MULTIPLICATIONS * self.max_nbytes, f"multiplications, over {MULTIPLICATIONS} *"),
+        ):
+            if need > most:
+                raise ArchiveError(
+                    f"decoding would take {need} {what} max_nbytes={self.max_nbytes}; if you "
+                    "trust the file, open it with a larger max_nbytes"
+                )
 
 
-def _memory(entry: Entry) -> int:
-    """Bytes that a decoded tensor and its parts take."""
-    need = entry.decoded_nbytes
+def default_limit(size: int) -> int:
+    """Most memory for a file of ``size`` bytes of which nothing else is said."""
+    return max(LEAST_LIMIT, LIMIT_RATIO * size)
+
+
+def working_nbytes(entry: Entry) -> int:
+    """Bytes that decoding a tensor takes at its peak, itself included.
+
+    All of its parts, and either what the coder of one part needs or the tensor: formats decode it
+    a box at a time.
+    """
+    parts, coder = 0, 0
     for part in entry.parts:
-        count = int(np.prod(part.shape, dtype=object))
+        count = math.prod(part.shape)
         dtype = code_dtype(part.alphabet) if part.alphabet else DTYPES[part.dtype or "uint8"]
-        need += count * dtype.itemsize
-    return need
+        parts += count * dtype.itemsize
+        own = 0
+        if part.codec == "rans":
+            own = coder_nbytes(part.shape) if part.alphabet else count
+        coder = max(coder, part.length + own)
+    return parts + max(coder, entry.decoded_nbytes)
+
+
+def multiplications(entry: Entry) -> int:
+    """Multiplications that decoding a tensor takes, beyond a few for each value."""
+    return entry.format.multiplications({part.name: part.shape for part in entry.parts})
 
 
 def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:
     return ArchiveError(f"tensor {entry.name!r}, part {part.name!r} is damaged: {why}")
 
 
-def _read_index(source: Source) -> Index:
+def _read_index(source: Source, room: int) -> Index:
     start = source.read(0, min(HEAD.size, source.size))
     check_head(start)
     tail = source.read(max(source.size - TAIL.size, 0), min(TAIL.size, source.size))
-    offset, packed, _ = unpack_tail(tail, source.size)
+    offset, packed = unpack_tail(tail, source.size, room)
     return unpack_index(start, source.read(offset, packed), tail, offset)

@@ -38,7 +38,7 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).absolute()
-        self._file: BinaryIO = self._path.open("rb")  # closed with the archive
+        self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 - closed with the archive
         self._lock = threading.Lock()
         self.size = os.fstat(self._file.fileno()).st_size
 

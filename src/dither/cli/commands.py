@@ -52,7 +52,7 @@ MaxSize = Annotated[
     typer.Option(
         "--max-size",
         metavar="SIZE",
-        help="Most memory that decoding an archive may take, such as 16GB.",
+        help="Most memory that reading an archive may take, such as 16GB.",
     ),
 ]
 MAX_BITS = 64
@@ -147,11 +147,12 @@ def compress(
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
     *,
+    max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what an archive holds; nothing is decoded, so any size will do."""
-    work.inspect(Printer(as_json, quiet), file)
+    work.inspect(Printer(as_json, quiet), file, max_size)
 
 
 @app.command()

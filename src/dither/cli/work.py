@@ -77,9 +77,9 @@ def compress(
     printer.text(f"wrote {target}")
 
 
-def inspect(printer: Printer, file: Path) -> None:
+def inspect(printer: Printer, file: Path, max_size: str | None) -> None:
     """Show an archive's index."""
-    with Archive.open(file) as archive:
+    with Archive.open(file, _limit(max_size)) as archive:
         budget = archive.metadata.get("budget")
         printer.document({"file": str(file), **report.archive_document(archive, budget)})
         report.print_tensors(printer, archive)

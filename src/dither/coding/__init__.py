@@ -9,10 +9,12 @@ from dither.coding.checksum import crc32
 from dither.coding.codes import decode_codes, encode_codes
 from dither.coding.cost import code_lengths, estimate_from_counts, estimate_nbytes
 from dither.coding.errors import CodingError
+from dither.coding.payload import coder_nbytes
 
 __all__ = [
     "CodingError",
     "code_lengths",
+    "coder_nbytes",
     "crc32",
     "decode_array",
     "decode_codes",

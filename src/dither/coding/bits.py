@@ -16,8 +16,8 @@ from dither.coding.errors import CodingError
 MAX_WIDTH = 24
 """The widest field, in bits."""
 
-_CHUNK = 1 << 17
-"""Values packed at a time, a multiple of 8: it bounds the temporary memory."""
+CHUNK = 1 << 17
+"""Values handled at a time, a multiple of 8: it bounds the temporary memory."""
 
 
 def width_of(alphabet: int) -> int:
@@ -70,8 +70,8 @@ def pack_bits(values: NDArray[Any], width: int) -> bytes:
         return flat.astype("<u2").tobytes()
     spans = _spans(width)
     pieces = []
-    for begin in range(0, len(flat), _CHUNK):
-        chunk = flat[begin : begin + _CHUNK]
+    for begin in range(0, len(flat), CHUNK):
+        chunk = flat[begin : begin + CHUNK]
         fields = np.zeros((8, -(-len(chunk) // 8)), np.uint32)
         for field in range(8):
             column = chunk[field::8]
@@ -118,8 +118,8 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
         return out
     spans = _spans(width)
     mask = (1 << width) - 1
-    for begin in range(0, count, _CHUNK):
-        length = min(_CHUNK, count - begin)
+    for begin in range(0, count, CHUNK):
+        length = min(CHUNK, count - begin)
         groups = -(-length // 8)
         packed = np.zeros(groups * width, np.uint8)
         piece = source[begin // 8 * width :][: groups * width]

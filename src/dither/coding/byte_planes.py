@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from dither.coding.bits import BitReader, BitWriter
+from dither.coding.bits import CHUNK, BitReader, BitWriter
 from dither.coding.errors import CodingError
 from dither.coding.part_plan import encode_plain
 from dither.coding.payload import decode_rans
@@ -23,12 +21,13 @@ def _rotate(planes: list[Bytes]) -> list[Bytes]:
     return [np.bitwise_or(p << 1, planes[i - 1] >> 7, dtype=np.uint8) for i, p in enumerate(planes)]
 
 
-def _rotate_back(planes: list[Bytes]) -> list[Bytes]:
-    """The inverse of :func:`_rotate`."""
-    above = [*planes[1:], planes[0]]
-    return [
-        np.bitwise_or(p >> 1, a << 7, dtype=np.uint8) for p, a in zip(planes, above, strict=True)
-    ]
+def _rotate_back(numbers: Bytes) -> None:
+    """The inverse of :func:`_rotate`, in place, of ``(numbers, planes)``."""
+    for begin in range(0, len(numbers), CHUNK):
+        part = numbers[begin : begin + CHUNK]
+        above = np.roll(part, -1, axis=1)
+        part >>= 1
+        part |= above << 7
 
 
 def _pack_planes(planes: list[Bytes], *, is_rotated: bool) -> bytes:
@@ -106,15 +105,15 @@ def decode_array(codec: str, payload: bytes | memoryview, nbytes: int, itemsize:
     rest = head.finish()
     if len(rest) != sum(count if size is None else size for size in sizes):
         raise CodingError("the planes do not have the length they should")
-    planes: list[NDArray[Any]] = []
-    for size in sizes:
+    out = np.empty((count, itemsize), np.uint8)
+    for plane, size in zip(out.T, sizes, strict=True):
         piece, rest = rest[: size if size is not None else count], rest[size or count :]
         is_stored = size is None
-        planes.append(
+        plane[:] = (
             np.frombuffer(piece, np.uint8)
             if is_stored
             else decode_rans(piece, (count,), 256, is_nested=True)
         )
     if is_rotated:
-        planes = _rotate_back(planes)
-    return np.stack(planes, axis=1).reshape(-1)
+        _rotate_back(out)
+    return out.reshape(-1)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from dither.coding.bits import packed_nbytes, width_of
 from dither.coding.codes import checked
-from dither.coding.part_plan import MAX_COUNT, Plan, plan_counts, plan_part
+from dither.coding.part_plan import Plan, plan_counts, plan_part
+from dither.coding.rans import MAX_COUNT
 
 
 def code_lengths(counts: NDArray[Any]) -> NDArray[np.float64]:

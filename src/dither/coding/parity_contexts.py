@@ -70,7 +70,6 @@ class Steering:
         odd: int,
         contexts: NDArray[np.uint8] | None,
         tables: Sequence[Table],
-        count: int,
     ) -> None:
         """Begin at the first symbol.
 
@@ -78,15 +77,14 @@ class Steering:
             machine: what says which quantizer is in force.
             stride: length of the last axis; 1 for a vector.
             odd: 1 where the symbol 0 stands for an odd code, else 0.
-            contexts: ``(count,)``, which of the first half of the tables; None for one.
+            contexts: of every symbol, which of the first half of the tables; None for one.
             tables: those of the first quantizer, then as many of the second.
-            count: number of symbols.
         """
         self._following = machine.following()
         self._stride, self._odd = stride, odd
-        self._contexts = np.zeros(count, np.uint8) if contexts is None else contexts
+        self._contexts = contexts
         self._tables, self._half = tables, len(tables) // 2
-        self._machines = np.zeros(stride, np.int64)
+        self._machines = np.zeros(stride, np.uint8)
 
     def scalar(
         self, current: list[int], source: list[int], coded: int, precision: int
@@ -96,7 +94,8 @@ class Steering:
             (t.symbols.tolist(), t.frequencies.tolist(), np.cumsum(t.frequencies).tolist())
             for t in self._tables
         ]
-        choice, following = self._contexts[:coded].tolist(), self._following.tolist()
+        choice = [0] * coded if self._contexts is None else self._contexts[:coded].tolist()
+        following = self._following.tolist()
         machines, stride, half, odd = [0] * self._stride, self._stride, self._half, self._odd
         out, at, place, lanes, slot_mask = [0] * coded, 0, 0, len(current), (1 << precision) - 1
         for index in range(coded):
@@ -124,7 +123,7 @@ class Steering:
     def rows(
         self,
         state: NDArray[np.int64],
-        source: NDArray[np.int64],
+        source: NDArray[np.uint16],
         slots: tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]],
         out: NDArray[Any],
         precision: int,
@@ -140,11 +139,12 @@ class Steering:
         """
         symbol_of, share_of, place_of = slots
         at, lanes, mask = 0, len(state), (1 << precision) - 1
-        table_of = self._contexts.astype(np.int64) << precision
         second = self._half << precision
         for begin in range(0, len(out), lanes):
             turn = slice(begin, begin + lanes)
-            slot = (state & mask) + table_of[turn] + second * self._ahead(begin, lanes)
+            slot = (state & mask) + second * self._ahead(begin, lanes)
+            if self._contexts is not None:
+                slot += self._contexts[turn].astype(np.int64) << precision
             symbols = symbol_of.take(slot, out=out[turn])
             self._advance(begin, symbols)
             state >>= precision
@@ -170,7 +170,9 @@ class Steering:
         for begin in range(first, len(out), self._stride):
             turn = slice(begin, min(begin + self._stride, len(out)))
             here = ranks[turn.start - first : turn.stop - first]
-            which = self._contexts[turn] + self._half * self._ahead(begin, len(here))
+            which = self._half * self._ahead(begin, len(here))
+            if self._contexts is not None:
+                which += self._contexts[turn]
             if (here >= sizes[which]).any():
                 raise CodingError("the last symbols are out of range")
             out[turn] = symbols[which, here]
@@ -182,7 +184,7 @@ class Steering:
         found = self._machines[place : place + count]
         if len(found) < count:
             found = np.concatenate([found, self._machines[: count - len(found)]])
-        return found & 1
+        return (found & 1).astype(np.int64)
 
     def _advance(self, begin: int, symbols: NDArray[Any]) -> None:
         """Tell the machines what the symbols from ``begin`` on were."""
@@ -194,4 +196,5 @@ class Steering:
             (slice(count - here), parity[here:]),
         ):
             if len(part):
-                self._machines[where] = self._following.take(2 * self._machines[where] + part)
+                state = self._machines[where].astype(np.int64)
+                self._machines[where] = self._following.take(2 * state + part)

@@ -13,7 +13,7 @@ from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
 from dither.coding.parity_contexts import Machine
 from dither.coding.payload import Head, Window, stride_of
-from dither.coding.rans import MAX_LANES_LOG2, MAX_ROWS, encode_lanes
+from dither.coding.rans import MAX_COUNT, MAX_LANES_LOG2, MAX_ROWS, encode_lanes
 from dither.coding.refine import refine
 from dither.coding.table_fit import Fit, entropy_bits, fit_table
 from dither.coding.tables import MAX_PRECISION, MIN_PRECISION, Ints
@@ -23,9 +23,6 @@ LANES_SHARE = 0.006
 
 ONE_LANE = 40_000
 """Up to so many symbols one lane is decoded fast enough."""
-
-MAX_COUNT = MAX_ROWS << MAX_LANES_LOG2
-"""The most symbols that rANS codes; more are packed as bits."""
 
 _SAMPLE = 1 << 20
 """About so many symbols of a part are looked at to compare contexts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dither.coding.bits import (
+    CHUNK,
     BitReader,
     BitWriter,
     code_dtype,
@@ -21,7 +22,7 @@ from dither.coding.bits import (
 from dither.coding.contexts import MAX_AXES, Contexts
 from dither.coding.errors import CodingError
 from dither.coding.parity_contexts import Machine, Steering
-from dither.coding.rans import decode_lanes
+from dither.coding.rans import MAX_COUNT, decode_lanes
 from dither.coding.tables import MIN_PRECISION, Curve, Steps, Table, read_table
 
 WINDOWED, CONTEXTUAL, LANED, STEERED = 1, 2, 4, 0x40
@@ -139,7 +140,8 @@ def _read_window(head: BitReader, alphabet: int, count: int) -> Window:
     shift = head.read(5)
     window = Window(shift, head.gamma() - 1, head.gamma(), head.gamma() - 1)
     highs = -(-alphabet >> shift) if shift < 24 else 0
-    if window.begin + window.size > highs or window.escapes > count:
+    outside = window.size < highs or not window.escapes  # an escape lies outside of the window
+    if window.begin + window.size > highs or window.escapes > count or not outside:
         raise CodingError(f"{window} does not fit {count} codes of {alphabet} symbols")
     return window
 
@@ -202,7 +204,10 @@ def _decode_tokens(
     if len(rest) or lanes_log2 or steering is not None:
         raise CodingError("a stream follows tables of one symbol each")
     constants = np.array([table.symbols[0] for table in tables]).astype(out.dtype)
-    out[:] = constants[0] if contexts is None else constants[contexts]
+    out[:] = constants[0]
+    if contexts is not None:
+        for begin in range(0, len(out), CHUNK):
+            out[begin : begin + CHUNK] = constants[contexts[begin : begin + CHUNK]]
 
 
 def decode_rans(
@@ -220,6 +225,8 @@ def decode_rans(
         CodingError: whatever is not exactly right.
     """
     count = math.prod(shape)
+    if count > MAX_COUNT:
+        raise CodingError(f"a payload holds at most 2**31 codes, not {count}")
     head = BitReader(memoryview(payload))
     flags = head.read(8)
     if flags & RESERVED:
@@ -248,42 +255,67 @@ def decode_rans(
     ]
     classes, rest = _read_classes(head.finish(), shape, axes)
     contexts = Contexts(classes, offset, choices).of(shape) if classes else None
+    del classes
     lows, rest = _take(rest, packed_nbytes(count, window.shift), "low bits")
     high_width = width_of(-(-alphabet >> window.shift))
     escaped, rest = _take(rest, packed_nbytes(window.escapes, high_width), "escapes")
-    out = np.empty(count, code_dtype(alphabet))
+    out = np.empty(count, code_dtype(alphabet))  # holds all symbols, too: there are no more of them
     steering = None
     if machine is not None:
         odd = window.begin & 1
-        steering = Steering(machine, stride_of(shape), odd, contexts, tables, count)
-    if not flags & WINDOWED:
-        _decode_tokens(rest, contexts, tables, precision, lanes_log2, out, steering)
-        return out.reshape(shape)
-    tokens = np.empty(count, np.uint8 if window.symbols <= 256 else np.uint32)
-    _decode_tokens(rest, contexts, tables, precision, lanes_log2, tokens, steering)
-    _join(tokens, window, lows, unpack_bits(escaped, window.escapes, high_width), alphabet, out)
+        steering = Steering(machine, stride_of(shape), odd, contexts, tables)
+    _decode_tokens(rest, contexts, tables, precision, lanes_log2, out, steering)
+    if flags & WINDOWED:
+        _join(out, window, lows, _escapes(escaped, window, high_width), alphabet)
     return out.reshape(shape)
 
 
+def coder_nbytes(shape: tuple[int, ...]) -> int:
+    """Bytes that decoding a part takes at most, beside its codes, its payload and a few megabytes.
+
+    They are the table of every code, the classes of every axis, and the machine of every row.
+    """
+    return math.prod(shape) + sum(shape) + stride_of(shape)
+
+
+def _escapes(payload: memoryview, window: Window, width: int) -> Iterator[NDArray[Any]]:
+    """The high values of codes outside of the window, in pieces."""
+    for begin in range(0, window.escapes, CHUNK):
+        count = min(CHUNK, window.escapes - begin)
+        start = packed_nbytes(begin, width)
+        found = unpack_bits(payload[start : start + packed_nbytes(count, width)], count, width)
+        if ((found >= window.begin) & (found < window.begin + window.size)).any():
+            raise CodingError("the escapes do not fit the symbols")
+        yield found
+
+
 def _join(
-    tokens: NDArray[Any],
+    out: NDArray[Any],
     window: Window,
     lows: memoryview,
-    escaped: NDArray[Any],
+    escapes: Iterator[NDArray[Any]],
     alphabet: int,
-    out: NDArray[Any],
 ) -> None:
-    """Codes from symbols, escapes and low bits."""
-    values = tokens.astype(np.int32) + np.int32(window.begin)
-    if window.escapes:
-        places = np.flatnonzero(tokens == window.size)
-        inside = (escaped >= window.begin) & (escaped < window.begin + window.size)
-        if len(places) != window.escapes or inside.any():
-            raise CodingError("the escapes do not fit the symbols")
-        values[places] = escaped
-    if window.shift:
-        values <<= window.shift
-        values |= unpack_bits(lows, len(out), window.shift)
-    if int(values.max()) >= alphabet:
-        raise CodingError(f"a code is not below {alphabet}")
-    out[:] = values
+    """Codes from symbols, in place, escapes and low bits."""
+    pool, escaped = np.zeros(0, np.int32), 0
+    for begin in range(0, len(out), CHUNK):
+        part = out[begin : begin + CHUNK]
+        values = part.astype(np.int32)
+        places = np.flatnonzero(values == window.size)
+        values += np.int32(window.begin)
+        escaped += len(places)
+        if escaped > window.escapes:
+            break
+        while len(pool) < len(places):
+            pool = np.concatenate([pool, next(escapes)])
+        values[places], pool = pool[: len(places)], pool[len(places) :]
+        if window.shift:
+            start = packed_nbytes(begin, window.shift)
+            low = lows[start : start + packed_nbytes(len(part), window.shift)]
+            values <<= window.shift
+            values |= unpack_bits(low, len(part), window.shift)
+        if int(values.max()) >= alphabet:
+            raise CodingError(f"a code is not below {alphabet}")
+        part[:] = values
+    if escaped != window.escapes:
+        raise CodingError("the escapes do not fit the symbols")

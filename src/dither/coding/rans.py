@@ -29,6 +29,9 @@ MAX_LANES_LOG2 = 15
 MAX_ROWS = 1 << 16
 """Turns of the loop; a limit, so that many symbols must come in many lanes, which are fast."""
 
+MAX_COUNT = MAX_ROWS << MAX_LANES_LOG2
+"""The most symbols that rANS codes; more are packed as bits."""
+
 SCALAR_LANES = 8
 """Up to so many lanes a loop over single symbols beats one over rows."""
 
@@ -285,7 +288,7 @@ def _decode_rows(
     lanes = len(states)
     kind: Any = _state_type(lanes)
     symbol_of, share_of, place_of = _slot_tables(tables, out.dtype, kind)
-    state, source, at = states.astype(kind), words.astype(kind), 0
+    state = states.astype(kind)
     slot_mask, shift, half, low = kind((1 << precision) - 1), kind(precision), kind(16), kind(LOW)
     factor = np.empty(lanes, kind)
     block = max(_BLOCK // lanes, 1) * lanes
@@ -296,6 +299,7 @@ def _decode_rows(
         if contexts is not None:
             table_of = contexts[begin : begin + piece.size].astype(np.intp) << precision
             table_of = table_of.reshape(-1, lanes)
+        source, at = words[: piece.size].astype(kind), 0
         for row in range(len(piece)):
             slot = np.bitwise_and(state, slot_mask, out=slots[row])
             if contexts is not None:
@@ -312,7 +316,8 @@ def _decode_rows(
                 state[empty] = (state[empty] << half) | source[at : at + taken]
                 at += taken
         symbol_of.take(slots[: len(piece)], out=piece, mode="clip")
-    if at != len(source):
+        words = words[at:]
+    if len(words):
         raise CodingError("the payload has too many words")
     return state
 
@@ -332,7 +337,7 @@ def _decode_steered(
         return np.array(current, np.int64)
     current_rows = states.astype(np.int64)
     slots = _slot_tables(tables, out.dtype, np.int64)
-    steering.rows(current_rows, words.astype(np.int64), slots, out, precision)
+    steering.rows(current_rows, words, slots, out, precision)
     return current_rows
 
 
@@ -369,6 +374,8 @@ def decode_lanes(
         raise CodingError("the words have an odd number of bytes")
     words = np.frombuffer(rest, "<u2")
     coded = geometry.coded
+    if len(words) > coded:  # no symbol takes two
+        raise CodingError("the payload has too many words")
     if steering is not None:
         ends = _decode_steered(states, words, tables, out[:coded], precision, steering)
         steering.tail(_unpack_tail(ends, geometry), out)

@@ -200,14 +200,14 @@ class Codebook(Format):
         """A look-up, then one float32 multiply, then one float32 add, as far as there are any."""
         indices = encoded.codes["indices"].values
         points = encoded.params["points"].to(torch.float32)
-        names = [name for name in ("scale", "offset") if name in encoded.params]
-        shared = [encoded.params[name].to(torch.float32) for name in names]
+        shared = [encoded.params[name] for name in ("scale", "offset") if name in encoded.params]
         out = torch.empty(encoded.shape, dtype=encoded.dtype, device=indices.device)
         boxes = self.grouping(encoded.shape).walk(
             [out.view(-1), indices.reshape(-1)], shared or [points.new_ones(1)]
         )
         for (box, codes), parts in boxes:
-            values = self._values(points[codes.to(torch.int64)], parts if names else [])
+            scales = [part.to(torch.float32) for part in parts] if shared else []
+            values = self._values(points[codes.to(torch.int64)], scales)
             box.copy_(restore(values, encoded.dtype))
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,9 @@ EXACT = 1 << 53
 
 _CHUNK = 1 << 20
 """Values handled at once."""
+
+_BOX = 1 << 18
+"""Values of either factor, and of their product, that decoding handles at once."""
 
 _MOST_CODE = 1 << 22
 _SETTLES = 16
@@ -190,16 +194,25 @@ class Factors(Format):
         """Exact sums of products, one conversion to float32, one float32 multiplication."""
         rows, columns = rows_of(encoded.shape)
         zero = encoded.codes["zero"].values.to(torch.float64)
-        right = encoded.codes["right"].values.to(torch.float64) - zero[1]
-        left = encoded.codes["left"].values
-        scale = encoded.params["scale"].float().expand(rows)[:, None]
+        left, right = encoded.codes["left"].values, encoded.codes["right"].values
+        scale = encoded.params["scale"]
         out = torch.empty(rows, columns, dtype=encoded.dtype, device=left.device)
-        size = max(1, _CHUNK // max(columns, 1))
-        for start in range(0, rows, size):
-            part = slice(start, start + size)
-            sums = _sums(left[part].to(torch.float64) - zero[0], right)
-            out[part] = restore(sums.mul_(scale[part]), encoded.dtype)
+        width = max(1, min(columns, _BOX // max(len(right), 1)))
+        height = max(1, _BOX // max(width, len(right)))
+        for begin in range(0, columns, width):
+            along = slice(begin, begin + width)
+            wide = right[:, along].to(torch.float64) - zero[1]
+            for start in range(0, rows, height):
+                part = slice(start, start + height)
+                sums = _sums(left[part].to(torch.float64) - zero[0], wide)
+                steps = scale if self.axis is None else scale[part, None]
+                out[part, along] = restore(sums.mul_(steps.float()), encoded.dtype)
         return out.reshape(encoded.shape)
+
+    def multiplications(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """One for each value and each rank."""
+        left, right = shapes.get("left", ()), shapes.get("right", ())
+        return prod(left) * right[-1] if right else 0
 
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
         """The scale, and the right factor as signed integers."""

@@ -172,18 +172,26 @@ class Mixed(Format):
 
     def _counts(self, bits: Tensor, numel: int) -> dict[int, int]:
         """Weights of each width in use, 0 bits left out."""
-        counts = torch.bincount(bits.to(torch.int64), minlength=WIDEST + 1) * self.group
+        counts = torch.zeros(WIDEST + 1, dtype=torch.int64, device=bits.device)
+        for part in bits.split(CHUNK):
+            counts += torch.bincount(part.to(torch.int64), minlength=WIDEST + 1) * self.group
         if numel:
             counts[int(bits[-1])] -= len(bits) * self.group - numel
         return {width: count for width, count in enumerate(counts.tolist()) if width and count}
 
     def _walk(self, flat: Tensor, bits: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs of whole groups of a flat tensor, each with the mask of the weights of a width."""
+        """Runs of whole groups of a flat tensor, each with the mask of the weights of a width.
+
+        A group too wide to be handled at once comes in pieces.
+        """
         groups = max(1, CHUNK // self.group)
-        for box, own in zip(flat.split(groups * self.group), bits.split(groups), strict=True):
+        for boxes, own in zip(flat.split(groups * self.group), bits.split(groups), strict=True):
             hit = own == width
-            if bool(hit.any()):
-                yield box, hit.unsqueeze(1).expand(-1, self.group).reshape(-1)[: len(box)]
+            if not bool(hit.any()):
+                continue
+            for box in boxes.split(CHUNK) if groups == 1 else (boxes,):
+                spread = hit.unsqueeze(1).expand(-1, min(self.group, CHUNK))
+                yield box, spread.reshape(-1)[: len(box)]
 
     def _grid(self, held: Mapping[str, Tensor], width: int) -> Grid:
         """The grid of one width; its step is rounded to float32 once."""

@@ -28,8 +28,13 @@ POLYNOMIALS: Mapping[int, tuple[int, int]] = MappingProxyType(
 )
 """By number of states: bit ``i`` of the first is ``a[i]``, of the second ``b[i]``."""
 
+REACH = 8
+"""The highest degree: so many steps before a step say what it is."""
 
-def quantizers(parities: Tensor, states: int) -> Tensor:
+
+def quantizers(
+    parities: Tensor, states: int, before: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """The quantizer, 0 or 1, of every code, by the parities of all of them.
 
     Dividing by a polynomial ``a`` takes no loop over steps: modulo 2, ``a(D) ** (2**m)`` is
@@ -39,25 +44,40 @@ def quantizers(parities: Tensor, states: int) -> Tensor:
     Args:
         parities: ``(steps, ...)``, 0 or 1, of any integer type; machines run along the first axis.
         states: of the machine, a key of :data:`POLYNOMIALS`.
+        before: quantizers and parities of the :data:`REACH` steps before, ``(REACH, ...)`` each, as
+            :func:`last_steps` gives them; none at the first step.
 
     >>> quantizers(torch.tensor([1, 0, 0, 0, 0, 0, 0]), 8).tolist()
     [0, 0, 1, 1, 1, 0, 1]
     """
     divisor, factor = POLYNOMIALS[states]
-    found = torch.zeros_like(parities)
     steps = len(parities)
+    past = [parities.new_zeros(REACH, *parities.shape[1:])] * 2 if before is None else before
+    seen = torch.cat([past[1], parities])
+    found = torch.zeros_like(parities)
     for delay in range(1, factor.bit_length()):
-        if factor >> delay & 1 and delay < steps:
-            found[delay:] ^= parities[:-delay]
+        if factor >> delay & 1:
+            found ^= seen[REACH - delay : REACH - delay + steps]
+    for delay in range(1, divisor.bit_length()):
+        if divisor >> delay & 1:  # quantizers before the first step are inputs like parities
+            found[:delay] ^= past[0][REACH - delay :][:steps]
     stride = 1
     while stride < steps:
-        before = found.clone()
+        shifted = found.clone()
         for power in range(1, divisor.bit_length()):
             delay = power * stride
             if divisor >> power & 1 and delay < steps:
-                found[delay:] ^= before[:-delay]
+                found[delay:] ^= shifted[:-delay]
         stride *= 2
     return found
+
+
+def last_steps(
+    found: Tensor, parities: Tensor, before: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """What :func:`quantizers` takes as ``before`` for the steps that follow."""
+    past = [found.new_zeros(REACH, *found.shape[1:])] * 2 if before is None else before
+    return torch.cat([past[0], found])[-REACH:], torch.cat([past[1], parities])[-REACH:]
 
 
 def predecessors(states: int) -> Tensor:

@@ -22,7 +22,7 @@ from dither.core import (
     expect_parts,
 )
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
-from dither.formats.grouping import CHUNK, rows_of
+from dither.formats.grouping import chunks, rows_of
 from dither.formats.matching import nearest_vectors
 from dither.formats.settings import check_choice, check_count, check_restored
 
@@ -157,18 +157,25 @@ class Product(Format):
     def decode(self, encoded: Encoded) -> Tensor:
         """A look-up; for int8 one float32 multiply of the table."""
         rows, columns = rows_of(encoded.shape)
-        table = restore(self._wide(encoded.codes, encoded.params), encoded.dtype)
         indices = encoded.codes["indices"].values
         out = torch.empty(rows, columns, dtype=encoded.dtype, device=indices.device)
-        full, step = columns // self.block, max(1, CHUNK // max(1, columns))
-        for part, codes in zip(out.split(step), indices.split(step), strict=True):
-            whole = part[:, : full * self.block]
-            if full:
-                whole.copy_(table[codes[:, :full].to(torch.int64)].flatten(1))
-            if full < indices.shape[1]:
-                rest = columns - full * self.block
-                part[:, -rest:] = table[codes[:, full].to(torch.int64), :rest]
+        full = columns // self.block
+        whole, rest = out[:, : full * self.block], out[:, full * self.block :]
+        if full:
+            self._look_up(whole.unflatten(1, (full, self.block)), indices[:, :full], encoded)
+        if rest.shape[1]:
+            self._look_up(rest.unsqueeze(1), indices[:, full:], encoded)
         return out.view(encoded.shape)
+
+    def _look_up(self, out: Tensor, indices: Tensor, encoded: Encoded) -> None:
+        """Fill ``(rows, blocks, values)`` with the first values of centroids, a box at a time."""
+        int8 = self.dtype == torch.int8
+        table = encoded.codes["centroids"].values if int8 else encoded.params["centroids"]
+        rows, blocks, width = out.shape
+        for a, b, c in chunks((rows, blocks, width)):
+            chosen = table[:, c].index_select(0, indices[a, b].reshape(-1).to(torch.int64))
+            values = self._numbers(chosen, encoded.params)
+            out[a, b, c] = restore(values, encoded.dtype).view(out[a, b, c].shape)
 
     def params_of(self, encoded: Encoded) -> dict[str, Tensor]:
         """Centroids as numbers and, for int8, their scale."""
@@ -228,10 +235,14 @@ class Product(Format):
 
     def _wide(self, codes: Mapping[str, Codes], params: Mapping[str, Tensor]) -> Tensor:
         """Centroids in float32."""
+        int8 = self.dtype == torch.int8
+        return self._numbers(codes["centroids"].values if int8 else params["centroids"], params)
+
+    def _numbers(self, stored: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Stored centroids, or some of them, in float32."""
         if self.dtype != torch.int8:
-            return params["centroids"].to(torch.float32)
-        steps = codes["centroids"].values.to(torch.int32) - _INT8_ZERO
-        return steps.to(torch.float32).mul_(params["scale"])
+            return stored.to(torch.float32)
+        return (stored.to(torch.int32) - _INT8_ZERO).to(torch.float32).mul_(params["scale"])
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -21,8 +22,8 @@ from dither.core import (
 )
 from dither.formats.affine import SCALE_DTYPES
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
-from dither.formats.grouping import Grouping, rows_of
-from dither.formats.parity_machine import POLYNOMIALS, predecessors, quantizers
+from dither.formats.grouping import CHUNK, Grouping, rows_of
+from dither.formats.parity_machine import POLYNOMIALS, last_steps, predecessors, quantizers
 from dither.formats.settings import check_choice, check_count, check_restored
 
 MOST_CODES = 1 << 23
@@ -30,6 +31,9 @@ MOST_CODES = 1 << 23
 
 CLASSES = 4
 """Multiples of the step modulo 4: the quantizer, plus twice the parity of the code."""
+
+_ACROSS = 1 << 10
+"""Rows decoded at once, at least: neighbours in memory, so that they are read together."""
 
 _SEARCHED = 1 << 20
 """Weights whose paths are sought at once: it bounds the temporary memory, to some 100 MB."""
@@ -159,14 +163,36 @@ class Trellis(Format):
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The machine from the parities, exact integers, then one float32 multiplication."""
-        shape = encoded.shape
-        rows, columns = rows_of(shape)
-        levels = encoded.codes["levels"].values.reshape(columns, rows).to(torch.int32)
-        codes = levels - encoded.codes["zero"].values.to(torch.int32)
-        second = quantizers((codes & 1).to(torch.uint8), self.states)
-        multiples = codes.mul_(2).add_(second).T.reshape(shape)
-        scale = self._along(encoded.params["scale"], shape).float()
-        return restore(multiples.float().mul_(scale), encoded.dtype).contiguous()
+        rows, columns = rows_of(encoded.shape)
+        levels = encoded.codes["levels"].values.reshape(columns, rows)
+        zero = encoded.codes["zero"].values.to(torch.int32)
+        out = torch.empty(rows, columns, dtype=encoded.dtype, device=levels.device)
+        width = max(1, min(rows, max(_ACROSS, CHUNK // max(columns, 1))))
+        length = max(1, CHUNK // width)
+        for left in range(0, rows, width):
+            across, before = slice(left, left + width), None
+            for top in range(0, columns, length):
+                along = slice(top, top + length)
+                codes = levels[along, across].to(torch.int32) - zero
+                parities = (codes & 1).to(torch.uint8)
+                second = quantizers(parities, self.states, before)
+                before = last_steps(second, parities, before)
+                values = (
+                    codes.mul_(2).add_(second).float().T.mul_(self._box(encoded, across, along))
+                )
+                out[across, along] = restore(values, encoded.dtype)
+        return out.reshape(encoded.shape)
+
+    def _box(self, encoded: Encoded, across: slice, along: slice) -> Tensor:
+        """Scales of some rows and columns, float32, as they broadcast to the box."""
+        scale, axis = encoded.params["scale"], self.grouping(encoded.shape).axis
+        if axis is None:
+            return scale.float()
+        if axis == 0 and len(encoded.shape) > 1:
+            return scale[across].float()[:, None]
+        at = torch.arange(*along.indices(rows_of(encoded.shape)[1]), device=scale.device)
+        inner = prod(encoded.shape[axis + 1 :])
+        return scale[at // inner % len(scale)].float()
 
     def check(self, encoded: Encoded) -> None:
         """Levels with the rows as their last axis, one zero, one scale for each index."""
