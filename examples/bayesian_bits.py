@@ -26,7 +26,8 @@ def main() -> None:
     macs = bayesian_bits.multiplications(model, inputs)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # Few steps, so that gates must learn faster than in the paper, which has 1e-3.
-    run = bayesian_bits.attach(model, penalty=0.03, inputs=inputs, lr=0.3, optimizer=optimizer)
+    recipe = bayesian_bits.recipe(model, penalty=0.03, inputs=inputs, lr=0.3)
+    run = recipe.attach(model, optimizer=optimizer)
     for step in range(options.steps):
         if step == 3 * options.steps // 4:
             bayesian_bits.fix_gates(run)

@@ -30,7 +30,8 @@ def main() -> None:
     model = copy.deepcopy(task.model).train()
     points = differentiable_quantization.share_points(model, loss_of, map(task.batch, range(5)), 8)
     print("points:", points)
-    run = differentiable_quantization.attach(model, points, steps=options.steps)
+    recipe = differentiable_quantization.recipe(model, points)
+    run = recipe.attach(model, steps=options.steps)
     for step in range(options.steps):
         inputs, _ = task.batch(step)
         soft_targets(model(inputs), teacher(inputs), temperature=1.0).backward()

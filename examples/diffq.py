@@ -23,7 +23,8 @@ def main() -> None:
     model = copy.deepcopy(task.model).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # Few steps, so that bits must learn faster than in the paper, which has 2e-4.
-    run = diffq.attach(model, "resnet20", penalty=20.0, lr=0.05, optimizer=optimizer)
+    recipe = diffq.recipe(model, "resnet20", penalty=20.0, lr=0.05)
+    run = recipe.attach(model, optimizer=optimizer)
     for step in range(options.steps):
         inputs, labels = task.batch(step)
         loss = functional.cross_entropy(model(inputs), labels) + run.penalty()

@@ -26,15 +26,15 @@ def main() -> None:
     teacher = Teacher(task.model)
     model = copy.deepcopy(task.model).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    run = ipq.attach(
+    recipe = ipq.recipe(
         model,
         steps=options.steps,
         start=options.steps // 2,
         p=0.1,
         stages="layers",
         loader=task.inputs(2),
-        optimizer=optimizer,
     )
+    run = recipe.attach(model, optimizer=optimizer)
     for step in range(options.steps):
         inputs, _ = task.batch(step)
         loss = soft_targets(model(inputs), teacher(inputs), temperature=1.0)

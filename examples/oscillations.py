@@ -23,9 +23,8 @@ def main() -> None:
     model = copy.deepcopy(task.model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=2.5e-5)
     # Averages over the last 20 steps or so: the paper's 0.01 is for longer training.
-    run = oscillations.attach(
-        model, 3, "freeze", optimizer=optimizer, steps=options.steps, momentum=0.05
-    )
+    recipe = oscillations.recipe(model, 3, "freeze", steps=options.steps, momentum=0.05)
+    run = recipe.attach(model, optimizer=optimizer)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     for step in range(options.steps):
         inputs, labels = task.batch(step)

@@ -21,7 +21,8 @@ def main() -> None:
     task = load(options)
     model = copy.deepcopy(task.model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    run = quant_noise.attach(model, "int4", p=0.5, optimizer=optimizer, steps=options.steps)
+    recipe = quant_noise.recipe(model, "int4", p=0.5)
+    run = recipe.attach(model, optimizer=optimizer, steps=options.steps)
     for step in range(options.steps):
         inputs, labels = task.batch(step)
         loss = functional.cross_entropy(model(inputs), labels)

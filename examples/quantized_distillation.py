@@ -24,7 +24,8 @@ def main() -> None:
     teacher = Teacher(task.model)
     model = copy.deepcopy(task.model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    run = quantized_distillation.attach(model, bits=3, optimizer=optimizer, steps=options.steps)
+    recipe = quantized_distillation.recipe(model, bits=3)
+    run = recipe.attach(model, optimizer=optimizer, steps=options.steps)
     for step in range(options.steps):
         inputs, labels = task.batch(step)
         loss = quantized_distillation.loss(model(inputs), teacher(inputs), labels)

@@ -12,6 +12,7 @@ import dither
 from dither.core import SpecError
 from dither.formats import Affine, Product
 from dither.recipes import (
+    Recipe,
     bayesian_bits,
     differentiable_quantization,
     diffq,
@@ -25,7 +26,6 @@ from dither.train import (
     LSQ,
     DiffQ,
     Plan,
-    Run,
     Teacher,
     oscillating,
     reestimate_batch_norm,
@@ -72,26 +72,20 @@ class Words(nn.Module):
         return logits
 
 
-Attach = Callable[[nn.Module, torch.optim.Optimizer], Run]
-
-RECIPES: dict[str, Attach] = {
-    "quant_noise pq": lambda m, o: quant_noise.attach(m, optimizer=o),
-    "quant_noise int4": lambda m, o: quant_noise.attach(m, "int4", optimizer=o),
-    "quant_noise int8 histogram": lambda m, o: quant_noise.attach(
-        m, "int8", ranges="histogram", optimizer=o
-    ),
-    "ipq": lambda m, o: ipq.attach(m, steps=STEPS, optimizer=o, loader=[INPUTS[:8]]),
-    "ipq after noise": lambda m, o: ipq.attach(m, steps=STEPS, start=3, p=0.2, optimizer=o),
-    "ipq by layers": lambda m, o: ipq.attach(m, steps=STEPS, stages="layers", optimizer=o),
-    "diffq": lambda m, o: diffq.attach(m, penalty=5.0, min_size=0.0, optimizer=o, steps=STEPS),
-    "diffq resnet20": lambda m, o: diffq.attach(m, "resnet20", optimizer=o),
-    "bayesian_bits": lambda m, o: bayesian_bits.attach(m, optimizer=o, inputs=INPUTS),
-    "quantized_distillation": lambda m, o: quantized_distillation.attach(m, 4, optimizer=o),
-    "differentiable_quantization": lambda m, o: differentiable_quantization.attach(m, 8),
-    "oscillations freeze": lambda m, o: oscillations.attach(m, 3, optimizer=o, steps=STEPS),
-    "oscillations dampen": lambda m, o: oscillations.attach(
-        m, 4, "dampen", optimizer=o, steps=STEPS
-    ),
+RECIPES: dict[str, Callable[[nn.Module], Recipe]] = {
+    "quant_noise pq": quant_noise.recipe,
+    "quant_noise int4": lambda m: quant_noise.recipe(m, "int4"),
+    "quant_noise int8 histogram": lambda m: quant_noise.recipe(m, "int8", ranges="histogram"),
+    "ipq": lambda m: ipq.recipe(m, steps=STEPS, loader=[INPUTS[:8]]),
+    "ipq after noise": lambda m: ipq.recipe(m, steps=STEPS, start=3, p=0.2),
+    "ipq by layers": lambda m: ipq.recipe(m, steps=STEPS, stages="layers"),
+    "diffq": lambda m: diffq.recipe(m, penalty=5.0, min_size=0.0),
+    "diffq resnet20": lambda m: diffq.recipe(m, "resnet20"),
+    "bayesian_bits": lambda m: bayesian_bits.recipe(m, inputs=INPUTS),
+    "quantized_distillation": lambda m: quantized_distillation.recipe(m, 4),
+    "differentiable_quantization": lambda m: differentiable_quantization.recipe(m, 8),
+    "oscillations freeze": lambda m: oscillations.recipe(m, 3, steps=STEPS),
+    "oscillations dampen": lambda m: oscillations.recipe(m, 4, "dampen", steps=STEPS),
 }
 
 
@@ -100,7 +94,8 @@ def test_every_recipe_trains_and_its_file_is_what_was_evaluated(name: str, tmp_p
     model = network()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    run = RECIPES[name](model, optimizer)
+    recipe = RECIPES[name](model)
+    run = recipe.attach(model, optimizer=optimizer if recipe.trains_weights else None, steps=STEPS)
     learned = [p.detach().clone() for p in run.extras.parameters()]
     losses = []
     for _ in range(STEPS):
@@ -128,18 +123,19 @@ def test_every_recipe_trains_and_its_file_is_what_was_evaluated(name: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    "attach",
+    "make",
     [
-        quant_noise.attach,
-        lambda m: ipq.attach(m, steps=3),
-        lambda m: diffq.attach(m, min_size=0.0),
-        quantized_distillation.attach,
-        lambda m: oscillations.attach(m, steps=3),
-        bayesian_bits.attach,
+        quant_noise.recipe,
+        lambda m: ipq.recipe(m, steps=3),
+        lambda m: diffq.recipe(m, min_size=0.0),
+        quantized_distillation.recipe,
+        lambda m: oscillations.recipe(m, steps=3),
+        bayesian_bits.recipe,
     ],
 )
-def test_tied_weights_stay_tied(attach: Callable[[nn.Module], Run], tmp_path: Path) -> None:
-    run = attach(Words())
+def test_tied_weights_stay_tied(make: Callable[[nn.Module], Recipe], tmp_path: Path) -> None:
+    model = Words()
+    run = make(model).attach(model)
     run.finish()
     run.save(tmp_path / "model.dither")
     with dither.open(tmp_path / "model.dither") as archive:
@@ -160,12 +156,14 @@ def test_layers_are_found_in_order_with_all_their_names() -> None:
 
 
 def test_blocks_are_the_papers() -> None:
-    rules = quant_noise.plan(Words(), p=0.05)
+    rules = quant_noise.recipe(Words(), p=0.05).plan
     sizes = {n: s.format.block for n, s in rules if isinstance(s, QuantNoise)}  # type: ignore[attr-defined]
     assert sizes["embed.weight"] == sizes["head.weight"] == 8
     assert sizes["block.self_attn.in_proj_weight"] == 4
     assert sizes["block.linear1.weight"] == 8
-    vision = {n: s.format for n, s in quant_noise.plan(network()) if isinstance(s, QuantNoise)}
+    vision = {
+        n: s.format for n, s in quant_noise.recipe(network()).plan if isinstance(s, QuantNoise)
+    }
     assert vision["0.weight"] == Product(9, 8)  # 48 blocks: no more than one centroid for four
     assert vision["3.weight"] == Product(4, 32)
     assert "1.weight" not in vision  # a vector
@@ -176,7 +174,7 @@ def test_blocks_are_the_papers() -> None:
 
 def test_iterative_product_quantization_goes_group_by_group() -> None:
     model = Words()
-    run = ipq.attach(model, steps=9, start=3)
+    run = ipq.recipe(model, steps=9, start=3).attach(model)
 
     def placed() -> set[str]:
         centroids = ((n, s) for n, s in run.surrogates.items() if isinstance(s, LearnedCentroids))
@@ -192,7 +190,7 @@ def test_iterative_product_quantization_goes_group_by_group() -> None:
     assert seen[2] == seen[1] | {"embed.weight"}
     assert seen[3] == set(run.surrogates)
     with pytest.raises(SpecError, match="no step"):
-        ipq.attach(Words(), steps=3, start=3)
+        ipq.recipe(Words(), steps=3, start=3)
 
 
 def test_published_sizes_follow_from_the_formula() -> None:
@@ -200,7 +198,7 @@ def test_published_sizes_follow_from_the_formula() -> None:
     rules = ipq.plan(model)
     codes, table, rest = 1024 * 512 / 8, 256 * 8 * 2, 512 * 4
     assert ipq.size_mib(model, rules) == pytest.approx((codes + table + rest) / 2**20)
-    student = quantized_distillation.plan(model, 4).find("0.weight")
+    student = quantized_distillation.recipe(model, 4).plan.find("0.weight")
     assert isinstance(student, LearnedCodebook)
     weight = model.get_parameter("0.weight").detach()
     encoded = student.begin(weight).encode(weight)
@@ -209,15 +207,15 @@ def test_published_sizes_follow_from_the_formula() -> None:
 
 def test_settings_are_the_papers() -> None:
     model = network()
-    int8 = quant_noise.plan(model, "int8").find("8.weight")
+    int8 = quant_noise.recipe(model, "int8").plan.find("8.weight")
     assert int8 == QuantNoise(Affine(8, axis=0), 0.5)
-    assert diffq.plan(model, "deit").find("8.weight") == DiffQ(8, 3, min_size=0.01, lr=5e-4)
-    preset = diffq.plan(model, "resnet20")
+    assert diffq.recipe(model, "deit").plan.find("8.weight") == DiffQ(8, 3, min_size=0.01, lr=5e-4)
+    preset = diffq.recipe(model, "resnet20").plan
     assert preset.find("8.weight") == DiffQ(16, 1, 10, lr=2e-4)
     assert preset.find("8.bias") is None
-    widths = [s.bits for _, s in oscillations.plan(model, 3) if isinstance(s, LSQ)]
+    widths = [s.bits for _, s in oscillations.recipe(model, 3, steps=9).plan if isinstance(s, LSQ)]
     assert widths == [8, 3, 3, 3, 8]
-    ends = quantized_distillation.plan(model, ends=False)
+    ends = quantized_distillation.recipe(model, ends=False).plan
     assert ends.find("0.weight") is ends.find("10.weight") is None
 
 
@@ -230,10 +228,10 @@ def test_points_are_shared_by_gradient() -> None:
     counts = differentiable_quantization.share_points(model, loss, [(INPUTS, LABELS)] * 9, 8)
     assert sum(counts.values()) == 5 * 8
     assert len(set(counts.values())) > 1
-    run = differentiable_quantization.attach(model, counts)
+    run = differentiable_quantization.recipe(model, counts).attach(model)
     assert {n: len(s.points) for n, s in run.surrogates.items()} == counts  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="leave out"):
-        differentiable_quantization.plan(network(), {"0.weight": 8})
+        differentiable_quantization.recipe(network(), {"0.weight": 8})
 
 
 def test_bayesian_bits_count_multiplications_and_fix_gates() -> None:
@@ -243,7 +241,8 @@ def test_bayesian_bits_count_multiplications_and_fix_gates() -> None:
     assert macs["5.weight"] == 32 * 9 * 64
     assert macs["8.weight"] == 128 * 64
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    run = bayesian_bits.attach(model, penalty=1.0, inputs=INPUTS, lr=0.3, optimizer=optimizer)
+    recipe = bayesian_bits.recipe(model, penalty=1.0, inputs=INPUTS, lr=0.3)
+    run = recipe.attach(model, optimizer=optimizer)
     begun = bayesian_bits.bit_operations(run, macs)
     assert begun == pytest.approx(16 / 32)
     for step in range(40):
@@ -274,15 +273,16 @@ def test_distillation_mixes_teacher_and_labels() -> None:
 
 def test_oscillations_are_counted_with_every_remedy() -> None:
     for remedy in ("freeze", "dampen", "none"):
-        run = oscillations.attach(network(), 3, remedy, steps=4)
+        model = network()
+        run = oscillations.recipe(model, 3, remedy, steps=4).attach(model)
         assert oscillating(run) == 0
     with pytest.raises(SpecError, match="remedies"):
-        oscillations.attach(network(), remedy="hope", steps=4)
+        oscillations.recipe(network(), remedy="hope", steps=4)
 
 
 def test_batch_norm_is_reestimated_as_it_is_evaluated() -> None:
     model = network()
-    run = oscillations.attach(model, 3, "none", steps=4)
+    run = oscillations.recipe(model, 3, "none", steps=4).attach(model)
     norm = model.get_submodule("1")
     assert isinstance(norm, nn.BatchNorm2d)
     reestimate_batch_norm(model, [INPUTS[:16], (INPUTS[16:], LABELS[16:])])
@@ -295,17 +295,18 @@ def test_batch_norm_is_reestimated_as_it_is_evaluated() -> None:
 
 
 def test_stages_may_be_named() -> None:
-    run = ipq.attach(network(), steps=6, stages=["8.*", "10.*"], blocks="large")
+    model = network()
+    run = ipq.recipe(model, steps=6, stages=["8.*", "10.*"], blocks="large").attach(model)
     placed = [n for n, s in run.surrogates.items() if getattr(s, "is_placed", False)]
     assert placed == ["8.weight"]
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(SpecError, match="schemes"):
-        quant_noise.plan(network(), "int3")
+        quant_noise.recipe(network(), "int3")
     with pytest.raises(SpecError, match="presets"):
-        diffq.plan(network(), "mnist")
+        diffq.recipe(network(), "mnist")
     with pytest.raises(SpecError, match="1 to 16"):
-        quantized_distillation.plan(network(), 0)
+        quantized_distillation.recipe(network(), 0)
     with pytest.raises(SpecError, match="no weight"):
-        quant_noise.plan(nn.BatchNorm1d(3))
+        quant_noise.recipe(nn.BatchNorm1d(3))

@@ -62,9 +62,9 @@ def cases() -> Iterator[Case]:
             yield Case(f"train/{name}/{what}", partial(_trained, name, attached))
     for name in ("images", "words", "sounds", "dense"):
         yield Case(f"train/{name}/budget", partial(_trained, name, _to_budget))
-    for what, attached in _RECIPES.items():
+    for what, recipe in _RECIPES.items():
         for name in ("images", "dense"):
-            yield Case(f"recipe/{name}/{what}", partial(_trained, name, attached))
+            yield Case(f"recipe/{name}/{what}", partial(_trained, name, partial(_attached, recipe)))
     yield Case("train/dense/distilled", _distilled)
     yield Case("train/images/batch norm", lambda: _trained("images", _to_budget, renewed=True))
     yield Case("train/dense/resumed", _resumed)
@@ -72,6 +72,13 @@ def cases() -> Iterator[Case]:
 
 Spec = Method | Encoder
 Attach = Callable[[nn.Module, Optimizer], Run]
+Make = Callable[[nn.Module], recipes.Recipe]
+
+
+def _attached(make: Make, model: nn.Module, optimizer: Optimizer) -> Run:
+    recipe = make(model)
+    trains = optimizer if recipe.trains_weights else None
+    return recipe.attach(model, optimizer=trains, steps=STEPS)
 
 
 def _planned(name: str, spec: Spec) -> bytes:
@@ -227,26 +234,18 @@ _RUNS: dict[str, Attach] = {
     ),
 }
 
-_RECIPES: dict[str, Attach] = {
-    "bayesian_bits": lambda m, o: recipes.bayesian_bits.attach(m, optimizer=o, steps=STEPS),
-    "differentiable_quantization": lambda m, _: recipes.differentiable_quantization.attach(
-        m, 4, bucket=32, steps=STEPS
+_RECIPES: dict[str, Make] = {
+    "bayesian_bits": recipes.bayesian_bits.recipe,
+    "differentiable_quantization": lambda m: recipes.differentiable_quantization.recipe(
+        m, 4, bucket=32
     ),
-    "diffq": lambda m, o: recipes.diffq.attach(m, min_size=0, optimizer=o, steps=STEPS),
-    "diffq deit": lambda m, o: recipes.diffq.attach(
-        m, "deit", min_size=0, optimizer=o, steps=STEPS
-    ),
-    "ipq": lambda m, o: recipes.ipq.attach(m, steps=STEPS, start=2, p=0.1, optimizer=o),
-    "ipq layers": lambda m, o: recipes.ipq.attach(m, steps=STEPS, stages="layers", optimizer=o),
-    "oscillations": lambda m, o: recipes.oscillations.attach(m, 3, optimizer=o, steps=STEPS),
-    "oscillations dampened": lambda m, o: recipes.oscillations.attach(
-        m, 4, "dampen", optimizer=o, steps=STEPS
-    ),
-    "quant_noise": lambda m, o: recipes.quant_noise.attach(m, optimizer=o, steps=STEPS),
-    "quant_noise int4": lambda m, o: recipes.quant_noise.attach(
-        m, "int4", optimizer=o, steps=STEPS
-    ),
-    "quantized_distillation": lambda m, o: recipes.quantized_distillation.attach(
-        m, optimizer=o, steps=STEPS
-    ),
+    "diffq": lambda m: recipes.diffq.recipe(m, min_size=0),
+    "diffq deit": lambda m: recipes.diffq.recipe(m, "deit", min_size=0),
+    "ipq": lambda m: recipes.ipq.recipe(m, steps=STEPS, start=2, p=0.1),
+    "ipq layers": lambda m: recipes.ipq.recipe(m, steps=STEPS, stages="layers"),
+    "oscillations": lambda m: recipes.oscillations.recipe(m, 3, steps=STEPS),
+    "oscillations dampened": lambda m: recipes.oscillations.recipe(m, 4, "dampen", steps=STEPS),
+    "quant_noise": recipes.quant_noise.recipe,
+    "quant_noise int4": lambda m: recipes.quant_noise.recipe(m, "int4"),
+    "quantized_distillation": recipes.quantized_distillation.recipe,
 }

@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # wherever it is run from
 
-from dither.recipes import diffq, ipq, quant_noise
-from dither.train import Run
+from dither.recipes import Recipe, diffq, ipq, quant_noise
 from examples.full_scale.training import (
     Job,
     Order,
@@ -150,34 +149,17 @@ def arguments() -> argparse.Namespace:
     return made.parse_args()
 
 
-def attach(
-    model: nn.Module, options: argparse.Namespace, steps: int, optimizer: torch.optim.Optimizer
-) -> Run:
-    """By the method that was asked for."""
+def recipe_of(model: nn.Module, options: argparse.Namespace, steps: int) -> Recipe:
+    """The method that was asked for."""
     if options.method == "quant-noise":
-        return quant_noise.attach(
-            model, options.scheme, p=options.p, optimizer=optimizer, steps=steps, noise=options.seed
-        )
+        return quant_noise.recipe(model, options.scheme, p=options.p)
     if options.method == "ipq":
         share = quant_noise.SHARES["vision"] if options.p is None else options.p
-        return ipq.attach(
-            model,
-            steps=steps,
-            start=steps // 2,
-            p=share,
-            stages="transformer" if options.model == "deit" else "layers",
-            optimizer=optimizer,
-        )
+        stages = "transformer" if options.model == "deit" else "layers"
+        return ipq.recipe(model, steps=steps, start=steps // 2, p=share, stages=stages)
     preset = "deit" if options.model == "deit" else "default"
-    return diffq.attach(
-        model,
-        preset,
-        penalty=options.penalty,
-        optimizer=optimizer,
-        steps=steps,
-        noise=options.seed,
-        **({"min_size": 0.0, "lr": 0.05} if options.tiny else {}),
-    )
+    settings = {"min_size": 0.0, "lr": 0.05} if options.tiny else {}
+    return diffq.recipe(model, preset, penalty=options.penalty, **settings)
 
 
 def main() -> None:
@@ -194,7 +176,8 @@ def main() -> None:
     rate = 3e-3 if options.tiny else options.rate
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4)
     rates = warm_cosine(optimizer, max(1, steps // 20), steps)
-    run = attach(model, options, steps, optimizer)
+    recipe = recipe_of(model, options, steps)
+    run = recipe.attach(model, optimizer=optimizer, steps=steps, noise=options.seed)
     if train(Job(run, optimizer, rates, loss_of, steps), data, order, world, options):
         statistics = DataLoader(data, batch_size=16 if options.tiny else 64, shuffle=True)
         empty = network(options.model, tiny=options.tiny)

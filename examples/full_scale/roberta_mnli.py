@@ -151,8 +151,9 @@ def main() -> None:
         model.parameters(), 3e-3 if options.tiny else options.rate, weight_decay=0.1
     )
     rates = warm_cosine(optimizer, max(1, steps // 16), steps)
-    world.say(f"{ipq.size_mib(model, ipq.plan(model)):.2f} MiB as the paper counts")
-    run = ipq.attach(model, steps=steps, start=start, p=options.p, optimizer=optimizer)
+    recipe = ipq.recipe(model, steps=steps, start=start, p=options.p)
+    world.say(f"{ipq.size_mib(model, recipe.plan):.2f} MiB as the paper counts")
+    run = recipe.attach(model, optimizer=optimizer)
 
     if train(Job(run, optimizer, rates, loss_of, steps), data, order, world, options):
         empty = network(tiny=options.tiny)

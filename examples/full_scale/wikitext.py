@@ -151,17 +151,11 @@ def attach(
     """By the method that was asked for."""
     if options.method == "diffq":
         settings = {"min_size": 0.0, "lr": 0.05} if options.tiny else {}
-        return diffq.attach(
-            model,
-            "wikitext",
-            penalty=options.penalty,
-            optimizer=optimizer,
-            steps=steps,
-            noise=options.seed,
-            **settings,
-        )
+        recipe = diffq.recipe(model, "wikitext", penalty=options.penalty, **settings)
+        return recipe.attach(model, optimizer=optimizer, steps=steps, noise=options.seed)
     start = max(0, steps - min(options.placing, steps // 2))
-    return ipq.attach(model, steps=steps, start=start, p=options.p, optimizer=optimizer)
+    recipe = ipq.recipe(model, steps=steps, start=start, p=options.p)
+    return recipe.attach(model, optimizer=optimizer)
 
 
 def optimizer_of(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:

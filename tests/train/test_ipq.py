@@ -209,7 +209,7 @@ def states(run: Run) -> dict[str, bool]:
 
 def test_feed_forward_then_embeddings_then_attention() -> None:
     run, _ = begin(IterativePQ(10))
-    groups = IterativePQ(10).groups(run)
+    groups = IterativePQ(10).groups(list(run.surrogates))
     assert [len(group) for group in groups] == [2, 1, 2]
     assert all(".output." in name for name in groups[0])
     assert groups[1] == ["word_embeddings.weight"]
@@ -247,8 +247,9 @@ def test_stages_are_placed_at_their_steps_and_the_rest_goes_on() -> None:
 
 def test_stages_by_layer_by_globs_and_what_is_left() -> None:
     run, _ = begin(IterativePQ(1, "layers"))
-    assert [len(group) for group in IterativePQ(1, "layers").groups(run)] == [1] * 5
-    groups = IterativePQ(1, ["layer.1.*", ["layer.0.a*", "word*"]]).groups(run)
+    names = list(run.surrogates)
+    assert [len(group) for group in IterativePQ(1, "layers").groups(names)] == [1] * 5
+    groups = IterativePQ(1, ["layer.1.*", ["layer.0.a*", "word*"]]).groups(names)
     assert [len(group) for group in groups] == [2, 2, 1]
     assert groups[2] == ["layer.0.output.weight"]
 

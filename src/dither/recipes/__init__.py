@@ -1,11 +1,11 @@
 """Published systems, each a short composition of dither's parts with its paper's settings.
 
-Every module has ``plan``, which says what is done to which weight, and ``attach``, which adds the
-paper's penalties and schedules::
+Every module has ``recipe``, which says what is done to which weight, with the paper's penalties and
+schedules; a :class:`Recipe` is data until it is attached::
 
     from dither.recipes import diffq
 
-    run = diffq.attach(model, penalty=5.0, optimizer=optimizer)
+    run = diffq.recipe(model, penalty=5.0).attach(model, optimizer=optimizer)
 
 What a recipe leaves out (learning rates, epochs, data) its paper's tables and ``examples/`` tell.
 Each file is meant to be read, copied and changed.
@@ -20,8 +20,10 @@ from dither.recipes import (
     quant_noise,
     quantized_distillation,
 )
+from dither.recipes.recipe import Recipe
 
 __all__ = [
+    "Recipe",
     "bayesian_bits",
     "differentiable_quantization",
     "diffq",

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dither.recipes.model_layers import Layer, layers, plan_of
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.bayesian_bits import BayesianBits, GatedBits, GatePenalty, is_open
-from dither.train.plan import Plan
 from dither.train.run import Run
 
 PENALTIES = {"mnist": 0.1, "cifar": 0.01, "imagenet": 0.03}
@@ -26,34 +24,16 @@ PENALTIES = {"mnist": 0.1, "cifar": 0.01, "imagenet": 0.03}
 _DECIDED = 20.0
 
 
-def plan(model: nn.Module, *, prune: bool = True, max_bits: int = 16, lr: float = 1e-3) -> Plan:
-    """Gates for all matrices and kernels; embeddings are not pruned.
-
-    Args:
-        model: any module.
-        prune: whether output channels have gates.
-        max_bits: 8 on MNIST.
-        lr: learning rate of gates and ranges, for Adam.
-    """
-
-    def choose(layer: Layer) -> BayesianBits:
-        return BayesianBits(max_bits, prune=prune and not layer.is_embedding, lr=lr)
-
-    return plan_of(model, choose)
-
-
-def attach(
+def recipe(
     model: nn.Module,
     *,
     penalty: float = 0.01,
     inputs: Tensor | None = None,
     prune: bool = True,
+    max_bits: int = 16,
     lr: float = 1e-3,
-    optimizer: Optimizer | None = None,
-    steps: int | None = None,
-    noise: int = 0,
-) -> Run:
-    """Attach :func:`plan`; add ``run.penalty()`` to the loss.
+) -> Recipe:
+    """Gates for all matrices and kernels; embeddings are not pruned.
 
     The paper ends with a quarter of its epochs at fixed gates: call :func:`fix_gates` then.
 
@@ -63,20 +43,15 @@ def attach(
         inputs: an example of what the model takes, to count multiplications; without, all tensors
             count alike.
         prune: whether output channels have gates.
+        max_bits: 8 on MNIST.
         lr: learning rate of gates and ranges, for Adam.
-        optimizer: of the weights; gates and ranges join it.
-        steps: in all, if known.
-        noise: a seed.
     """
     macs = {} if inputs is None else multiplications(model, inputs)
-    return attach_plan(
-        model,
-        plan(model, prune=prune, lr=lr),
-        steps=steps,
-        optimizer=optimizer,
-        penalties=[GatePenalty(penalty, macs)],
-        noise=noise,
-    )
+
+    def choose(layer: Layer) -> BayesianBits:
+        return BayesianBits(max_bits, prune=prune and not layer.is_embedding, lr=lr)
+
+    return Recipe(plan_of(model, choose), (GatePenalty(penalty, macs),))
 
 
 def multiplications(model: nn.Module, inputs: Tensor) -> dict[str, float]:
@@ -123,7 +98,7 @@ def bit_operations(run: Run, macs: Mapping[str, float], activations: int = 32) -
     """Share of the bit operations of 32-bit weights and activations, as the file would have it.
 
     Args:
-        run: attached by :func:`attach`.
+        run: of a :func:`recipe`.
         macs: of :func:`multiplications`.
         activations: bits of the activations.
     """

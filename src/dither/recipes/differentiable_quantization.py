@@ -11,27 +11,27 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import SGD
 
 from dither.core import SpecError
 from dither.recipes.model_layers import layers, plan_of
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
-from dither.train.plan import Plan
-from dither.train.run import Run
 
 BATCHES = 5
 """Mini-batches whose gradients are averaged."""
 
 
-def plan(
+def recipe(
     model: nn.Module,
     points: int | Mapping[str, int] = 16,
     *,
     bucket: int = 256,
     lr: float = 1e-3,
-) -> Plan:
-    """Points at quantiles of each tensor's scaled weights.
+) -> Recipe:
+    """Points at quantiles of each tensor's scaled weights; all parameters are frozen.
+
+    What is distilled, if anything, is the model's own answers in float32: make a
+    :class:`~dither.train.Teacher` before attaching.
 
     Args:
         model: any module.
@@ -51,29 +51,8 @@ def plan(
     def choose(name: str) -> int:
         return points if isinstance(points, int) else points[name]
 
-    return plan_of(model, lambda layer: LearnedCodebook(choose(layer.name), bucket, lr=lr))
-
-
-def attach(
-    model: nn.Module,
-    points: int | Mapping[str, int] = 16,
-    *,
-    bucket: int = 256,
-    lr: float = 1e-3,
-    steps: int | None = None,
-) -> Run:
-    """Attach :func:`plan`, freeze all parameters, and let the run train the points with Adam.
-
-    What is distilled, if anything, is the model's own answers in float32: make a
-    :class:`~dither.train.Teacher` before.
-    """
-    run = attach_plan(model, plan(model, points, bucket=bucket, lr=lr), steps=steps)
-    learned = {id(parameter) for parameter in run.extras.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in learned:
-            parameter.requires_grad = False
-    run.join(SGD(run.extras.parameters(), lr=0.0))  # no Adam, so the run trains the points
-    return run
+    rules = plan_of(model, lambda layer: LearnedCodebook(choose(layer.name), bucket, lr=lr))
+    return Recipe(rules, trains_weights=False)
 
 
 def share_points(

@@ -12,14 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dither.core import SpecError
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize
 from dither.train.plan import Plan, literal
-from dither.train.run import Run
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -37,12 +35,18 @@ PENALTIES = {"cifar": 5.0, "resnet20": 10.0, "vit": 5.0, "deit": 0.1, "wikitext"
 """Lambda for the size in MiB; wikitext also 1, deit also 0.01."""
 
 
-def plan(model: nn.Module, preset: str = "default", **settings: Any) -> Plan:
+def recipe(
+    model: nn.Module, preset: str = "default", *, penalty: float | None = None, **settings: Any
+) -> Recipe:
     """DiffQ for every floating-point parameter above ``min_size`` MiB (ResNet-20: no biases).
+
+    The logits have an Adam of their own learning rate without weight decay, as in the paper: where
+    the optimizer of the weights is no Adam, the run trains them itself.
 
     Args:
         model: any module.
         preset: of :data:`PRESETS`.
+        penalty: lambda, the loss for a MiB; by default the preset's, or 5.
         settings: of :class:`~dither.train.DiffQ`, instead of the preset's.
 
     Raises:
@@ -56,39 +60,5 @@ def plan(model: nn.Module, preset: str = "default", **settings: Any) -> Plan:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.is_floating_point() and not (preset == "resnet20" and name.endswith("bias"))
     ]
-    return Plan({literal(name): spec for name in names})
-
-
-def attach(
-    model: nn.Module,
-    preset: str = "default",
-    *,
-    penalty: float | None = None,
-    optimizer: Optimizer | None = None,
-    steps: int | None = None,
-    noise: int = 0,
-    **settings: Any,
-) -> Run:
-    """Attach :func:`plan`; add ``run.penalty()`` to the loss.
-
-    The logits have an Adam of their own learning rate without weight decay, as in the paper: where
-    ``optimizer`` is no Adam, the run trains them itself.
-
-    Args:
-        model: any module.
-        preset: of :data:`PRESETS`.
-        penalty: lambda, the loss for a MiB; by default the preset's, or 5.
-        optimizer: of the weights.
-        steps: in all, if known.
-        noise: a seed.
-        settings: of :class:`~dither.train.DiffQ`, instead of the preset's.
-    """
     factor = PENALTIES.get(preset, 5.0) if penalty is None else penalty
-    return attach_plan(
-        model,
-        plan(model, preset, **settings),
-        steps=steps,
-        optimizer=optimizer,
-        penalties=[DiffQSize(factor)],
-        noise=noise,
-    )
+    return Recipe(Plan({literal(name): spec for name in names}), (DiffQSize(factor),))

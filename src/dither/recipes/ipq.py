@@ -13,17 +13,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dither.core import SpecError
 from dither.formats import Product
 from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.recipes.quant_noise import block, product
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
-from dither.train.run import Run
 
 STEPS = {"language model": 13_500, "roberta": 3 * 2_036}
 """Optimizer steps of the whole stage in Fan, Stock et al., shared equally by the three groups."""
@@ -62,7 +60,7 @@ def plan(
     return plan_of(model, choose)
 
 
-def attach(
+def recipe(
     model: nn.Module,
     *,
     steps: int,
@@ -71,9 +69,9 @@ def attach(
     stages: str | Sequence[str | Sequence[str]] = "transformer",
     blocks: str | None = None,
     loader: Iterable[Any] | None = None,
-    optimizer: Optimizer | None = None,
-) -> Run:
-    """Attach :func:`plan` and place group after group.
+    lr: float = 1e-3,
+) -> Recipe:
+    """The :func:`plan`, and what places group after group.
 
     Fan, Stock et al. make a new optimizer for each group; Adam's averages of centroids begin when
     these are placed, which serves the same end.
@@ -88,7 +86,7 @@ def attach(
         blocks: see :func:`plan`; by default ``"small"`` for stages by layers, and else
             ``"quant-noise"``.
         loader: batches for the error of the outputs; without, that of the weights is minimised.
-        optimizer: of the weights; centroids join it.
+        lr: learning rate of the centroids, for Adam.
 
     Raises:
         SpecError: no step is left after ``start``.
@@ -96,14 +94,11 @@ def attach(
     if not 0 <= start < steps:
         raise SpecError(f"start={start} leaves no step of {steps} for placing layers")
     usual = "small" if stages == "layers" else "quant-noise"
-    run = attach_plan(model, plan(model, p=p, blocks=blocks or usual), steps=steps)
-    groups = len(IterativePQ(1, stages).groups(run))
+    rules = plan(model, p=p, blocks=blocks or usual, lr=lr)
+    placed = [name for name, spec in rules.resolve(model).items() if isinstance(spec, ProductCodes)]
+    groups = len(IterativePQ(1, stages).groups(placed))
     schedule = IterativePQ(max(1, (steps - start) // groups), stages, start, loader)
-    run.schedules.append(schedule)
-    schedule(run, 0)
-    if optimizer is not None:
-        run.join(optimizer)
-    return run
+    return Recipe(rules, schedules=(schedule,), steps=steps)
 
 
 def size_mib(model: nn.Module, rules: Plan) -> float:

@@ -7,18 +7,15 @@ LSQ 69.5 %, dampened 70.5 %, frozen 70.6 %; W3A3: 65.3, 67.8 and 67.6 %.
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dither.core import SpecError
 from dither.encoders import Ranges
 from dither.formats import Affine
 from dither.recipes.model_layers import Layer, layers, plan_of
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.lsq import LSQ
 from dither.train.oscillations import CountOscillations, Dampening, FreezeOscillations
-from dither.train.plan import Plan
 from dither.train.ramp import Ramp
-from dither.train.run import Run
 
 REMEDIES = ("freeze", "dampen", "none")
 
@@ -31,15 +28,35 @@ WEIGHT_DECAY = {3: 2.5e-5, 4: 5e-5}
 _END_BITS = 8
 
 
-def plan(model: nn.Module, bits: int = 4, *, lr: float = 1e-3) -> Plan:
+def recipe(
+    model: nn.Module,
+    bits: int = 4,
+    remedy: str = "freeze",
+    *,
+    steps: int,
+    momentum: float = 0.01,
+    lr: float = 1e-3,
+) -> Recipe:
     """Learned steps per tensor from the least squared error; first and last layer at 8 bits.
+
+    Oscillations are counted in any case. Give ``run.finish`` 50 training batches: batch norm's
+    statistics are then re-estimated, as the paper does before evaluation.
 
     Args:
         model: any module.
-        bits: of the other layers.
+        bits: of the other layers, 3 or 4 in the paper.
+        remedy: ``"freeze"``: the threshold falls from 0.1 to 0.011 (3 bits) or 0.01 from a quarter
+            of training on; ``"dampen"``: the penalty's factor rises to 0.1; ``"none"``.
+        steps: optimizer steps in all.
+        momentum: of the counts.
         lr: learning rate of the logarithms of the steps, for Adam (the paper: 1e-5, of the steps
             themselves).
+
+    Raises:
+        SpecError: an unknown remedy.
     """
+    if remedy not in REMEDIES:
+        raise SpecError(f"remedies are {', '.join(REMEDIES)}, not {remedy!r}")
     ends = {layers(model)[0].name, layers(model)[-1].name}
 
     def choose(layer: Layer) -> LSQ:
@@ -48,47 +65,11 @@ def plan(model: nn.Module, bits: int = 4, *, lr: float = 1e-3) -> Plan:
         step = float(Ranges(Affine(width)).params(weight)["scale"]) if bool(weight.any()) else None
         return LSQ(width, step=step, lr=lr)
 
-    return plan_of(model, choose)
-
-
-def attach(
-    model: nn.Module,
-    bits: int = 4,
-    remedy: str = "freeze",
-    *,
-    optimizer: Optimizer | None = None,
-    steps: int,
-    momentum: float = 0.01,
-    lr: float = 1e-3,
-) -> Run:
-    """Attach :func:`plan` with a remedy; oscillations are counted in any case.
-
-    Add ``run.penalty()`` to the loss, and give ``run.finish`` 50 training batches: batch norm's
-    statistics are then re-estimated, as the paper does before evaluation.
-
-    Args:
-        model: any module.
-        bits: 3 or 4 in the paper.
-        remedy: ``"freeze"``: the threshold falls from 0.1 to 0.011 (3 bits) or 0.01 from a quarter
-            of training on; ``"dampen"``: the penalty's factor rises to 0.1; ``"none"``.
-        optimizer: of the weights; steps join it.
-        steps: in all.
-        momentum: of the counts.
-        lr: see :func:`plan`.
-
-    Raises:
-        SpecError: an unknown remedy.
-    """
-    if remedy not in REMEDIES:
-        raise SpecError(f"remedies are {', '.join(REMEDIES)}, not {remedy!r}")
-    end = THRESHOLDS.get(bits, 0.01)
-    threshold = Ramp(0.1, end, begin=0.25, shape="cosine")
+    threshold = Ramp(0.1, THRESHOLDS.get(bits, 0.01), begin=0.25, shape="cosine")
     freeze = FreezeOscillations(threshold, momentum, max_bits=bits)
-    return attach_plan(
-        model,
-        plan(model, bits, lr=lr),
-        steps=steps,
-        optimizer=optimizer,
-        penalties=[Dampening()] if remedy == "dampen" else [],
-        schedules=[freeze if remedy == "freeze" else CountOscillations(momentum)],
+    return Recipe(
+        plan_of(model, choose),
+        (Dampening(),) if remedy == "dampen" else (),
+        (freeze if remedy == "freeze" else CountOscillations(momentum),),
+        steps,
     )

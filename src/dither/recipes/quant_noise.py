@@ -8,16 +8,13 @@ noise; product quantization in 38 MiB 25.2 without, 20.7 with.
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dither.core import Format, SpecError
 from dither.formats import Affine, Product
 from dither.recipes.model_layers import Layer, plan_of
-from dither.train.attach import attach as attach_plan
-from dither.train.plan import Plan
+from dither.recipes.recipe import Recipe
 from dither.train.quant_noise import QuantNoise
 from dither.train.ramp import Ramp
-from dither.train.run import Run
 
 SCHEMES = ("pq", "int8", "int4")
 RANGES = ("tensor", "channel", "histogram")
@@ -26,15 +23,17 @@ SHARES = {"language model": 0.05, "roberta": 0.2, "vision": 0.1, "int8": 0.5, "i
 """The paper's share of noised blocks by task, for product quantization, and for integers."""
 
 
-def plan(
+def recipe(
     model: nn.Module,
     scheme: str = "pq",
     *,
     p: float | Ramp | None = None,
     ranges: str = "channel",
     kind: str = "proxy",
-) -> Plan:
+) -> Recipe:
     """All matrices and kernels; biases and norms stay as they are, as in the paper.
+
+    Evaluation and file have everything quantized.
 
     Args:
         model: any module.
@@ -61,27 +60,7 @@ def plan(
         fmt = product(layer)
         return None if fmt is None else QuantNoise(fmt, share, kind=kind)
 
-    return plan_of(model, choose)
-
-
-def attach(
-    model: nn.Module,
-    scheme: str = "pq",
-    *,
-    p: float | Ramp | None = None,
-    ranges: str = "channel",
-    optimizer: Optimizer | None = None,
-    steps: int | None = None,
-    noise: int = 0,
-) -> Run:
-    """Attach :func:`plan`; evaluation and file have everything quantized."""
-    return attach_plan(
-        model,
-        plan(model, scheme, p=p, ranges=ranges),
-        optimizer=optimizer,
-        steps=steps,
-        noise=noise,
-    )
+    return Recipe(plan_of(model, choose))
 
 
 def block(layer: Layer) -> int:

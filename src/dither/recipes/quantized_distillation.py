@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dither.core import SpecError
 from dither.recipes.model_layers import layers, plan_of
-from dither.train.attach import attach as attach_plan
+from dither.recipes.recipe import Recipe
 from dither.train.distill import soft_targets
 from dither.train.learned_codebook import LearnedCodebook
-from dither.train.plan import Plan
-from dither.train.run import Run
 
 TEMPERATURE = 2.0
 """For images."""
@@ -26,8 +23,10 @@ MIX = 0.7
 """Share of the teacher in the loss."""
 
 
-def plan(model: nn.Module, bits: int = 4, *, bucket: int = 256, ends: bool = True) -> Plan:
+def recipe(model: nn.Module, bits: int = 4, *, bucket: int = 256, ends: bool = True) -> Recipe:
     """Uniform grids of ``2**bits`` values from the least to the greatest weight of a bucket.
+
+    Train with :func:`loss`.
 
     Args:
         model: the student.
@@ -49,21 +48,7 @@ def plan(model: nn.Module, bits: int = 4, *, bucket: int = 256, ends: bool = Tru
         train_weights=True,
         dtype=torch.float32,
     )
-    return plan_of(model, lambda layer: None if layer.name in kept else spec)
-
-
-def attach(
-    model: nn.Module,
-    bits: int = 4,
-    *,
-    bucket: int = 256,
-    ends: bool = True,
-    optimizer: Optimizer | None = None,
-    steps: int | None = None,
-) -> Run:
-    """Attach :func:`plan` to the student; train with :func:`loss`."""
-    rules = plan(model, bits, bucket=bucket, ends=ends)
-    return attach_plan(model, rules, optimizer=optimizer, steps=steps)
+    return Recipe(plan_of(model, lambda layer: None if layer.name in kept else spec))
 
 
 def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:

@@ -264,19 +264,22 @@ class IterativePQ:
         """Place what is due after ``step`` steps."""
         if step < self.start:
             return
-        for group in self.groups(run)[: 1 + (step - self.start) // self.every]:
+        names = [n for n, s in run.surrogates.items() if isinstance(s, LearnedCentroids)]
+        for group in self.groups(names)[: 1 + (step - self.start) // self.every]:
             due = {n: s for n in group if not (s := _surrogate(run, n)).is_placed}
             metrics = self._metrics(run, due) if due and self.loader is not None else {}
             for name, surrogate in due.items():
                 surrogate.place(run.parameter(name), metrics.get(name))
 
-    def groups(self, run: Attached) -> list[list[str]]:
+    def groups(self, names: Sequence[str]) -> list[list[str]]:
         """Names of weights, stage by stage.
 
+        Args:
+            names: of all weights with ProductCodes.
+
         Raises:
-            SpecError: the run has no weight with ProductCodes.
+            SpecError: there is none.
         """
-        names = [n for n, s in run.surrogates.items() if isinstance(s, LearnedCentroids)]
         if not names:
             raise SpecError(
                 "IterativePQ places weights with ProductCodes, and the plan has none; give for "
