@@ -26,7 +26,7 @@ from benchmarks.peers.diffq_peer import BATCH, rate_at
 from benchmarks.tasks import resnet20_cifar10
 from benchmarks.training import keep, report, take_up
 from dither.train import DiffQ, Plan
-from dither.train.defaults import default_plan
+from dither.train.default_plan import default_plan
 
 _SAVE_EVERY = 100
 _SETTINGS = ("penalty", "seed", "epochs", "group", "rate", "bits_rate")

@@ -7,7 +7,7 @@ from dither.train.controller import Budget
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
-from dither.train.finish import reestimate as reestimate_batch_norm
+from dither.train.finish import reestimate_batch_norm
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
 from dither.train.lsq import LSQ

@@ -15,7 +15,7 @@ from dither.core import SpecError
 from dither.model import collect
 from dither.search import Sensitivity, Weighted, compress, parse_size
 from dither.train.controller import Budget, Controller
-from dither.train.defaults import default_plan
+from dither.train.default_plan import default_plan
 from dither.train.method import begin
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty

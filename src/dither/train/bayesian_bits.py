@@ -18,7 +18,7 @@ from dither.train.attached import Attached
 from dither.train.method import AfterTraining, Method
 from dither.train.ramp import Ramp, value_at
 from dither.train.surrogate import Surrogate
-from dither.train.widths import BINS, cells_of, sums, tables
+from dither.train.width_costs import BINS, cells_of, sums, tables
 
 _REFRESH = 10
 """Steps after which the estimate of coded bits is made anew."""

@@ -16,7 +16,7 @@ from dither.formats import Affine, Mixed, Raw
 from dither.formats.settings import check_choice, check_count
 from dither.train.method import AfterTraining, Method
 from dither.train.surrogate import Surrogate, plain
-from dither.train.widths import WidthCosts, sums
+from dither.train.width_costs import WidthCosts, sums
 
 NOISES = ("gaussian", "uniform")
 PARAMS = ("bits", "noise")
@@ -173,7 +173,7 @@ class LearnedBits(Surrogate):
         return Mixed(MAX_ALPHABET).assign(weight, {"bits": widths.expand(count)})
 
     def soft_bits(self, weight: Tensor) -> Tensor:
-        """Estimate of the entropy-coded bits: see :class:`~dither.train.widths.WidthCosts`."""
+        """Estimate of the entropy-coded bits: see :class:`~dither.train.width_costs.WidthCosts`."""
         weight = weight.float()
         bits = self.bits()
         if self._costs is None:

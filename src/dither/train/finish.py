@@ -92,7 +92,7 @@ def _bisect(measure: Callable[[float], int], budget: int, low: float, high: floa
     return measure(best)
 
 
-def reestimate(model: nn.Module, data: Iterable[Any]) -> None:
+def reestimate_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
     """Batch norm's statistics, anew, with the weights as they are evaluated (Nagel et al. 2022).
 
     Everything else is in evaluation mode; modes and momenta are restored.

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from dither.core import Encoded, SpecError, Stats
 from dither.formats import Affine
+from dither.train.code_lengths import CodeLengths, GivenSlopes
 from dither.train.method import Method
 from dither.train.oscillations import Watch, hold
-from dither.train.rate import CodeLengths, Linear
 from dither.train.surrogate import Surrogate
 
 
@@ -178,7 +178,7 @@ class LearnedStep(Surrogate):
         if self._read is not None and bool(self._read.any()):
             slopes = slopes * self._read.unsqueeze(1)
             to_log = to_log * (self._gather(self._read.to(to_log.dtype)) > 0)
-        value: Tensor = Linear.apply(  # type: ignore[no-untyped-call]
+        value: Tensor = GivenSlopes.apply(  # type: ignore[no-untyped-call]
             weight, self.log_step, bits, (slopes, to_log)
         )
         return value

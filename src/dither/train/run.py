@@ -21,7 +21,7 @@ from dither.model import is_weight
 from dither.rewrite import absorbed, norms
 from dither.search.size import SLACK_NBYTES
 from dither.train.controller import Controller, looks_at, measures_at
-from dither.train.finish import first_changed, reestimate, trim_to
+from dither.train.finish import first_changed, reestimate_batch_norm, trim_to
 from dither.train.learned_extras import Extras
 from dither.train.method import AfterTraining, begin
 from dither.train.noise import Noise
@@ -353,7 +353,7 @@ class Run:
         for name, fixed in trained.items():
             self.surrogates[name].commit(self.parameter(name), fixed)
         if data:
-            reestimate(self.model, data)
+            reestimate_batch_norm(self.model, data)
         state, encoded = self.model.state_dict(), dict(trained)
         for name, value in self._values().items():
             if name in trained:

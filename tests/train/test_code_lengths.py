@@ -7,7 +7,7 @@ import torch
 
 from dither import LSQ
 from dither.archive import code
-from dither.train.rate import CodeLengths
+from dither.train.code_lengths import CodeLengths
 
 
 def laplace(*shape: int, seed: int = 0) -> torch.Tensor:

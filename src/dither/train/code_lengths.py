@@ -82,7 +82,7 @@ class CodeLengths:
         return flat.diff(append=flat[-1:]).index_select(0, index).reshape(positions.shape)
 
 
-class Linear(torch.autograd.Function):
+class GivenSlopes(torch.autograd.Function):
     """A number with given gradients: a function as it was where it was last looked at."""
 
     @staticmethod
