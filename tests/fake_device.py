@@ -8,9 +8,10 @@ torch asks kernels that a CPU has not got.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self, cast
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -34,7 +35,13 @@ class PretendTensor(torch.Tensor):
     def __new__(cls: type[Self], held: Tensor) -> Self:
         where, strides, start = torch.device(NAME, 0), held.stride(), held.storage_offset()
         made: Self = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides, start, dtype=held.dtype, device=where
+            cls,
+            held.shape,
+            strides,
+            start,
+            dtype=held.dtype,
+            device=where,
+            dispatch_sizes_strides_policy="sizes",
         )
         made.held = held
         return made
@@ -58,9 +65,6 @@ class PretendTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
-    def new_tensor(self, *args: object, **kwargs: object) -> Tensor:
-        return PretendTensor(self.held.new_tensor(*args, **kwargs))  # type: ignore[arg-type]
-
     def __repr__(self) -> str:  # type: ignore[override]
         return f"elsewhere {self.held!r}"
 
@@ -81,7 +85,22 @@ def _made(held: Tensor, is_parameter: bool, requires_grad: bool) -> Tensor:
 
 
 class PretendGenerator(torch._C.Generator):
-    """Random numbers of the pretend device: the CPU's, but only its own tensors take them."""
+    """In place of ``torch.Generator``, one that may say that it is of the pretend device.
+
+    Its numbers are the CPU's, but only the device's own tensors take them.
+    """
+
+    def __new__(cls, device: torch.device | str = "cpu") -> Self:
+        made: Self = super().__new__(cls, "cpu")  # type: ignore[call-arg]
+        if torch.device(device).type == NAME:
+            AWAY[cast(Any, made)._cdata] = (
+                made  # operations are handed another object of the same address
+            )
+        return made
+
+
+AWAY: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()
+"""Generators of the pretend device by their address."""
 
 
 def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
@@ -96,7 +115,10 @@ def _run(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
         is_away = NAME in str(kwargs["device"])
         kwargs["device"] = torch.device("cpu")
     generator = kwargs.get("generator")
-    if generator is not None and isinstance(generator, PretendGenerator) != is_away:
+    if (
+        isinstance(generator, torch._C.Generator)
+        and (cast(Any, generator)._cdata in AWAY) != is_away
+    ):
         raise RuntimeError(f"Expected a generator of the device of the tensor (in {op})")
     kwargs.pop("pin_memory", None)
     args, kwargs = tree_map_only(PretendTensor, lambda tensor: tensor.held, (args, kwargs))
@@ -144,30 +166,19 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 
 @cache
-def _register() -> torch.library.Library:
+def _register() -> object:
     """Once in a process: torch has room for one such device and does not give it back."""
     _setup_privateuseone_for_python_backend(NAME, MODULE, _Hooks())
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(_run, "PrivateUse1")  # factories: no argument of theirs is ours
-    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    return library
+    every, one = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(_run, "PrivateUse1")  # factories: no argument of theirs is ours
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    copy = torch.ops.aten.copy_.default  # torch.tensor calls it past __torch_dispatch__
+    one.impl("copy_", partial(_run, copy), "PrivateUse1")
+    return every, one
 
 
 def pretend(patch: pytest.MonkeyPatch) -> torch.device:
-    """The device, where ``torch.tensor`` and ``torch.Generator`` are taught to know it."""
+    """The device, where ``torch.Generator`` is taught to know it."""
     _register()
-    tensor, generator = torch.tensor, torch.Generator
-
-    def tensor_on(
-        data: object, *, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> Tensor:
-        made = tensor(data, dtype=dtype)
-        return made if device is None else made.to(device)
-
-    def generator_on(device: torch.device | str = "cpu") -> torch.Generator:
-        is_ours = torch.device(device).type == NAME
-        return PretendGenerator() if is_ours else generator(device)
-
-    patch.setattr(torch, "tensor", tensor_on)
-    patch.setattr(torch, "Generator", generator_on)
+    patch.setattr(torch, "Generator", PretendGenerator)
     return torch.device(NAME)

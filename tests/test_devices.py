@@ -9,8 +9,10 @@ from torch import Tensor
 from dither import encoders
 from dither.core import Encoder, Format, SpecError, Stats
 from dither.formats import FORMATS, Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
-from dither.testing import awkward_weights, check_device
+from dither.testing import awkward_weights, check_device, check_surrogate
+from dither.train.method import Method
 from tests.fake_device import pretend
+from tests.train.layers import EXAMPLES
 
 DEVICES = ["pretend", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -79,7 +81,7 @@ def test_the_lists_are_complete() -> None:
     assert {type(encoder) for encoder in ENCODERS} == known
 
 
-@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
+@pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: type(encoder).__name__)
 def test_encoders_compute_on_the_cpu(encoder: Encoder, device: torch.device) -> None:
     weight = normal(12, 8)
     for stats in known_of(weight):
@@ -96,3 +98,10 @@ def test_formats_compute_where_the_weight_is(fmt: Format, device: torch.device) 
                 fmt.encode(weight.to(device))
         else:
             check_device(fmt, weight, device)
+
+
+@pytest.mark.parametrize("spec", [s for specs in EXAMPLES.values() for s in specs], ids=repr)
+def test_training_runs_on_the_device(spec: Method, device: torch.device) -> None:
+    weights = awkward_weights()
+    for name in ("odd sizes", "kernel", "constant"):
+        check_surrogate(spec, weights[name].to(device))
