@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dither.core import Described, Encoded, Encoder, Format, SpecError, Stats
+from dither.core import Described, Encoded, Encoder, Format, SpecError, Stats, on_cpu
 from dither.formats import format_from_json, format_to_json
 from dither.train.ramp import Ramp
 from dither.train.surrogate import Surrogate
@@ -103,7 +103,7 @@ class AfterTraining(Surrogate):
         return weight
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
-        return self.encoder.encode(weight, stats)
+        return self.encoder.encode(*on_cpu(weight, stats))  # no step of training: as search does
 
 
 def begin(spec: Encoder | Method, weight: Tensor) -> Surrogate:
