@@ -306,7 +306,7 @@ def check_surrogate(spec: Method, weight: Tensor) -> Encoded:
     _check_training(surrogate, parameter)
     surrogate.eval()
     encoded = surrogate.encode(parameter.detach())
-    decoded = check_encoded(encoded)
+    decoded = check_encoded(encoded).to(weight.device)
     loaded = pickle.loads(pickle.dumps(surrogate))  # noqa: S301 - our own bytes
     for kind in (surrogate, loaded):
         for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
