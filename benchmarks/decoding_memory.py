@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import describe
+from benchmarks.peak_memory import Peak, restart_for_exact_peaks
 from dither import Archive
 from dither.archive import ArchiveWriter, CodedPart, CodedTensor, code
 from dither.archive.reader import working_nbytes
@@ -186,29 +186,14 @@ def cases(n: int = SIDE, real: int = REAL) -> dict[str, Callable[[], bytes]]:
     return vast_cases(n) | real_cases(real)
 
 
-def memory(what: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) << 10
-    raise OSError(f"the system does not tell {what}")
-
-
-def forget_peak() -> None:
-    """Let ``VmHWM`` begin anew."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
 def measure(name: str, n: int, real: int) -> Measured:
     """Decode one case, after a small one of its kind."""
     Archive.from_bytes(cases(64, 128)[name]())["t"]
     data = cases(n, real)[name]()
     opened = Archive.from_bytes(data)
-    forget_peak()
-    before = memory("VmRSS")
+    peak = Peak()
     opened["t"]
-    grew = memory("VmHWM") - before
-    return Measured(len(data), grew, working_nbytes(opened.entries["t"]))
+    return Measured(len(data), peak.grew(), working_nbytes(opened.entries["t"]))
 
 
 def main() -> int:
@@ -218,10 +203,7 @@ def main() -> int:
     parser.add_argument("--real", type=int, default=REAL)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if not os.environ.get("MALLOC_MMAP_THRESHOLD_"):
-        # Else what is freed stays with the process, and hides what the next case takes.
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - itself
+    restart_for_exact_peaks()
     torch.set_num_threads(1)
     rows, worst = {}, 0
     for name in cases(64, 64):

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import struct
 import threading
 import zlib
 from pathlib import Path
@@ -13,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dither
+from benchmarks.mutations import closed
 from dither import Archive, ArchiveError, CheckpointError
 from dither.archive import ArchiveWriter, code, pack, packed_nbytes, verify, write
-from dither.archive.layout import END, HEAD, TAIL
+from dither.archive.layout import HEAD, TAIL
 from dither.core import DTYPES, Encoded
 from dither.encoders.gptq import GPTQ
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
@@ -173,19 +173,9 @@ def test_damage_is_named(change: object, error: str) -> None:
 def _edited(data: bytes, old: bytes, new: bytes) -> bytes:
     """An archive whose index says something else, its checksum made good."""
     packed = TAIL.unpack(data[-TAIL.size :])[0]
-    body, index = data[: -TAIL.size - packed], data[-TAIL.size - packed : -TAIL.size]
-    text = zlib.decompress(index)
+    text = zlib.decompress(data[-TAIL.size - packed : -TAIL.size])
     assert text.count(old) == 1
-    return closed(body, text.replace(old, new))
-
-
-def closed(payloads: bytes, index: object) -> bytes:
-    """An archive of payloads, the file's head before them, and an index or its text."""
-    text = index if isinstance(index, bytes) else json.dumps(index).encode()
-    packed = zlib.compress(text)
-    lengths = struct.pack("<II", len(packed), len(text))
-    crc = zlib.crc32(payloads[: HEAD.size] + packed + lengths)
-    return payloads + packed + lengths + struct.pack("<I", crc) + END
+    return closed(data[: -TAIL.size - packed], text.replace(old, new))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.bad_files import edit_index, edit_payload
+from benchmarks.mutations import closed, edit_index, edit_payload, unpacked
 from dither import Archive, ArchiveError
 from dither.archive import pack
 from dither.core import DTYPES, Encoded, Format, SpecError, dtype_name
@@ -197,3 +199,43 @@ def test_both_refuse_the_same(name: str, edit: Callable[[bytes, random.Random], 
             assert all(are_equal(found[tensor], expected[tensor]) for tensor in found)
     assert outcomes["refused"] > 10
     assert outcomes["read"] > 0
+
+
+def _texts(index: dict[str, Any]) -> dict[str, bytes]:
+    """Indexes that a reader must refuse, all but the first."""
+    text = json.dumps(index)
+    extra = {**index, "parts": {**index["parts"], "crc": [*index["parts"]["crc"], None]}}
+    return {
+        "as it is": text.encode(),
+        "UTF-16": text.encode("utf-16"),
+        "UTF-32": text.encode("utf-32-le"),
+        "a byte order mark": b"\xef\xbb\xbf" + text.encode(),
+        "Latin-1": text.replace("grid", "gr\xefd").encode("latin-1"),
+        "version 1.0": text.replace('"version": 1', '"version": 1.0').encode(),
+        "version true": text.replace('"version": 1', '"version": true').encode(),
+        "a checksum of nothing": json.dumps(extra).encode(),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "UTF-16",
+        "UTF-32",
+        "a byte order mark",
+        "Latin-1",
+        "version 1.0",
+        "version true",
+        "a checksum of nothing",
+    ],
+)
+def test_both_refuse_an_index_that_is_not_as_the_page_says(what: str) -> None:
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
+    payloads, index = unpacked(pack({"grid": Affine(4).encode(weight)}).to_bytes())
+    texts = _texts(index)
+    assert by_library(closed(payloads, texts["as it is"])).keys() == {"grid"}
+    data = closed(payloads, texts[what])
+    with pytest.raises(ArchiveError):
+        by_library(data)
+    with pytest.raises(ValueError, match=r"."):
+        independent.decode(data)

@@ -1,10 +1,8 @@
 """What a small file can make a reader spend: memory and time, counted before they are."""
 
-import json
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,13 @@ import torch
 
 import dither
 from benchmarks.decoding_memory import Parts, archive_of, vast
+from benchmarks.mutations import closed, unpacked
 from dither import Archive, ArchiveError
 from dither.archive import pack, verify
-from dither.archive.layout import HEAD, TAIL
+from dither.archive.layout import HEAD
 from dither.archive.reader import MULTIPLICATIONS, multiplications, working_nbytes
 from dither.coding import CodingError, decode_codes, encode_codes
 from dither.formats import Factors, Raw, Trellis
-from tests.archive.test_archive import closed
 
 ZERO: Parts = {"zero": ((2,), 1 << 24), "scale": ((1,), "float32")}
 
@@ -71,7 +69,7 @@ def test_many_tensors_that_are_vast_together_are_not_verified(tmp_path: Path) ->
     path = tmp_path / "a.dither"
     shape = (1 << 15, 1 << 15)
     one = vast(Raw(), torch.bool, shape, {"values": (shape, "bool")})
-    index = opened(one)
+    _, index = unpacked(one)
     for column in (*index["tensors"].values(), *index["parts"].values()):
         column.extend(column * 9)
     index["tensors"]["name"] = [f"t{i}" for i in range(10)]
@@ -81,15 +79,6 @@ def test_many_tensors_that_are_vast_together_are_not_verified(tmp_path: Path) ->
     with dither.open(path) as archive:
         assert len(archive) == 10
     assert time.monotonic() - begin < 5
-
-
-def opened(data: bytes) -> dict[str, dict[str, list[object]]]:
-    """The index of an archive without payloads outside of it."""
-    packed = TAIL.unpack(data[-TAIL.size :])[0]
-    index: dict[str, dict[str, list[object]]] = json.loads(
-        zlib.decompress(data[-TAIL.size - packed : -TAIL.size])
-    )
-    return index
 
 
 def test_an_index_out_of_proportion_is_refused(tmp_path: Path) -> None:
@@ -113,7 +102,7 @@ def test_an_index_that_unpacks_far_is_read_if_that_is_allowed(tmp_path: Path) ->
     metadata = {"notes": "\n" * (1 << 21)}
     with pytest.raises(ArchiveError, match=r"more than readers allow.*less metadata"):
         pack({}, metadata=metadata)
-    index = {**opened(pack({}).to_bytes()), "metadata": metadata}
+    index = {**unpacked(pack({}).to_bytes())[1], "metadata": metadata}
     data = closed(pack({}).to_bytes()[: HEAD.size], index)
     with pytest.raises(ArchiveError, match="index would unpack"):
         Archive.from_bytes(data)

@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import dither
-from dither.archive import Archive, write
+from dither.archive import Archive, pack, write
 from dither.cli import app
 from dither.core import ArchiveError
 from dither.formats import Affine, Raw
@@ -265,3 +265,41 @@ def test_exact_integers_do_not_drown_the_noise_of_weights() -> None:
     noise.add(tensors["weight"], coarse["weight"])
     assert found.sqnr == noise.decibels < 40
     assert {tensor.name: tensor.sqnr for tensor in found.tensors}["positions"] == math.inf
+
+
+@pytest.mark.parametrize("bits", ["eight", [8], None, True, 1.5, -3, 10**30, {}])
+def test_a_site_may_say_anything_of_its_bits(bits: object) -> None:
+    made = pack({"t": Raw().encode(torch.zeros(3))}, sites={"a@in": {"bits": bits}})
+    found = contents(made, "m")
+    assert found.sites == {"a@in": None}
+    assert "a@in: \u2013 bits" in Reader(page(found)).text
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), "1", None, [1], True])
+def test_a_sensitivity_may_be_anything(value: object) -> None:
+    metadata = {"sensitivity": {"t": value}, "budget": value}
+    made = pack({"t": Raw().encode(torch.zeros(3))}, metadata=metadata)
+    found = contents(made, "m")
+    assert found.tensors[0].sensitivity is None
+    Reader(page(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("unit", [1.0, 3e38, 1e-44, 1e-38])
+def test_values_may_be_as_great_or_small_as_they_can_be(dtype: torch.dtype, unit: float) -> None:
+    values = (torch.linspace(-1, 1, 500, dtype=torch.float64) * unit).to(dtype)
+    histogram = histogram_of(values, values)
+    if histogram is None:
+        assert not values.float().any()
+        return
+    assert histogram.low <= float(values.min()) < float(values.max()) <= histogram.high
+    assert sum(histogram.after) == pytest.approx(1)
+    made = pack({"t": Raw().encode(values)})
+    Reader(page(contents(made, "m", ("before", {"t": values * 0.5}))))
+
+
+def test_metadata_may_be_nested_deeply() -> None:
+    deep: list[object] = []
+    for _ in range(600):
+        deep = [deep]
+    Reader(page(contents(pack({}, metadata={"deep": deep}), "m")))

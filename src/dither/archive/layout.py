@@ -245,7 +245,8 @@ def unpack_index(file_head: bytes, packed: bytes, tail: bytes, parts_end: int) -
     if len(text) != raw or not inflater.eof or inflater.unused_data:
         raise ArchiveError(f"the archive's index is damaged: it does not unpack to {raw} bytes")
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        # Of bytes, json would take UTF-16 and UTF-32, too, and of UTF-8 a byte order mark.
+        document = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"the archive's index is damaged: {error}") from error
     return _Parser(parts_end).index(document)
@@ -301,7 +302,7 @@ class _Parser:
             if len(held) != count or len({part.name for part in held}) != count:
                 raise ArchiveError(f"tensor {name!r} lacks a part or names one twice")
             yield Entry(name, of, dtype, shape, held)
-        if next(rows, None) is not None or next(crcs, None) is not None:
+        if any(True for _ in rows) or any(True for _ in crcs):
             raise ArchiveError("the archive's index has parts that belong to no tensor")
 
     def part(

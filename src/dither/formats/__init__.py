@@ -64,7 +64,7 @@ def format_from_json(values: Mapping[str, Any]) -> Format:
             f"there is no format {name!r}; known are {', '.join(FORMATS)}. "
             "A newer release of dither may know it"
         )
-    if version != kind.version or isinstance(version, bool):
+    if type(version) is not int or version != kind.version:
         raise SpecError(
             f"format {name!r} has version {kind.version} here, not {version!r}; "
             "a newer release of dither may read it"

@@ -87,7 +87,7 @@ class Contents:
         tensors: in the order of the file.
         aliases: second names of tensors.
         metadata: the user's own JSON values, sensitivities left out.
-        sites: bits of quantized activations by site.
+        sites: bits of quantized activations by site, None where the file does not say.
         against: what to call the checkpoint, if there is one.
         sqnr: of all tensors that both have, in dB; integers are left out.
         lacking: tensors that the checkpoint lacks, or has in another shape.
@@ -99,7 +99,7 @@ class Contents:
     tensors: tuple[Stored, ...]
     aliases: Mapping[str, str]
     metadata: Mapping[str, Any]
-    sites: Mapping[str, int]
+    sites: Mapping[str, int | None]
     against: str | None
     sqnr: float | None
     lacking: tuple[str, ...]
@@ -159,7 +159,7 @@ def contents(
         tuple(found),
         archive.aliases,
         {key: value for key, value in archive.metadata.items() if key != "sensitivity"},
-        {site: int(grid.get("bits", 8)) for site, grid in archive.sites.items()},
+        {site: _bits(grid.get("bits", 8)) for site, grid in archive.sites.items()},
         None if against is None else against[0],
         total.decibels if total.count else None,
         tuple(lacking),
@@ -172,6 +172,8 @@ def histogram_of(after: Tensor, before: Tensor | None) -> Histogram | None:
     base = base[base.isfinite()]
     if not base.numel():
         return None
+    unit = float(base.abs().max()) or 1.0  # squares, and bins beyond the greatest, must be finite
+    base = base / unit
     reach = _REACH * float(base.std(correction=0))
     middle = float(base.mean())
     low = max(float(base.min()), middle - reach)
@@ -182,12 +184,13 @@ def histogram_of(after: Tensor, before: Tensor | None) -> Histogram | None:
     low, high = low - margin, high + margin
 
     def shares(values: Tensor) -> tuple[float, ...]:
-        flat = values.detach().reshape(-1).float().cpu()
+        flat = values.detach().reshape(-1).float().cpu() / unit
         counts = torch.histc(flat[flat.isfinite()], BINS, low, high)
         return tuple((counts / max(flat.numel(), 1)).tolist())
 
     outside = float(((base < low) | (base > high)).double().mean())
-    return Histogram(low, high, shares(after), None if before is None else shares(before), outside)
+    held = None if before is None else shares(before)
+    return Histogram(low * unit, high * unit, shares(after), held, outside)
 
 
 def _is_signal(entry: Entry) -> bool:
@@ -217,6 +220,15 @@ def _stored(
 
 def _number(value: object) -> float | None:
     """A finite number of a file that anyone may have made."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bits(value: object) -> int | None:
+    """A width of a file that anyone may have made."""
+    return value if type(value) is int and 0 < value <= 64 else None

@@ -325,11 +325,13 @@ def _rest(found: Contents) -> str:
         lines = "".join(f"<li>{_text(a)} = {_text(b)}</li>" for a, b in found.aliases.items())
         parts.append(_folded(f"Tied weights: {len(found.aliases):,}", f"<ul>{lines}</ul>"))
     if found.sites:
-        lines = "".join(f"<li>{_text(s)}: {bits} bits</li>" for s, bits in found.sites.items())
+        lines = "".join(
+            f"<li>{_text(site)}: {_NOTHING if bits is None else bits} bits</li>"
+            for site, bits in found.sites.items()
+        )
         parts.append(_folded(f"Quantized activations: {len(found.sites):,}", f"<ul>{lines}</ul>"))
     if found.metadata:
-        text = json.dumps(_plain(found.metadata), indent=1, ensure_ascii=False, default=str)
-        parts.append(_folded("Metadata", f"<pre>{_text(text)}</pre>"))
+        parts.append(_folded("Metadata", f"<pre>{_text(_indented(found.metadata))}</pre>"))
     return f"<h2>Also in the file</h2>{''.join(parts)}" if parts else ""
 
 
@@ -337,8 +339,11 @@ def _folded(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>{body}</details>"
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in values.items()}
+def _indented(values: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(values), indent=1, ensure_ascii=False)
+    except RecursionError:
+        return "nested too deeply to be shown"
 
 
 def _quality(value: float) -> str:
