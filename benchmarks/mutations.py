@@ -135,7 +135,7 @@ def rewrite(data: bytes, chance: random.Random) -> bytes:
     payloads, index = unpacked(data)
     text = json.dumps(index)
     depth = chance.choice([100, 5000, 200_000])
-    kinds = [
+    kinds: list[Callable[[], bytes]] = [
         lambda: text.encode("utf-16"),
         lambda: b"\xef\xbb\xbf" + text.encode(),
         lambda: text.encode() + b" " * chance.choice([1, 1 << 16]),

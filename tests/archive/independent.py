@@ -833,6 +833,7 @@ def read_index(data: bytes) -> tuple[dict[str, Any], int]:
     must(isinstance(index, dict) and required <= set(index), "fields of the index")
     must(set(index) <= required | {"aliases", "metadata", "sites", "base"}, "unknown field")
     must(isinstance(index["formats"], list), "formats")
+    must(all(isinstance(item, dict) for item in index["formats"]), "format")
     must(isinstance(index.get("aliases", {}), dict), "aliases")
     must(isinstance(index.get("metadata", {}), dict), "metadata")
     must(isinstance(index.get("sites", {}), dict), "sites")
