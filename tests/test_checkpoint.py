@@ -1,12 +1,14 @@
 """Reading checkpoints: every kind, as others write them, and hostile ones."""
 
+import argparse
 import datetime as dt
 import json
+import pickle
 import random
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -317,3 +319,154 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, suffix: str) -> None:
         except CheckpointError:
             refused += 1
     assert refused >= 90
+
+
+# --- what a file really is -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "an HTML page"),
+        (b"<html><body>404</body></html>", "an HTML page"),
+        (b"\x1f\x8b\x08" + bytes(40), "gzip"),
+        (b"BZh91AY" + bytes(40), "bzip2"),
+        (b"GGUF\x03" + bytes(40), "GGUF"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5"),
+        (b"\x8dDITHER\x1a" + bytes(40), r"dither\.load"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.npz", "a", "a.pth.tar"])
+def test_it_is_said_what_a_file_is(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=text):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "weights", "a.npz", "a.sd", "a.pkl"])
+def test_a_file_is_read_as_what_it_holds(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    torch.save({"state_dict": example(), "epoch": 3}, path)
+    assert same(read_checkpoint(path, key="state_dict"), example())
+    torch.save(example(), path, _use_new_zipfile_serialization=False)
+    assert same(read_checkpoint(path), example())
+    save_file(example(), path)
+    assert same(read_checkpoint(path), example())
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{n: v.numpy() for n, v in example().items()})
+    assert same(read_checkpoint(path), example())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["a.pkl", "a.pt"])
+def test_a_pickle_of_another_program_is_named(tmp_path: Path, name: str, protocol: int) -> None:
+    state = {name: value.numpy() for name, value in example().items()}
+    (tmp_path / name).write_bytes(pickle.dumps(state, protocol))
+    with pytest.raises(CheckpointError, match=r"a pickle that torch\.save did not write"):
+        read_checkpoint(tmp_path / name)
+
+
+class _Runs:
+    ran: list[str] = []  # noqa: RUF012 - what was run
+
+    def __init__(self, what: str) -> None:
+        self.ran.append(what)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), ("code",)
+
+
+def test_what_training_loops_save_beside_weights_is_passed_over(tmp_path: Path) -> None:
+    rows: defaultdict[str, list[float]] = defaultdict(list)
+    rows["loss"].append(0.5)
+    training = {
+        "epoch": np.int64(3),
+        "best": np.float64(0.9),
+        "metrics": np.arange(3.0),
+        "objects": np.array([{"a": 1}, None]),
+        "args": argparse.Namespace(lr=0.1, out=PosixPath("runs"), kinds=[int, str]),
+        "home": PosixPath("/home/someone"),
+        "history": rows,
+        "model": defaultdict[str, Any](dict, example()),
+    }
+    torch.save(training, tmp_path / "a.pt")
+    assert same(read_checkpoint(tmp_path / "a.pt"), example())
+    torch.save({**training, "hook": _Runs("saved")}, tmp_path / "b.pt")
+    _Runs.ran.clear()
+    with pytest.raises(CheckpointError, match=r"could run code from the file"):
+        read_checkpoint(tmp_path / "b.pt")
+    assert _Runs.ran == []
+    torch.save({"w": torch.ones(2), "lr": np.float64(0.1)}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=r"no tensors: 'lr' \(scalar\)"):
+        read_checkpoint(tmp_path / "c.pt")
+
+
+def test_names_in_errors_do_nothing_to_a_terminal(tmp_path: Path) -> None:
+    weights = {"weight_map": {"w": "a\n\x1b[2Jforged.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+# --- links and lists -----------------------------------------------------------------------------
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    state = write_shards(folder, "safetensors")
+    shard = next(folder.glob("*-00002-*"))
+    elsewhere = tmp_path / "secret.safetensors"
+    shard.rename(elsewhere)
+    shard.symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=r"is a link to .*secret.*out of its folder"):
+        read_checkpoint(folder)
+    shard.unlink()
+    elsewhere.rename(folder / "held.safetensors")
+    shard.symlink_to("held.safetensors")
+    assert same(read_checkpoint(folder), state)
+
+
+def test_the_cache_of_hugging_face_is_made_of_links(tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    state = write_shards(folder, "safetensors")
+    for i, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / f"{i}")
+        file.symlink_to(f"../../blobs/{i}")
+    assert same(read_checkpoint(folder), state)
+    assert set(read_checkpoint(blobs / "1")) < set(state)  # a blob has no suffix
+
+
+def test_an_index_is_no_shard_of_itself(tmp_path: Path) -> None:
+    name = "model.safetensors.index.json"
+    (tmp_path / name).write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match="names the index"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_folder_of_sentence_transformers_keeps_its_further_modules(tmp_path: Path) -> None:
+    modules = [{"idx": i, "path": path} for i, path in enumerate(["", "1_Pooling", "2_Dense"])]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "2_Dense").mkdir()
+    save_file(example(), tmp_path / "model.safetensors")
+    dense = {"linear.weight": torch.ones(2, 3), "linear.bias": torch.zeros(2)}
+    torch.save(dense, tmp_path / "2_Dense" / "pytorch_model.bin")
+    state = read_checkpoint(tmp_path)
+    assert same(state, {**example(), **{f"2_Dense.{name}": v for name, v in dense.items()}})
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": "../elsewhere"}, {"path": ".."}]))
+    assert same(read_checkpoint(tmp_path), example())
+    (tmp_path / "modules.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"modules\.json"):
+        read_checkpoint(tmp_path)
+
+
+def test_metadata_of_safetensors_never_becomes_a_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    notes = {"author": "w", "w.best": "w", "main": "head.weight", "head.bias": "head.weight"}
+    save_file({"w": torch.ones(2), "head.weight": torch.ones(2)}, path, notes)
+    assert set(read_checkpoint(path)) == {"w", "head.weight"}

@@ -48,6 +48,17 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 """The tensor types that an archive can hold, by the names that files use."""
 
 
+def printable(text: str) -> str:
+    r"""Text on one line that does nothing to a terminal: names come from files that anyone made.
+
+    >>> print(printable("a\nb\x1b[2J"))
+    a\nb\x1b[2J
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def some_names(names: Sequence[str], most: int = 8) -> str:
     """A list for an error's text, cut where it is long.
 
@@ -55,7 +66,7 @@ def some_names(names: Sequence[str], most: int = 8) -> str:
     'a, b and 1 more'
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more
 
 
 class DitherError(Exception):

@@ -1,0 +1,11 @@
+"""Read checkpoints as others write them: safetensors, PyTorch, Hugging Face folders, NumPy.
+
+Nothing in a file is executed: PyTorch files are read with ``weights_only=True`` and NumPy files
+without pickle. Tied weights, where a file records them, share memory in the result.
+"""
+
+from dither.checkpoint.kinds import TORCH_SUFFIXES
+from dither.checkpoint.reading import read_checkpoint
+from dither.checkpoint.safetensors_files import ALIASES_KEY
+
+__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "read_checkpoint"]
