@@ -250,7 +250,7 @@ def test_ties_survive(tmp_path: Path) -> None:
         (["--size", "9kB", "--bits", "3"], "--size or --bits, not both"),
         (["--bits", "-1"], "from 0 to 64, not -1"),
         (["--bits", "nan"], "from 0 to 64, not nan"),
-        (["--size", "9kB", "-o", "none/a.dither"], "folder 'none' of the output does not exist"),
+        (["--size", "9kB", "-o", "other.txt/a.dither"], "other.txt', which is no folder"),
         (["--size", "9kB", "-o", "."], "is a folder"),
         (["--size", "9kB", "-o", "model.safetensors"], "is the source itself"),
         (["--size", "9kB", "-o", "other.txt"], "exists and is no archive"),

@@ -4,7 +4,7 @@ A *format* fixes how numbers are rebuilt from integer codes; everything that cho
 *encoder*. Both meet in :class:`Encoded`, so packing, exact sizes, the file, its checks and loading
 are written once for each format and never once for each method.
 
-This module imports torch and nothing of ours.
+This module imports torch and, of ours, `terminal` alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from dither.terminal import printable
 
 MAX_ALPHABET = 1 << 24
 """The largest alphabet of a code part: integers up to 2**24 are exact in float32."""
@@ -46,17 +48,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """The tensor types that an archive can hold, by the names that files use."""
-
-
-def printable(text: str) -> str:
-    r"""Text on one line that does nothing to a terminal: names come from files that anyone made.
-
-    >>> print(printable("a\nb\x1b[2J"))
-    a\nb\x1b[2J
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def some_names(names: Sequence[str], most: int = 8) -> str:

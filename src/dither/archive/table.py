@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dither.archive.layout import Entry
+from dither.terminal import printable
 
 
 def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> str:
@@ -12,7 +13,7 @@ def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> 
     rows = [("tensor", "shape", "dtype", "format", "bytes", "bits/value")]
     rows += [
         (
-            entry.name,
+            printable(entry.name),
             "x".join(map(str, entry.shape)) or "scalar",
             entry.dtype,
             describe(entry),
@@ -21,7 +22,10 @@ def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> 
         )
         for entry in entries
     ]
-    rows += [(alias, "", "", f"= {name}", "", "") for alias, name in aliases.items()]
+    rows += [
+        (printable(alias), "", "", f"= {printable(name)}", "", "")
+        for alias, name in aliases.items()
+    ]
     payload = sum(entry.nbytes for entry in entries)
     original = sum(entry.decoded_nbytes for entry in entries)
     rows.append(("names, shapes, checksums", "", "", "", f"{nbytes - payload:,}", ""))

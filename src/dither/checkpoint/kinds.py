@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dither.core import CheckpointError, printable
+from dither.core import CheckpointError
+from dither.terminal import printable
 
 T = TypeVar("T")
 

@@ -11,7 +11,14 @@ import typer
 from typer.core import TyperGroup
 
 from dither import __version__
-from dither.cli.console import CHECK_FAILED, GOOD, SIGNALLED, Printer, user_errors
+from dither.cli.console import (
+    CHECK_FAILED,
+    GOOD,
+    SIGNALLED,
+    Printer,
+    prepare_streams,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from dither.cli import work
@@ -65,6 +72,7 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+    prepare_streams()
     app(prog_name="dither")
 
 

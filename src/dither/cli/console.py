@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from dither.terminal import printable
 
 _WIDE = 160
 """Columns of a table that goes into a file or a pipe."""
@@ -23,6 +28,9 @@ _PATIENCE = 1.0
 
 GOOD, CHECK_FAILED, BAD_INPUT, SIGNALLED, INTERRUPTED = 0, 1, 2, 128, 130
 """Exit statuses; of a signal, with its number added."""
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+"""What torch says of its allocators, in errors of no kind of their own."""
 
 Advance = Callable[[str, float], None]
 """Reports progress: what is being done, and the fraction from 0 to 1."""
@@ -41,7 +49,7 @@ class Printer:
             typer.echo(json.dumps(_finite(values), allow_nan=False))
 
     def text(self, line: str) -> None:
-        """Print one line for people."""
+        """Print one line for people, whatever is in it."""
         if not (self.as_json or self.quiet):
             typer.echo(printable(line))
 
@@ -67,7 +75,7 @@ class Printer:
         if self.as_json or self.quiet or not console.is_terminal:
             yield lambda _stage, _fraction: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         bar = Progress(*columns, console=console, transient=True)
         task = bar.add_task(stage, total=None)
         # From a timer, so that it also appears while a single long step reports nothing.
@@ -88,6 +96,16 @@ class Printer:
             bar.stop()
 
 
+def prepare_streams() -> None:
+    """Let every name be printed, in any encoding, and nothing where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what is the user's to mend into one message on standard error and exit status 2."""
@@ -100,7 +118,8 @@ def user_errors() -> Iterator[None]:
         message = _user_message(error)
         if message is None:
             raise
-        typer.echo(printable(f"dither: {message}"), err=True)
+        lines = f"dither: {message}".split("\n")
+        typer.echo("\n".join(map(printable, lines)), err=True)
         raise typer.Exit(BAD_INPUT) from None
 
 
@@ -111,8 +130,10 @@ def _user_message(error: Exception) -> str | None:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}"
     text = str(error)
-    if isinstance(error, MemoryError) or "not enough memory" in text:
+    if isinstance(error, MemoryError) or any(said in text for said in _NO_MEMORY):
         return f"not enough memory. {text}".strip()
+    if isinstance(error, RecursionError):
+        return f"what the file holds is nested too deeply to be shown ({text})"
     # Found, not imported: before anything of ours has run there is no error of ours to know.
     core = sys.modules.get("dither.core")
     if core is None or not isinstance(error, core.DitherError):
@@ -123,14 +144,6 @@ def _user_message(error: Exception) -> str | None:
     if "max_nbytes" in text:
         text += " (on the command line: --max-size)"
     return text
-
-
-def printable(text: str) -> str:
-    """Text that does nothing to a terminal: names come from files that anyone may have made."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def _finite(value: object) -> object:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -108,9 +110,10 @@ def check_page_output(output: Path, source: Path, against: Path | None) -> None:
 
 
 def _check_output(output: Path, source: Path) -> None:
-    if not output.parent.is_dir():
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
         raise CheckpointError(
-            f"the folder {str(output.parent)!r} of the output does not exist; create it first"
+            f"the output {str(output)!r} lies in {str(above)!r}, which is no folder; name another"
         )
     if output.is_dir():
         raise CheckpointError(f"the output {str(output)!r} is a folder; name a file")
@@ -124,6 +127,11 @@ def _check_output(output: Path, source: Path) -> None:
         )
 
 
+def make_folder(output: Path) -> None:
+    """The folder of an output, where it is new."""
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
 def _begins_as_archive(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
@@ -132,8 +140,9 @@ def _begins_as_archive(path: Path) -> bool:
 def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
     """Write a decoded archive in the kind that the suffix of ``path`` names, whole or not at all.
 
-    ``.safetensors`` is written one tensor at a time. Ties are kept as shared tensors in PyTorch
-    files and as a note in the metadata of ``.safetensors``; in ``.npz`` each name has its values.
+    ``.safetensors`` and ``.npz`` are written one tensor at a time. Ties are kept as shared tensors
+    in PyTorch files and as a note in the metadata of ``.safetensors``; in ``.npz`` each name has
+    its values.
     """
     suffix = path.suffix.lower()
     lacking = {".safetensors": set(DTYPES) - set(_SAFETENSORS_TYPES), ".npz": set(_NUMPY_LACKS)}
@@ -148,13 +157,33 @@ def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
             f"the tensors would take {archive.original_nbytes} bytes, more than "
             f"max_nbytes={archive.max_nbytes}; if you trust the file, allow more"
         )
+    _check_names(path, suffix, archive)
     with atomic_write(path) as file:
         if suffix == ".safetensors":
             _write_safetensors(file, archive, advance)
         elif suffix == ".npz":
-            np.savez(file, allow_pickle=False, **_arrays(archive, advance))
+            _write_npz(file, archive, advance)
         else:
-            torch.save(archive.state_dict(), file)
+            _write_torch(file, archive)
+
+
+def _check_names(path: Path, suffix: str, archive: Archive) -> None:
+    """Refuse names that the file could not hold, or that would name other files than its own."""
+    for name in archive:
+        steps = re.split(r"[/\\]", name)
+        if suffix == ".npz" and (not name.isprintable() or ".." in steps or "" in steps[:-1]):
+            why = "a path out of the folder, or what is no text, as the name of a member"
+        elif suffix == ".safetensors" and _has_surrogates(name):
+            why = "a name that is no Unicode text"
+        else:
+            continue
+        raise CheckpointError(
+            f"{str(path)!r}: tensor {name!r} would be {why}; write a .pt file, which takes any"
+        )
+
+
+def _has_surrogates(name: str) -> bool:
+    return any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _write_safetensors(file: BinaryIO, archive: Archive, advance: Advance) -> None:
@@ -183,9 +212,42 @@ def _write_safetensors(file: BinaryIO, archive: Archive, advance: Advance) -> No
         file.write(archive[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _arrays(archive: Archive, advance: Advance) -> dict[str, np.ndarray]:
-    arrays = {}
-    for i, name in enumerate(archive):
-        advance(f"decoding {name}", i / len(archive))
-        arrays[name] = archive[name].numpy()
-    return arrays
+def _write_npz(file: BinaryIO, archive: Archive, advance: Advance) -> None:
+    """As ``numpy.savez``, which takes no array called ``file`` and holds all of them at once."""
+    with zipfile.ZipFile(file, "w") as members:
+        for i, name in enumerate(archive):
+            advance(f"writing {name}", i / len(archive))
+            with members.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, archive[name].numpy(), allow_pickle=False)
+
+
+class _Kept:
+    """A file that keeps the first error of writing: torch raises one of its own, without a cause.
+
+    Attributes:
+        error: of the system.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes, /) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_torch(file: BinaryIO, archive: Archive) -> None:
+    state, kept = archive.state_dict(), _Kept(file)
+    try:
+        torch.save(state, cast(BinaryIO, kept))  # it takes whatever can write
+    except RuntimeError:
+        if kept.error is not None:
+            raise kept.error from None
+        raise

@@ -17,6 +17,7 @@ from dither.cli.files import (
     check_page_output,
     check_tensor_output,
     load_source,
+    make_folder,
     open_source,
     write_tensors,
 )
@@ -66,6 +67,7 @@ def compress(
                 activations=given.activations,
                 progress=advance,
             )
+        make_folder(target)
         archive.save(target)
     document = report.archive_document(archive, budget)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
@@ -93,6 +95,7 @@ def decompress(printer: Printer, file: Path, output: Path | None, max_size: str 
         Archive.open(file, _limit(max_size)) as archive,
         printer.progress(f"decoding {file}") as advance,
     ):
+        make_folder(target)
         write_tensors(target, archive, advance)
         tensors, aliases = len(archive.entries), dict(archive.aliases)
     nbytes = target.stat().st_size
@@ -142,6 +145,7 @@ def write_page(
         Archive.open(file, limit) as archive,
         nullcontext() if against is None else open_source(against, limit) as source,
     ):
+        make_folder(target)
         found = save_page(
             target,
             archive,
