@@ -243,7 +243,7 @@ def test_the_command_writes_the_page(folder: Path) -> None:
         (["m.dither", "-o", "m.dither"], "the source itself"),
         (["m.dither", "--against", "model.safetensors", "-o", "model.safetensors"], "the source"),
         (["m.dither", "-o", "notes.txt"], "no HTML page"),
-        (["m.dither", "-o", "nowhere/a.html"], "does not exist"),
+        (["m.dither", "-o", "notes.txt/a.html"], "no folder"),
         (["model.safetensors"], "dither"),
         (["nothing.dither"], "nothing.dither"),
     ],
