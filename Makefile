@@ -12,15 +12,19 @@ export DITHER_DATA
 RESULTS ?= out/results
 PEERS ?=
 JOBS ?= 1
+# How many processes share the tests: `auto` is one for each core.
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CODE := src tests $(wildcard benchmarks examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest bench bench-full docs format clean
+.PHONY: help quick demo test lint pytest durations bench bench-full docs format clean
 
 help:
+	@echo "make quick   lint, types and the quick tests, in less than a minute"
 	@echo "make demo    show what dither does, in a few minutes"
 	@echo "make test    all checks: lint, types, tests, doctests, README, coverage"
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
@@ -32,6 +36,9 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/dither demo
 
+quick: lint
+	$(PYTEST) -q -m "not slow"
+
 test: lint pytest
 
 lint: $(VENV)/.installed-dev
@@ -40,7 +47,11 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy $(CODE)
 
 pytest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov
+	$(PYTEST) --cov
+
+# Measures every test, to say which are slow. For a machine that does nothing else.
+durations: $(VENV)/.installed-dev
+	$(PYTEST) -q --update-durations
 
 # Runs that have a result in RESULTS are not repeated, so both may be stopped and started again. The
 # page in the repository is made with RESULTS=benchmarks/results. PEERS names the environments that

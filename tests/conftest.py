@@ -1,6 +1,9 @@
-"""What all tests share: repeatable runs, and the folder of real data where there is one."""
+"""What all tests share: repeatable runs, real data where there is some, and which are slow."""
 
+import json
 import os
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +19,16 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 DATA = os.environ.get("DITHER_DATA", "")
 
+DURATIONS = Path(__file__).with_name("durations.json")
+"""Seconds that a case of each test function takes on average, by `make durations`."""
+SLOW = 0.1
+"""Functions whose cases take so many seconds are marked `slow`. One that is not in the table is
+not: a new test is quick until it is measured."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-durations", action="store_true", help=f"write {DURATIONS.name}")
+
 
 def pytest_configure() -> None:
     if DATA and not Path(DATA).is_dir():
@@ -26,10 +39,23 @@ def pytest_report_header() -> str:
     return f"DITHER_DATA: {DATA or 'unset, SO TESTS ON REAL DATA ARE SKIPPED'}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes `data_dir` is marked `data`, and one marked `data` is skipped without."""
+def function_of(test: str) -> str:
+    """The test function that a case belongs to, named as pytest names it."""
+    return test.partition("[")[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is slow, and what takes `data_dir` as `data`; what is marked so is skipped without.
+
+    Of several processes none shall be left alone with a long test at the end: those come first.
+    """
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -seconds.get(function_of(item.nodeid), 0.0))
     missing = pytest.mark.skip(reason="NEEDS REAL DATA: set DITHER_DATA to its folder")
     for item in items:
+        if seconds.get(function_of(item.nodeid), 0.0) >= SLOW:
+            item.add_marker(pytest.mark.slow)
         if "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)
         if item.get_closest_marker("data") and not DATA:
@@ -40,3 +66,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data_dir() -> Path:
     """The folder of real models and data."""
     return Path(DATA).resolve()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Write the table of durations, or name what has become much slower than it says."""
+    cases: dict[str, Counter[str]] = {}
+    for report in chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            taken = cases.setdefault(function_of(report.nodeid), Counter())
+            taken[report.nodeid] += report.duration  # set-up, call and what comes after
+    means = {name: round(taken.total() / len(taken), 2) for name, taken in sorted(cases.items())}
+    if config.getoption("--update-durations"):
+        kept = {name: mean for name, mean in means.items() if mean >= SLOW}
+        DURATIONS.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")
+        return
+    known = json.loads(DURATIONS.read_text(encoding="utf-8"))
+    late = [name for name, mean in means.items() if mean > 10 * SLOW and name not in known]
+    if late:
+        terminalreporter.write_line(
+            f"not marked slow, and took over {10 * SLOW:g} s: {', '.join(late)}. "
+            "If they take it on an idle machine, too, run `make durations`"
+        )

@@ -14,7 +14,7 @@ SPECS = [spec for specs in EXAMPLES.values() for spec in specs]
 def test_every_method_has_an_example() -> None:
     ours = {name for name, kind in METHODS.items() if kind.__module__.startswith("dither.")}
     assert {name for name in ours if not EXAMPLES.get(name)} == set(), (
-        "give the method a line in `makers` of tests/train/whole_layers.py"
+        "give the method a line in `makers` of tests/train/layers.py"
     )
 
 
