@@ -8,7 +8,7 @@ torch asks kernels that a CPU has not got.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self, cast
 from weakref import WeakValueDictionary
@@ -165,7 +165,6 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
         return True
 
 
-@cache
 def _register() -> object:
     """Once in a process: torch has room for one such device and does not give it back."""
     _setup_privateuseone_for_python_backend(NAME, MODULE, _Hooks())
@@ -177,8 +176,10 @@ def _register() -> object:
     return every, one
 
 
+_KEPT = _register()  # on import: the first backward pass of a process counts the devices there are
+
+
 def pretend(patch: pytest.MonkeyPatch) -> torch.device:
     """The device, where ``torch.Generator`` is taught to know it."""
-    _register()
     patch.setattr(torch, "Generator", PretendGenerator)
     return torch.device(NAME)
