@@ -211,3 +211,11 @@ def test_names_of_outputs_may_be_long_and_their_folders_new() -> None:
     result = dither_("decompress", "a.dither", "-o", "a.dither/b.pt")
     assert result.exit_code == 2
     assert "which is no folder" in result.output
+
+
+def test_what_is_left_out_is_said_in_one_line() -> None:
+    torch.save({"w": torch.zeros(300), "a\nb._extra_state": {"x": 1}}, "w.pt")
+    done = process("compress", "w.pt", "--size", "1kB")
+    assert done.returncode == 0
+    assert done.stderr.startswith("dither: left out, because it is no tensor: a\\nb._extra_state;")
+    assert done.stderr.count("\n") == 1

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -248,3 +250,23 @@ def test_results_keep_the_contract(name: str) -> None:
         assert row["method"] == name
         assert row["environment"]["machine"]
         assert "error" in row or {*NEEDED, *FIGURES} <= set(row)
+
+
+@pytest.mark.parametrize("here", [FOLDER, ROOT])
+def test_the_script_of_nncodec_finds_the_package_and_not_its_own_folder(
+    here: Path, tmp_path: Path
+) -> None:
+    package = tmp_path / "nncodec"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "nn.py").write_text("raise SystemExit('the package itself')")
+    script = (FOLDER / "nncodec_peer.py").relative_to(here)
+    done = subprocess.run(
+        [sys.executable, str(script), "decode", "a.nnc", "a.safetensors"],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.endswith("the package itself\n")

@@ -53,7 +53,12 @@ def main() -> None:
 
 
 def import_nncodec() -> Any:  # noqa: ANN401
-    """Import ``nncodec.nn``, with stand-ins for packages it imports but does not use here."""
+    """Import ``nncodec.nn``, with stand-ins for packages it imports but does not use here.
+
+    Run as a script, Python looks for packages beside it first, and finds ``nncodec.py``.
+    """
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "cv2", "pandas"):
         try:
             importlib.import_module(name)

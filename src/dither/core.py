@@ -9,6 +9,7 @@ This module imports torch and, of ours, `terminal` alone.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -93,6 +94,23 @@ def dtype_name(dtype: torch.dtype) -> str:
     if name not in DTYPES:
         raise SpecError(f"tensors of type {dtype} are not supported; known are {', '.join(DTYPES)}")
     return name
+
+
+def is_extra_state(name: object, value: object) -> bool:
+    """Whether an entry of a state dict is extra state of a module, and no tensor."""
+    return str(name).rpartition(".")[2] == "_extra_state" and not isinstance(value, Tensor)
+
+
+def without_extra_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state dict without the extra state of modules that is no tensor; a warning names it."""
+    extra = [str(name) for name, value in state.items() if is_extra_state(name, value)]
+    if extra:
+        warnings.warn(
+            f"left out, because it is no tensor: {some_names(extra)}; save it beside the file if "
+            "the model needs it",
+            stacklevel=3,
+        )
+    return {name: value for name, value in state.items() if name not in extra}
 
 
 def code_dtype(alphabet: int) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, strided
 from torch.nn.parameter import is_lazy
 
-from dither.core import CheckpointError, dtype_name
+from dither.core import CheckpointError, dtype_name, is_extra_state, without_extra_state
 
 SITES = "dither_sites"
 """Reserved in state dicts: ranges of activations stand there as ``<module>.dither_sites.*``. They
@@ -21,6 +21,19 @@ are no weights: no plan matches them, and the file has a place of its own for th
 def is_weight(name: str) -> bool:
     """Whether a name in a state dict is one of the model's own, and not of its sites."""
     return SITES not in name.split(".")
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the model's own in a state dict: no sites, and no extra state that is no tensor.
+
+    Modules may keep anything under ``_extra_state``: a file has no place for it, and a model that
+    is loaded keeps its own.
+    """
+    return {
+        name: value
+        for name, value in state.items()
+        if is_weight(str(name)) and not is_extra_state(name, value)
+    }
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,8 @@ class Tensors:
 def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     """Parameters and persistent buffers of a model, or the tensors of a state dict.
 
-    Two names are tied when they show the same memory in the same way.
+    Two names are tied when they show the same memory in the same way. Extra state of modules that
+    is no tensor is left out, with a warning.
 
     Raises:
         CheckpointError: something is not a plain tensor with data.
@@ -59,10 +73,8 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     values: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for name, value in state.items():
+    for name, value in weights_of(without_extra_state(state)).items():
         _check(name, value)
-        if not is_weight(name):
-            continue
         # A conjugate view shares memory with numbers that differ.
         tensor = value.detach().resolve_conj().resolve_neg()
         place = memory_of(tensor)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dither.archive.reader import Archive
 from dither.core import CheckpointError, some_names
-from dither.model import SITES, is_weight, memory_of
+from dither.model import SITES, memory_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def load_into(
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes) as archive:
             return load_into(model, archive, strict=strict)
-    state = {n: v for n, v in model.state_dict(keep_vars=True).items() if is_weight(n)}
+    state = weights_of(model.state_dict(keep_vars=True))
     entries, aliases = source.entries, source.aliases
     shapes = {name: entries[aliases.get(name, name)].shape for name in source}
     mismatched = {

@@ -16,7 +16,7 @@ from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean
 from dither.calibrate.moments import MOST_INPUTS, Moments
 from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError
-from dither.model import evaluating
+from dither.model import evaluating, weights_of
 
 Choose = Callable[[str, Tensor], Encoder | None]
 """Name and weight to the encoder of this weight; None leaves it as it is."""
@@ -189,7 +189,7 @@ def _move(
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Parameters and buffers by name; on leaving, all hold what they held."""
-    places = dict(model.state_dict(keep_vars=True))
+    places = weights_of(model.state_dict(keep_vars=True))
     kept = {name: place.detach().clone() for name, place in places.items()}
     try:
         with evaluating(model):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dither.checkpoint.kinds import PICKLE_MARK, ZIP_MARK, guarded
 from dither.checkpoint.wrappers import unwrapped
-from dither.core import CheckpointError, some_names
+from dither.core import CheckpointError, some_names, without_extra_state
 
 _MODEL_KEYS = (
     "state_dict",
@@ -58,7 +58,7 @@ _LEFT = (
         for core in ("core", "_core")
         for name in ("scalar", "_reconstruct")
     ),
-    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "types.SimpleNamespace"),
+    *("numpy.dtype", "numpy.ndarray", "argparse.Namespace", "types.SimpleNamespace", "_io.BytesIO"),
     *(
         f"{module}.{name}"
         for module in ("pathlib", "pathlib._local")
@@ -96,6 +96,7 @@ def read_torch(path: Path, key: str | None) -> dict[str, Tensor]:
             raise
 
     found, state = _find_state(path, guarded(path, "PyTorch file", read), key)
+    state = without_extra_state(state)
     wrong = [f"{name!r} ({type(v).__name__})" for name, v in state.items() if not _is_tensor(v)]
     if wrong:
         raise CheckpointError(

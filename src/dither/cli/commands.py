@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from dither.cli.console import (
     prepare_streams,
     user_errors,
 )
+from dither.terminal import printable
 
 if TYPE_CHECKING:
     from dither.cli import work
@@ -73,6 +75,7 @@ def main() -> None:
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
     prepare_streams()
+    warnings.formatwarning = lambda message, *_, **__: f"dither: {printable(str(message))}\n"
     app(prog_name="dither")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.core import CheckpointError, DitherError, SpecError
+from dither.model import weights_of
 
 _ROWS = 32
 _MOST_TOKENS = 256
@@ -58,7 +59,7 @@ def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.
         model = made if isinstance(made, nn.Module) else made()
         if not isinstance(model, nn.Module):
             raise SpecError(f"--model {text!r} gives {type(model).__name__}, not a torch module")
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    wanted = {name: value.shape for name, value in weights_of(model.state_dict()).items()}
     missing = [n for n in dict(model.named_parameters()) if n not in state]
     wrong = [n for n, shape in wanted.items() if n in state and state[n].shape != shape]
     if missing or wrong:

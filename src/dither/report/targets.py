@@ -26,7 +26,7 @@ from dither.calibrate import Call
 from dither.calibrate.inputs import has_vectors, outputs_axis
 from dither.core import CheckpointError, Encoded, Format, SpecError
 from dither.formats import Affine
-from dither.model import is_weight
+from dither.model import weights_of
 from dither.report.signal_noise import Noise
 from dither.train.method import begin
 from dither.train.plan import Plan, Rule, as_plan
@@ -165,7 +165,7 @@ def _existing(model: nn.Module, grids: Encodings) -> Encodings:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {n: v for n, v in model.state_dict(keep_vars=True).items() if is_weight(n)}
+    return weights_of(model.state_dict(keep_vars=True))
 
 
 # --- for a while ---------------------------------------------------------------------------------

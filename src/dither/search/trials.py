@@ -17,7 +17,7 @@ from dither.activations import Activation, Encodings, apply, inputs_of_layers, o
 from dither.archive import Archive, CodedTensor, load_into, pack, packed_nbytes
 from dither.calibrate import Sequence
 from dither.core import BudgetError, SpecError
-from dither.model import Tensors, collect, evaluating
+from dither.model import Tensors, collect, evaluating, weights_of
 from dither.rewrite import chains, equalize
 from dither.search.budget import BudgetSearch, Progress
 from dither.search.calibrated import Samples, calibrated
@@ -203,7 +203,7 @@ def _equalized(model: nn.Module) -> nn.Module | None:
         equalize(changed, pairs)
     except SpecError:
         return None
-    before, after = model.state_dict(), changed.state_dict()
+    before, after = weights_of(model.state_dict()), weights_of(changed.state_dict())
     same = {name: value.shape for name, value in before.items()}
     return changed if same == {name: value.shape for name, value in after.items()} else None
 

@@ -17,7 +17,7 @@ from dither.archive import Archive, code, pack, packed_nbytes, write
 from dither.calibrate.data import moved
 from dither.core import Encoded, SpecError
 from dither.formats import Raw
-from dither.model import is_weight
+from dither.model import weights_of
 from dither.rewrite import absorbed, norms
 from dither.search.size import SLACK_NBYTES
 from dither.train.controller import Controller, looks_at, measures_at
@@ -329,8 +329,8 @@ class Run:
         """Every tensor that the file holds, before it is encoded."""
         values = {
             name: plain(value)
-            for name, value in self.model.state_dict().items()
-            if SHADOWS not in name.split(".") and is_weight(name) and name not in self._aliases
+            for name, value in weights_of(self.model.state_dict()).items()
+            if SHADOWS not in name.split(".") and name not in self._aliases
         }
         for path, norm in norms(self.model).items() if self.controller else ():
             mean, variance, weight, bias = (
