@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -72,12 +71,14 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Write the table of durations, or name what has become much slower than it says."""
-    cases: dict[str, Counter[str]] = {}
+    cases: dict[str, dict[str, float]] = {}
     for report in chain(*terminalreporter.stats.values()):
         if isinstance(report, pytest.TestReport):
-            taken = cases.setdefault(function_of(report.nodeid), Counter())
-            taken[report.nodeid] += report.duration  # set-up, call and what comes after
-    means = {name: round(taken.total() / len(taken), 2) for name, taken in sorted(cases.items())}
+            taken = cases.setdefault(function_of(report.nodeid), {})
+            taken[report.nodeid] = taken.get(report.nodeid, 0.0) + report.duration
+    means = {
+        name: round(sum(taken.values()) / len(taken), 2) for name, taken in sorted(cases.items())
+    }
     if config.getoption("--update-durations"):
         kept = {name: mean for name, mean in means.items() if mean >= SLOW}
         DURATIONS.write_text(json.dumps(kept, indent=0) + "\n", encoding="utf-8")

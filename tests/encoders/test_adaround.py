@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from dither.core import Encoded, Encoder, SpecError, Stats
 from dither.encoders import GPTQ, AdaRound, Nearest, Ranges, SequentialMSE
 from dither.encoders.outputs import gram_groups, matrix_of, output_errors, retargeted, tensor_of
 from dither.formats import Affine
-from dither.testing import awkward_weights, check_encoder, check_repr, same_bits
+from dither.testing import check_encoder, same_bits
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -33,40 +31,6 @@ def loss(encoded: Encoded, weight: Tensor, stats: Stats) -> float:
 
 def round_trip(encoded: Encoded) -> Encoded:
     return Archive.from_bytes(pack({"weight": encoded}).to_bytes()).encoded("weight")
-
-
-ENCODERS: list[Encoder] = [
-    AdaRound(Affine(3, axis=0), iterations=4),
-    AdaRound(Affine(4, group=3, grid="asymmetric"), iterations=4),
-    AdaRound(Affine(2, grid="endpoint"), iterations=4),
-    SequentialMSE(Affine(3)),
-    SequentialMSE(Affine(2, axis=0, grid="asymmetric"), candidates=5),
-]
-
-
-@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_laws(encoder: Encoder, dtype: torch.dtype) -> None:
-    check_repr(encoder)
-    for name, weight in awkward_weights(dtype).items():
-        if not weight.ndim and getattr(encoder, "format").axis is not None:  # noqa: B009
-            continue
-        size = max(math.prod(weight.shape[1:]), 1)
-        for stats in (None, Stats(gram=correlated(size, 1.0))):
-            try:
-                check_encoder(encoder, weight, stats, round_trip)
-            except SpecError as error:
-                if name != "huge" or "float32" not in str(error):
-                    raise
-
-
-@pytest.mark.parametrize("step", [0.25, 1.0])
-def test_laws_without_bounds(step: float) -> None:
-    for name in ("vector", "odd sizes", "kernel", "strided", "empty", "zeros"):
-        weight = awkward_weights()[name]
-        size = max(math.prod(weight.shape[1:]), 1)
-        encoder = AdaRound(Affine(None), step=step, iterations=4)
-        check_encoder(encoder, weight, Stats(gram=correlated(size, 1.0)), round_trip)
 
 
 @pytest.mark.parametrize("fmt", [Affine(3, axis=0), Affine(3), Affine(4, group=16)], ids=repr)

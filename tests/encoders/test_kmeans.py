@@ -16,7 +16,6 @@ from dither.encoders.importance import weighted_error
 from dither.encoders.lloyd import SortedValues, lloyd_scalar, lloyd_vectors, spread_start
 from dither.formats import Affine, Codebook, Product
 from dither.formats.matching import least_index
-from dither.testing import awkward_weights, check_encoder, check_repr
 
 FORMATS = [
     Codebook(4),
@@ -36,20 +35,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def round_trip(encoded: Encoded) -> Encoded:
     return Archive.from_bytes(pack({"weight": encoded}).to_bytes()).encoded("weight")
-
-
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("fmt", FORMATS, ids=repr)
-def test_laws(fmt: Codebook | Product, dtype: torch.dtype, backend: str) -> None:
-    encoder = KMeans(fmt, iterations=3, backend=backend)
-    check_repr(encoder)
-    for name, weight in awkward_weights(dtype).items():
-        try:
-            check_encoder(encoder, weight, None, round_trip)
-        except SpecError as error:
-            if name != "huge" or "float32" not in str(error):
-                raise
 
 
 @pytest.mark.parametrize("start", ["quantile", "kmeans++"])

@@ -13,9 +13,7 @@ from dither.encoders.viterbi import BLOCK, Viterbi
 from dither.formats import Trellis
 from dither.search.options import Option, Weighted
 from dither.search.priors import prior_gram
-from dither.testing import awkward_weights, check_encoder, same_bits
-
-ENCODERS = [Viterbi(0.1), Viterbi(0.5, 0.4), Viterbi(0.3, states=32), Viterbi(0.2, 0.1, 4, 0.01)]
+from dither.testing import check_encoder, same_bits
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -25,18 +23,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def loss(encoded: Encoded, weight: Tensor, gram: Tensor) -> float:
     error = (encoded.decode() - weight).reshape(len(weight), -1).double()
     return float(((error @ gram.double()) * error).sum())
-
-
-@pytest.mark.parametrize("encoder", ENCODERS, ids=repr)
-@pytest.mark.parametrize("fed", [False, True])
-def test_laws(encoder: Viterbi, fed: bool) -> None:
-    for name, weight in awkward_weights().items():
-        if name == "huge":
-            with pytest.raises(SpecError, match="larger step"):
-                encoder.encode(weight)
-            continue
-        gram = prior_gram(weight) if fed else None
-        check_encoder(encoder, weight, Stats(gram=gram), lambda e: pack({"w": e}).encoded("w"))
 
 
 def test_without_feedback_it_is_the_best_path_of_the_format() -> None:

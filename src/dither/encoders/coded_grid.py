@@ -12,6 +12,22 @@ from dither.encoders.outputs import gram_groups
 from dither.formats import Affine
 
 
+class BySettings:
+    """Equal are encoders of one kind and equal settings; a tensor equals only itself."""
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return False
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return all(
+            a is b or (not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b))
+            for a, b in pairs
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+
 def grid_steps(step: float | Tensor) -> Tensor:
     """Steps as a file stores them: one for the tensor, ``(1,)``, or one for each row.
 

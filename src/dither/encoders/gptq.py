@@ -12,7 +12,14 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats, on_cpu
-from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid, refitted
+from dither.encoders.coded_grid import (
+    BySettings,
+    code_range,
+    grid_steps,
+    in_steps,
+    on_grid,
+    refitted,
+)
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
 from dither.encoders.sequential_mse import RANGES, params_by
@@ -26,7 +33,7 @@ _MOST_SYMBOLS = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
-class GPTQ:
+class GPTQ(BySettings):
     """Frantar et al. 2022 (arXiv 2210.17323) on a uniform grid, entropy coded or bounded.
 
     The weight is viewed as ``(outputs, inputs)``: the axis ``Stats.outputs`` (the first) against

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, Stats, code_dtype, on_cpu
-from dither.encoders.coded_grid import code_range, grid_steps, in_steps, on_grid
+from dither.encoders.coded_grid import BySettings, code_range, grid_steps, in_steps, on_grid
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -104,7 +104,7 @@ def _turns_down(codes: Ints, heights: Floats, a: int, b: int, c: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class RateDistortion:
+class RateDistortion(BySettings):
     """Rate-distortion rounding on a uniform, entropy-coded grid.
 
     Attributes:

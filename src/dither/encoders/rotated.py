@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats, on_cpu
-from dither.encoders.coded_grid import grid_steps, in_steps
+from dither.encoders.coded_grid import BySettings, grid_steps, in_steps
 from dither.encoders.gptq import GPTQ
 from dither.encoders.importance import importance_of
 from dither.formats import Factors
@@ -24,7 +24,7 @@ _TRUST = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Rotated:
+class Rotated(BySettings):
     """Nearest codes along principal axes (transform coding: Huang, Schultheiss 1963).
 
     Columns of a table are correlated. Seen along the eigenvectors of their second moments, rows

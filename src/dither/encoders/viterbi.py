@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats, on_cpu
-from dither.encoders.coded_grid import grid_steps, in_steps, refitted
+from dither.encoders.coded_grid import BySettings, grid_steps, in_steps, refitted
 from dither.encoders.gptq import feedback
 from dither.formats import Trellis
 from dither.formats.grouping import rows_of
@@ -30,7 +30,7 @@ _MOST_TABLED = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
-class Viterbi:
+class Viterbi(BySettings):
     """Dependent quantization with error feedback: codes of :class:`~dither.formats.Trellis`.
 
     Without a Gram matrix the path of each row has the least squared error plus ``strength`` times
