@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from dither.terminal import printable
+from dither.terminal import some_names
 
 MAX_ALPHABET = 1 << 24
 """The largest alphabet of a code part: integers up to 2**24 are exact in float32."""
@@ -49,16 +49,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """The tensor types that an archive can hold, by the names that files use."""
-
-
-def some_names(names: Sequence[str], most: int = 8) -> str:
-    """A list for an error's text, cut where it is long.
-
-    >>> some_names(["a", "b", "c"], most=2)
-    'a, b and 1 more'
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
 
 
 class DitherError(Exception):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dither.archive.reader import Archive
-from dither.core import CheckpointError, some_names
+from dither.core import CheckpointError
 from dither.model import SITES, memory_of, weights_of
+from dither.terminal import some_names
 
 
 @dataclass(frozen=True)

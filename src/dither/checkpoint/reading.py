@@ -13,7 +13,8 @@ from dither.checkpoint.kinds import NUMPY, SAFETENSORS, SHARDS, TORCH, UNDERSTOO
 from dither.checkpoint.numpy_files import read_npz
 from dither.checkpoint.safetensors_files import read_safetensors
 from dither.checkpoint.torch_files import read_torch
-from dither.core import DTYPES, CheckpointError, some_names
+from dither.core import DTYPES, CheckpointError
+from dither.terminal import some_names
 
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

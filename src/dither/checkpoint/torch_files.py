@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dither.checkpoint.kinds import PICKLE_MARK, ZIP_MARK, guarded
 from dither.checkpoint.wrappers import unwrapped
-from dither.core import CheckpointError, some_names, without_extra_state
+from dither.core import CheckpointError, without_extra_state
+from dither.terminal import some_names
 
 _MODEL_KEYS = (
     "state_dict",

@@ -10,7 +10,8 @@ from typing import Any
 from dither.archive import Archive, Entry, describe
 from dither.cli.compare import Comparison
 from dither.cli.console import Printer
-from dither.core import DTYPES, code_width, some_names
+from dither.core import DTYPES, code_width
+from dither.terminal import some_names
 
 
 def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
