@@ -18,10 +18,10 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-CODE := src tests $(wildcard benchmarks examples)
+CODE := src tests $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo test lint pytest durations bench bench-full docs format clean
+.PHONY: help quick demo test lint pytest durations bench bench-full docs changelog format clean
 
 help:
 	@echo "make quick   lint, types and the quick tests, in less than a minute"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
 	@echo "make bench   the quick benchmarks, in minutes; make bench-full: all, in hours, resumable"
 	@echo "make docs    the documentation as HTML, in docs/_build/html"
+	@echo "make changelog  fold the fragments in changes/ into CHANGELOG.md"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
 
@@ -71,6 +72,9 @@ bench-full: $(VENV)/.installed-bench
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+changelog: $(VENV)/.installed-dev
+	$(BIN)/python changes/fold.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix-only --quiet .

@@ -1,4 +1,4 @@
-"""The project's own rules: sizes that show when a thing has two jobs, and one version."""
+"""The project's own rules: sizes that show when a thing has two jobs, one version, its changes."""
 
 import ast
 import re
@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 import dither
+from benchmarks.lines import by_room, code_lines
+from changes.fold import SECTIONS, fold, fragments
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_CODE_LINES = 17_000  # of src, as benchmarks/lines.py counts: what is added is paid for
 MAX_PARAMETERS = 8  # `self` and `cls` not counted; options of a command are declarations
 
 
@@ -50,3 +53,35 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (ROOT / "src" / "dither" / "py.typed").exists()
+
+
+def test_the_lines_of_code_stay_within_their_budget() -> None:
+    rooms = by_room()
+    assert rooms.total() <= MAX_CODE_LINES, (
+        f"src has {rooms.total()} lines of code, {MAX_CODE_LINES} are the budget: merge what is "
+        f"there twice, or take out what brings nothing ({rooms.most_common()})"
+    )
+
+
+def test_blank_lines_comments_and_docstrings_are_no_lines_of_code() -> None:
+    text = '"""Doc.\n\nMore."""\n\nx = [\n    1,  # one\n]\n"""Of x."""\n# no\ny = """a\nb"""\n'
+    assert code_lines(text) == 5
+
+
+def test_fragments_of_the_changelog_have_a_kind_and_one_paragraph() -> None:
+    for path in fragments():
+        text = path.read_text(encoding="utf-8").strip()
+        assert re.fullmatch(rf"[a-z0-9-]+\.({'|'.join(SECTIONS)})\.md", path.name)
+        assert re.match(r"[^-#*\s]", text), f"{path.name}: plain words, without a bullet or heading"
+        assert "\n\n" not in text, f"{path.name}: one paragraph for one change"
+
+
+def test_fragments_fold_into_their_sections_of_the_newest_version() -> None:
+    older = "## [1]\n\n### Added\n\n- c\n"
+    text = f"# Changelog\n\n## [2]\n\n### Added\n\n- a\n\n### Fixed\n\n- b\n\n{older}"
+    text = fold(text, "feature", "one\ntwo\n")
+    text = fold(text, "doc", "three")
+    assert text == (
+        "# Changelog\n\n## [2]\n\n### Added\n\n- a\n- one\n  two\n\n### Fixed\n\n- b\n\n"
+        f"### Documentation\n\n- three\n\n{older}"
+    )
