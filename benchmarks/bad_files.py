@@ -46,8 +46,8 @@ from dither.report.contents import contents
 from dither.report.page import page
 
 MAX_NBYTES = 1 << 26
-ALLOWANCE = 48 << 20
-"""Bytes beside ``max_nbytes``: 32 for each byte of an index of 1 MiB, and boxes."""
+ALLOWANCE = 56 << 20
+"""Bytes beside ``max_nbytes``: 40 for each byte of an index of 1 MiB, and boxes."""
 SLOW = 10.0
 HANG = 60
 MOST = 6 << 30

@@ -13,7 +13,7 @@ from benchmarks.decoding_memory import Parts, archive_of, vast
 from benchmarks.mutations import closed, unpacked
 from dither import Archive, ArchiveError
 from dither.archive import pack, verify
-from dither.archive.layout import HEAD
+from dither.archive.layout import HEAD, PARSED
 from dither.archive.reader import MULTIPLICATIONS, multiplications, working_nbytes
 from dither.coding import CodingError, decode_codes, encode_codes
 from dither.formats import Factors, Raw, Trellis
@@ -94,7 +94,7 @@ def test_an_index_out_of_proportion_is_refused(tmp_path: Path) -> None:
         dither.open(path)
     assert "index would unpack" in verify(path)[0]
     with pytest.raises(ArchiveError, match="index would unpack"):
-        Archive.open(path, max_nbytes=32 * (len(text) - 1))
+        Archive.open(path, max_nbytes=PARSED * (len(text) - 1))
     assert time.monotonic() - begin < 5
 
 

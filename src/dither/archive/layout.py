@@ -36,8 +36,8 @@ FEATURES = 0
 MAX_INDEX_NBYTES = 1 << 28
 INDEX_BASE, INDEX_RATIO = 1 << 20, 64
 """Bytes of an index before compression: so many for any file, and as many for each of its own."""
-PARSED = 32
-"""Bytes of memory for each of an index's: empty lists, the worst, take 28."""
+PARSED = 40
+"""Bytes of memory for each of an index's: lists of an empty list, the worst, take 33."""
 MAX_DIMENSIONS = 32
 MAX_PARTS = 64
 MAX_NUMEL = 1 << 46
