@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dither
 from benchmarks.decoding_memory import Parts, archive_of, vast
@@ -15,6 +16,7 @@ from dither import Archive, ArchiveError
 from dither.archive import pack, verify
 from dither.archive.layout import HEAD, PARSED
 from dither.archive.reader import MULTIPLICATIONS, multiplications, working_nbytes
+from dither.cli import app
 from dither.coding import CodingError, decode_codes, encode_codes
 from dither.formats import Factors, Raw, Trellis
 
@@ -129,3 +131,29 @@ def test_more_codes_than_the_format_allows_are_refused() -> None:
 def test_archives_of_one_real_tensor_are_as_before() -> None:
     encoded = Raw().encode(torch.randn(100, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(Archive.from_bytes(archive_of(encoded), 1200)["t"], encoded.decode())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify"],
+        ["decompress", "-o", "b.safetensors"],
+        ["compare", "a.dither"],
+        ["compress", "--size", "1kB", "-o", "b.dither"],
+    ],
+)
+def test_commands_do_not_work_for_hours_on_many_small_factors(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = _bomb(8000, 4000)
+    _, index = unpacked(one)
+    for column in (*index["tensors"].values(), *index["parts"].values()):
+        column.extend(column * 9)
+    index["tensors"]["name"] = [f"t{i}" for i in range(10)]
+    Path("a.dither").write_bytes(closed(one[: HEAD.size], index))
+    begin = time.monotonic()
+    result = CliRunner().invoke(app, [arguments[0], "a.dither", *arguments[1:]])
+    assert result.exit_code == (1 if arguments == ["verify"] else 2)
+    assert "the time for as many" in result.output.replace("\n", " ") or "multipl" in result.output
+    assert time.monotonic() - begin < 5

@@ -184,6 +184,26 @@ class Archive(Mapping[str, Tensor]):
         tensors = {name: self[name] for name in self._entries}
         return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
 
+    def check_total(self) -> None:
+        """Refuse to read all tensors, one after the other, where that could take hours.
+
+        A small file may say that it holds many vast tensors. All together may take ``max_nbytes``,
+        or what is usual for a file of that size.
+
+        Raises:
+            ArchiveError: they take more.
+        """
+        most = max(self.max_nbytes, default_limit(self.nbytes))
+        entries = self._entries.values()
+        work = sum(map(multiplications, entries)) // MULTIPLICATIONS
+        need = max(sum(map(working_nbytes, entries)), work)
+        if need > most:
+            raise ArchiveError(
+                f"reading all tensors would take {need} bytes, or the time for as many, where "
+                f"{most} are usual for a file of {self.nbytes} bytes; if you trust it, allow more "
+                "with max_nbytes"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the archive, byte for byte, to a file which appears whole or not at all."""
         with atomic_write(path) as file:

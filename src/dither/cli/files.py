@@ -54,6 +54,7 @@ def open_source(
         yield read_checkpoint(path, key)
         return
     with Archive.open(path, max_nbytes) as archive:
+        archive.check_total()
         yield archive
 
 
@@ -157,6 +158,7 @@ def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
             f"the tensors would take {archive.original_nbytes} bytes, more than "
             f"max_nbytes={archive.max_nbytes}; if you trust the file, allow more"
         )
+    archive.check_total()
     _check_names(path, suffix, archive)
     with atomic_write(path) as file:
         if suffix == ".safetensors":
