@@ -22,47 +22,56 @@ from benchmarks.environment import describe
 from benchmarks.tasks import minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
 from dither.encoders.viterbi import Viterbi
-from dither.search import Sensitivity, Weighted, data_free
+from dither.search import (
+    Grid,
+    Knowledge,
+    Proposer,
+    RotatedGrid,
+    Sensitivity,
+    Stored,
+    TrellisGrid,
+    data_free,
+)
 
-_WORTH_A_TRELLIS = 4096
 SIZES = {"minilm_stsb": [4_933_591, 3_248_904], "resnet20_cifar10": [83_264, 62_913]}
 
 
-def _one_step(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+def _one_step(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     """The same cost of a squared error in every matrix, at a common level."""
     full = data_free(tensors)
     matrices = [w for w in full.values() if w.value.ndim > 1 and w.value.is_floating_point()]
     count = sum(w.value.numel() for w in matrices)
     mean = sum(w.sensitivity * w.value.numel() for w in matrices) / count
     return {
-        name: replace(w, sensitivity=mean, rows=None, gram=None, basis=None)
+        name: replace(w, sensitivity=mean, rows=None, gram=None, axes=None)
         if w.value.ndim > 1
         else w
         for name, w in full.items()
     }
 
 
-def _cube_root(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+def _cube_root(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     return {n: replace(w, gram=None) for n, w in _feedback(tensors).items()}
 
 
-def _feedback(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+def _feedback(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     return {n: replace(w, rows=None) for n, w in _frequency(tensors).items()}
 
 
-def _frequency(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
-    return {n: replace(w, basis=None) for n, w in _basis(tensors).items()}
+def _frequency(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
+    return {n: replace(w, axes=None) for n, w in _basis(tensors).items()}
 
 
-def _basis(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
-    return {n: replace(w, refit=False) for n, w in data_free(tensors).items()}
+def _basis(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
+    return _proposed(tensors, Stored(), Grid(refit=False), RotatedGrid())
 
 
-def _trellis(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
-    return {
-        name: replace(w, trellis=Viterbi(1.0)) if w.value.numel() >= _WORTH_A_TRELLIS else w
-        for name, w in data_free(tensors).items()
-    }
+def _trellis(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
+    return _proposed(tensors, Stored(), TrellisGrid(Viterbi(1.0)), RotatedGrid())
+
+
+def _proposed(tensors: Mapping[str, Tensor], *proposers: Proposer) -> dict[str, Knowledge]:
+    return {n: replace(k, proposers=proposers) for n, k in data_free(tensors).items()}
 
 
 VARIANTS: dict[str, Sensitivity] = {

@@ -15,8 +15,9 @@ from torch import nn
 from benchmarks import ordering
 from benchmarks.tasks import Split, data_path, minilm_sst2, minilm_stsb, resnet20_cifar10
 from dither.activations import Activation
-from dither.calibrate import call, collect
+from dither.calibrate import collect
 from dither.core import Encoder
+from dither.data import Data, call
 from dither.encoders import GPTQ, AdaRound, Ranges
 from dither.formats import Affine
 from dither.rewrite import correct_biases, equalize, fold_batch_norm
@@ -235,7 +236,7 @@ def stored(task: str, key: str, data: list[Any]) -> nn.Module:
     axis = None if "per tensor" in key else 0
     encoder = _encoder(key, Affine(int(key[1]), axis=axis), ITERATIONS[task])
     needs_data = isinstance(encoder, AdaRound | GPTQ)
-    stats = collect(model, data, forward=forward) if needs_data else {}
+    stats = collect(model, Data(data, forward)) if needs_data else {}
     tables = {
         f"{path}.weight"
         for path, module in model.named_modules()
@@ -247,7 +248,7 @@ def stored(task: str, key: str, data: list[Any]) -> nn.Module:
                 chosen: Encoder = Affine(8, axis=axis) if name in tables else encoder
                 weight.copy_(chosen.encode(weight.detach(), stats.get(name)).decode())
     if "bias correction" in key:
-        correct_biases(model, original, data[:2], forward=forward)
+        correct_biases(model, original, Data(data[:2], forward))
     return model
 
 

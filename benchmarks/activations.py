@@ -31,6 +31,7 @@ from benchmarks.activation_rows import (
 from benchmarks.environment import describe
 from benchmarks.tasks import Split
 from dither.activations import apply, observe, remove
+from dither.data import Data
 
 RESULTS = Path(__file__).parent / "results" / "activations.json"
 TITLES = {
@@ -77,7 +78,7 @@ def _score(task: str, row: Row, model: nn.Module, data: list[Any], splits: list[
     more: dict[str, Any] = {}
     start = time.monotonic()
     if row.plan is not None:
-        found = observe(model, row.plan, data, forward=forward)
+        found = observe(model, row.plan, Data(data, forward))
         apply(model, found)
         more = {"calibration_seconds": time.monotonic() - start}
         more |= {"sites": len(found), "numbers": found.parameters}

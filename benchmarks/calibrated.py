@@ -28,7 +28,8 @@ import dither
 from benchmarks.data_free import PEER, _score_fresh
 from benchmarks.environment import describe
 from benchmarks.tasks import data_path, minilm_stsb, resnet20_cifar10
-from dither.search import Trial, divergence
+from dither.data import divergence
+from dither.search import Trial
 
 SAMPLES = 512
 RESULTS = Path(__file__).parent / "results"
@@ -65,13 +66,13 @@ def embed(model: nn.Module, ids: Tensor) -> Tensor:
     return embedded
 
 
-def samples_of(task: str, seed: int = 0) -> dither.Samples:
+def samples_of(task: str, seed: int = 0) -> dither.Data:
     """512 training samples without labels, and how the model reads them."""
     if task == "minilm_stsb":
-        return dither.Samples(sentences(SAMPLES, seed), forward=embed)
+        return dither.Data(sentences(SAMPLES, seed), forward=embed)
     batches = resnet20_cifar10.Batches(64, seed=seed)
     images = [batches[number][0] for number in range(SAMPLES // 64)]
-    return dither.Samples(images, distance=divergence)
+    return dither.Data(images, distance=divergence)
 
 
 def compress(task: str, size: int, path: Path, seed: int) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ import torch
 import dither
 from benchmarks.environment import describe
 from benchmarks.tasks import data_path, minilm_stsb, resnet20_cifar10
-from dither.search import divergence, squared
+from dither.data import divergence, squared
 
 RESULTS = Path(__file__).parent / "results" / "diagnose.json"
 TASKS: dict[str, Any] = {"resnet20_cifar10": resnet20_cifar10, "minilm_stsb": minilm_stsb}
@@ -58,7 +58,7 @@ def main() -> None:
             continue
         start = time.monotonic()
         model = TASKS[task].load()
-        found = dither.diagnose(model, samples(task), distance=DISTANCES[task])
+        found = dither.diagnose(model, dither.Data(samples(task), distance=DISTANCES[task]))
         print(f"{task}\n{found}\n", flush=True)
         results[task] = {"seconds": time.monotonic() - start, **found.to_json()}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ from benchmarks.environment import describe
 from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, WEIGHTS, Run
 from benchmarks.tasks import lm_ptb, minilm_sst2, minilm_stsb, resnet20_cifar10
 from dither.checkpoint import read_checkpoint
-from dither.search.calibrated import divergence
+from dither.data import divergence
 
 WINDOWS = 64
 LENGTHS: dict[tuple[str, int], float] = {("minilm_stsb", 4_930_000): 480}
@@ -62,7 +62,7 @@ def evaluate(task: str, model: nn.Module, split: str) -> float:
 # --- data without labels -------------------------------------------------------------------------
 
 
-def samples(task: str, seed: int) -> dither.Samples:
+def samples(task: str, seed: int) -> dither.Data:
     """Training samples without labels, drawn by a seed, and what counts of the outputs."""
     if task in {"resnet20_cifar10", "minilm_stsb"}:
         return calibrated.samples_of(task, seed)
@@ -70,10 +70,10 @@ def samples(task: str, seed: int) -> dither.Samples:
         ids, mask, _ = next(minilm_sst2.batches(calibrated.SAMPLES, 12_345 + seed))
         rows = [row[known.bool()] for row, known in zip(ids, mask, strict=True)]
         pairs = [(batch, torch.ones_like(batch)) for batch in calibrated.of_one_length(rows)]
-        return dither.Samples(pairs, forward=lambda m, b: m(*b), distance=divergence)
+        return dither.Data(pairs, forward=lambda m, b: m(*b), distance=divergence)
     text = lm_ptb.windows(16, 12_345 + seed)
     windows = [next(text)[:, :-1] for _ in range(WINDOWS // 16)]
-    return dither.Samples(windows, distance=divergence)
+    return dither.Data(windows, distance=divergence)
 
 
 # --- methods -------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields stand in the class's own docstring, once
 
 ROOMS = (
-    *("core", "formats", "encoders", "calibrate", "rewrite", "archive", "search", "train"),
+    *("core", "data", "formats", "encoders", "calibrate", "rewrite", "archive", "search", "train"),
     *("report", "activations", "recipes", "checkpoint", "testing"),
 )
 
@@ -37,7 +37,7 @@ ROOMS = (
 def shorten(
     app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, text: nodes.Element
 ) -> nodes.reference | None:
-    """Find what ``dither.Samples`` and ``Samples`` mean: a name of a room, which is documented."""
+    """Find what ``dither.Data`` and ``Data`` mean: a name of a room, which is documented."""
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not target:
         return None

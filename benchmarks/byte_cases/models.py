@@ -14,9 +14,9 @@ import dither
 from benchmarks.byte_cases.case import Case, drawn, saved, short, stored, written
 from dither.calibrate import Loss, collect, in_sequence
 from dither.core import Encoder, Stats
+from dither.data import divergence, squared
 from dither.encoders import GPTQ, AdaRound, Viterbi
 from dither.formats import Affine
-from dither.search import divergence, squared
 
 
 class Images(nn.Module):
@@ -149,7 +149,7 @@ def _compressed(
     activations: str | None = None,
 ) -> bytes:
     model, batches = made(name)
-    data = dither.Samples(batches, distance=distance)
+    data = dither.Data(batches, distance=distance)
     return saved(dither.compress(model, size, data=data, activations=activations))
 
 
@@ -175,7 +175,7 @@ def _of_dicts() -> bytes:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> object:
         return model(batch["x"]).softmax(1)
 
-    data = dither.Samples([{"x": x} for x in batches], forward=forward, batches=3)
+    data = dither.Data([{"x": x} for x in batches], forward=forward, batches=3)
     return saved(dither.compress(model, "4 bits", data=data))
 
 

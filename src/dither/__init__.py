@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dither.activations import Activation, Gradient
     from dither.archive import Archive, load, load_into, verify
     from dither.core import ArchiveError, BudgetError, CheckpointError, DitherError, SpecError
+    from dither.data import Data
     from dither.encoders import (
         GPTQ,
         AdaRound,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
     from dither.report import diagnose
-    from dither.search import Samples, compress
+    from dither.search import compress
     from dither.train import (
         LSQ,
         BayesianBits,
@@ -47,7 +48,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.
     "compress",
-    "Samples",
+    "Data",
     "load",
     "load_into",
     "open",
@@ -100,12 +101,13 @@ _NAMES = {
     "activations": "Activation Gradient",
     "archive": "Archive load load_into verify",
     "core": "ArchiveError BudgetError CheckpointError DitherError SpecError",
+    "data": "Data",
     "encoders": (
         "AdaRound GPTQ KMeans Nearest Ranges RateDistortion Rotated SequentialMSE Viterbi"
     ),
     "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
     "report": "diagnose",
-    "search": "Samples compress",
+    "search": "compress",
     "train": (
         "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes QuantNoise Run "
         "StraightThrough attach"

@@ -127,6 +127,15 @@ class Added(nn.Module):
         return made
 
 
+def parameters_of(model: nn.Module) -> dict[int, str]:
+    """The first name of each floating-point parameter, by its identity."""
+    return {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every module gets its own mode back.

@@ -21,6 +21,7 @@ from dither import activations
 from dither.activations import Activation, apply, begin, functions, observe, placed, remove
 from dither.activations.functions import Traced
 from dither.core import SpecError
+from dither.data import Data
 
 
 class Block(nn.Module):
@@ -88,7 +89,7 @@ def quantized() -> nn.Sequential:
 
 def test_found_by_a_batch() -> None:
     model = network()
-    found = functions(model, batches()[0])
+    found = functions(model, batches())
     assert sorted(found) == sorted([*SITES, "1@matmul", "1@matmul.1"])
     assert not any("forward" in module.__dict__ for module in model.modules())
     encodings = observe(model, PLAN, batches())
@@ -168,7 +169,7 @@ def test_attention_in_one_function_equals_that_step_by_step(kind: str) -> None:
     data = batches()
     found = []
     for model, mask in ((fused, given), (eager, None if kind == "none" else added)):
-        encodings = observe(model, plan, [(x, mask) for x in data], forward=_with_mask)
+        encodings = observe(model, plan, Data([(x, mask) for x in data], _with_mask))
         assert list(encodings) == list(plan)
         assert max(encodings["@scores"].scale) < 1  # what is hidden is not in the range
         apply(model, encodings)
@@ -209,7 +210,7 @@ def test_multihead_attention_and_transformer_layers() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     data = [torch.randn(2, 5, 8)]
-    assert set(functions(model, data[0])) == {
+    assert set(functions(model, data)) == {
         *("@add", "@add.1"),
         *(f"self_attn@{end}" for end in ("matmul", "scores", "softmax", "matmul.1")),
     }

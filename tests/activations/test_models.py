@@ -31,6 +31,7 @@ from dither.activations import (
     step,
 )
 from dither.core import CheckpointError, SpecError
+from dither.data import Data
 from dither.formats import Affine
 
 
@@ -162,7 +163,7 @@ def test_arguments_by_name_and_outputs_in_containers() -> None:
 
     odd, named = Odd(), Named()
     rounded = Activation(2)
-    apply(odd, observe(odd, {"@in": rounded}, [0], forward=_call_odd))
+    apply(odd, observe(odd, {"@in": rounded}, Data([0], _call_odd)))
     assert _call_odd(odd, 0)[1]["hidden"].unique().numel() <= 4
     apply(named, observe(named, {"@out": rounded}, [torch.randn(50)]))
     assert named(torch.randn(50))["hidden"].unique().numel() <= 4

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dither.calibrate import collect, input_vectors
 from dither.core import SpecError
+from dither.data import Data
 from dither.testing import same_bits
 
 
@@ -165,7 +166,7 @@ def test_attention(kdim: int | None, batch_first: bool) -> None:
         return output
 
     seen: list[Tensor] = []
-    stats = collect(layer, [query], forward=forward)
+    stats = collect(layer, Data([query], forward))
     assert len(stats) == (2 if kdim is None else 4)
     if kdim is None:
         gram = stats["in_proj_weight"].gram
@@ -236,11 +237,11 @@ def test_loaders() -> None:
     layer, values = nn.Linear(3, 2), normal(4, 3)
     for batch in (values, (values, 1), [values], {"input": values}):
         assert collect(layer, [batch])["weight"].samples == 4
-    assert collect(layer, [values] * 5, batches=2)["weight"].samples == 8
+    assert collect(layer, Data([values] * 5, batches=2))["weight"].samples == 8
     with pytest.raises(SpecError, match="no batch"):
         collect(layer, [])
     with pytest.raises(SpecError, match="batches=0"):
-        collect(layer, [values], batches=0)
+        collect(layer, Data([values], batches=0))
 
 
 def test_an_attached_model_runs_as_it_is() -> None:

@@ -1,6 +1,7 @@
 """Viterbi: the laws, what a trellis gains at equal bytes, error feedback, and rate."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dither.core import Encoded, SpecError, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.viterbi import BLOCK, Viterbi
 from dither.formats import Trellis
-from dither.search.options import Option, Weighted
+from dither.search import Choice, Grid, Knowledge, TrellisGrid
 from dither.search.priors import prior_gram
 from dither.testing import check_encoder, same_bits
 
@@ -79,13 +80,17 @@ def test_rate_counts() -> None:
 
 def test_the_search_may_use_it() -> None:
     weight = normal(48, 60)
-    tensor = Weighted(weight, 1.0, gram=prior_gram(weight), trellis=Viterbi(1.0, states=16))
-    encoded = Option(0, 0, step=0.5).encode(tensor)
+    known = Knowledge(weight, 1.0, gram=prior_gram(weight))
+    proposer = TrellisGrid(Viterbi(1.0, states=16))
+    encoded = Choice(0, 0, proposer, step=0.5, fed=True).encode(known)
     assert encoded.format == Trellis(16, scale_dtype=torch.bfloat16)
     assert float(encoded.params["scale"]) == 0.25
     archive = Archive.from_bytes(pack({"w": encoded}).to_bytes())
     assert same_bits(archive["w"], encoded.decode())
-    assert Option(0, 0, step=0.5, fed=False).encode(tensor).format.name == "affine"
+    small = {choice.proposer for choice in proposer.propose(known) if choice.fed}
+    large = replace(known, value=normal(80, 60), gram=prior_gram(normal(80, 60)))
+    assert small == {Grid()}
+    assert proposer in {choice.proposer for choice in proposer.propose(large) if choice.fed}
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -18,10 +18,10 @@ from dither.activations import apply, observe, remove
 from dither.archive import Archive
 from dither.calibrate import in_sequence
 from dither.core import CheckpointError
+from dither.data import divergence, squared
 from dither.model import evaluating
 from dither.report import Diagnosis, Row
 from dither.report.diagnosis import worst_first
-from dither.search import divergence, squared
 from dither.testing import same_bits
 
 
@@ -90,7 +90,7 @@ def test_the_worst_weight_is_the_one_with_an_outlier_and_one_scale() -> None:
 def test_rows_agree_with_quantizing_by_hand() -> None:
     model, data = network(), batches()
     rules = {"down.weight": Affine(3), "down@in": Activation(3), "conv@out": Activation(4)}
-    found = dither.diagnose(model, data, rules, distance=divergence)
+    found = dither.diagnose(model, dither.Data(data, distance=divergence), rules)
     rows = {row.name: row for row in found.rows}
     assert set(rows) == {"down.weight", "down@in", "conv@out"}
 
@@ -184,7 +184,7 @@ def test_the_model_is_left_as_it_was_after_an_error(fatal: int) -> None:
         return output
 
     with pytest.raises(KeyboardInterrupt):
-        dither.diagnose(model, batches(), forward=forward)
+        dither.diagnose(model, dither.Data(batches(), forward))
     assert unchanged(model, before)
 
 
@@ -285,7 +285,7 @@ def test_a_model_that_varies_shows_it() -> None:
         output: Tensor = of(batch)
         return output + torch.randn_like(output)
 
-    found = dither.diagnose(model, [torch.randn(8, 4)], {"weight": Affine(8)}, forward=noisy)
+    found = dither.diagnose(model, dither.Data([torch.randn(8, 4)], noisy), {"weight": Affine(8)})
     assert found.overall[0].distance > 0.1
 
 

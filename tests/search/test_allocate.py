@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dither.search.allocate import allocate
-from dither.search.options import Ladder, Option
+from dither.search.knowledge import Choice
+from dither.search.ladder import Ladder
+from dither.search.proposers import Stored
 
 
 @st.composite
@@ -25,29 +27,29 @@ def ladders(draw: st.DrawFn) -> dict[str, Ladder]:
         slopes = [slope * 1.001 ** (len(slopes) - k) for k, slope in enumerate(slopes)]
         nbytes, loss = draw(st.integers(0, 30)), draw(st.floats(0, 5))
         loss += sum(size * slope for (size, _), slope in zip(steps, slopes, strict=True))
-        options = [Option(nbytes, loss)]
+        choices = [Choice(nbytes, loss, Stored())]
         for (size, _), slope in zip(steps, slopes, strict=True):
             nbytes, loss = nbytes + size, loss - size * slope
-            options.append(Option(nbytes, loss))
-        found[f"t{i}"] = Ladder(tuple(options))
+            choices.append(Choice(nbytes, loss, Stored()))
+        found[f"t{i}"] = Ladder(tuple(choices))
     return found
 
 
-def totals(options: list[Option] | tuple[Option, ...]) -> tuple[float, float]:
-    return sum(o.nbytes for o in options), sum(o.loss for o in options)
+def totals(choices: list[Choice] | tuple[Choice, ...]) -> tuple[float, float]:
+    return sum(o.nbytes for o in choices), sum(o.loss for o in choices)
 
 
 def best(tensors: dict[str, Ladder], nbytes: float) -> float:
-    every = (totals(chosen) for chosen in product(*(t.options for t in tensors.values())))
+    every = (totals(chosen) for chosen in product(*(t.choices for t in tensors.values())))
     return min((loss for size, loss in every if size <= nbytes), default=float("inf"))
 
 
 def least(tensors: dict[str, Ladder]) -> float:
-    return sum(ladder.options[0].nbytes for ladder in tensors.values())
+    return sum(ladder.choices[0].nbytes for ladder in tensors.values())
 
 
 def most(tensors: dict[str, Ladder]) -> float:
-    return sum(ladder.options[-1].nbytes for ladder in tensors.values())
+    return sum(ladder.choices[-1].nbytes for ladder in tensors.values())
 
 
 @settings(max_examples=200)
@@ -56,14 +58,14 @@ def test_within_one_step_of_the_best(tensors: dict[str, Ladder], share: float) -
     nbytes = least(tensors) + share * (most(tensors) - least(tensors))
     chosen = allocate(tensors, nbytes)
     assert list(chosen) == list(tensors)
-    assert all(chosen[name] in tensors[name].options for name in tensors)
+    assert all(chosen[name] in tensors[name].choices for name in tensors)
     size, loss = totals(list(chosen.values()))
     assert size <= nbytes
     last = max(
         (
             a.loss - b.loss
             for t in tensors.values()
-            for a, b in zip(t.options, t.options[1:], strict=False)
+            for a, b in zip(t.choices, t.choices[1:], strict=False)
         ),
         default=0.0,
     )
@@ -76,7 +78,7 @@ def test_the_best_where_the_steps_fill_the_budget(tensors: dict[str, Ladder]) ->
     steps = [
         (a.loss - b.loss, b.nbytes - a.nbytes)
         for t in tensors.values()
-        for a, b in zip(t.options, t.options[1:], strict=False)
+        for a, b in zip(t.choices, t.choices[1:], strict=False)
     ]
     steps.sort(key=lambda step: -step[0] / step[1])
     nbytes = least(tensors)
@@ -90,9 +92,9 @@ def test_the_best_where_the_steps_fill_the_budget(tensors: dict[str, Ladder]) ->
 def test_the_ends(tensors: dict[str, Ladder], nbytes: float) -> None:
     if nbytes < least(tensors):
         chosen = allocate(tensors, nbytes)
-        assert chosen == {name: ladder.options[0] for name, ladder in tensors.items()}
+        assert chosen == {name: ladder.choices[0] for name, ladder in tensors.items()}
     rich = allocate(tensors, most(tensors) + max(nbytes, 0))
-    assert rich == {name: ladder.options[-1] for name, ladder in tensors.items()}
+    assert rich == {name: ladder.choices[-1] for name, ladder in tensors.items()}
 
 
 def test_nothing_to_allocate() -> None:
@@ -100,7 +102,7 @@ def test_nothing_to_allocate() -> None:
 
 
 def test_bytes_go_where_they_save_most() -> None:
-    steep = Ladder((Option(1, 100.0), Option(2, 0.0)))
-    flat = Ladder((Option(1, 10.0), Option(2, 9.0)))
+    steep = Ladder((Choice(1, 100.0, Stored()), Choice(2, 0.0, Stored())))
+    flat = Ladder((Choice(1, 10.0, Stored()), Choice(2, 9.0, Stored())))
     chosen = allocate({"flat": flat, "steep": steep}, 3)
     assert (chosen["flat"].nbytes, chosen["steep"].nbytes) == (1, 2)

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 import dither
 from dither.core import Stats
-from dither.search import Samples, calibrated, data_free, divergence, squared
+from dither.data import Data, Distance, divergence, squared
+from dither.search import Knowledge, calibrated, data_free
 from dither.search.calibrated import (
     TRUST,
-    Distance,
     _project_logits,
     _project_squares,
     blended,
     with_stats,
 )
-from dither.search.options import Weighted
 from dither.testing import same_bits
 
 
@@ -54,7 +53,7 @@ LOADER = [normal(32, 24, seed=i) @ normal(24, 24, seed=9) for i in range(4)]
 def test_bytes_go_where_the_output_needs_them(distance: Distance) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
-    found = calibrated(model, Samples(iter(LOADER), distance=distance))
+    found = calibrated(model, Data(iter(LOADER), distance=distance))
     assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -95,7 +94,7 @@ def test_a_distance_of_ones_own_keeps_the_prior() -> None:
         return (output - original).abs().max()
 
     state = network().state_dict()
-    found = calibrated(network(), Samples(LOADER, distance=largest))(state)
+    found = calibrated(network(), Data(LOADER, distance=largest))(state)
     prior = data_free(state)
     assert {n: w.sensitivity for n, w in found.items()} == {
         n: w.sensitivity for n, w in prior.items()
@@ -125,7 +124,7 @@ def test_moments_lean_towards_the_prior_where_samples_are_few() -> None:
 
 
 def test_measured_sensitivities_have_their_share() -> None:
-    tensors = {name: Weighted(normal(4, 4), 1.0) for name in "abc"}
+    tensors = {name: Knowledge(normal(4, 4), 1.0) for name in "abc"}
     measured = {
         name: Stats(importance=torch.full((4, 4), value), gram=torch.eye(4))
         for name, value in {"a": 1.0, "b": 10_000.0}.items()
@@ -145,7 +144,7 @@ def test_tables_follow_what_was_read() -> None:
     rows = calibrated(model, [read])({"0.weight": table, "token.weight": table})["0.weight"].rows
     assert rows is None  # no token table by its name
     named = nn.ModuleDict({"tokens": model[0], "out": model[1]})
-    samples = Samples([read], forward=lambda _, batch: model(batch))
+    samples = Data([read], forward=lambda _, batch: model(batch))
     rows = calibrated(named, samples)(named.state_dict())["tokens.weight"].rows
     assert rows is not None
     assert rows[4000] < rows[3999]

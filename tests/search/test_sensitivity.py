@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import dither
-from dither.search import Weighted, data_free
+from dither.search import Knowledge, data_free
 from dither.search.priors import prior_gram
-from dither.search.sensitivity import FREQUENT, SIZE_EXPONENT, VECTOR_PRECISION
+from dither.search.row_steps import FREQUENT
+from dither.search.sensitivity import SIZE_EXPONENT, VECTOR_PRECISION
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -158,13 +159,13 @@ def test_nothing_is_dropped_while_others_could_be_coarser(bits: float) -> None:
 
 
 def test_a_sensitivity_of_ones_own() -> None:
-    def favour(tensors: object) -> dict[str, Weighted]:
+    def favour(tensors: object) -> dict[str, Knowledge]:
         assert isinstance(tensors, dict)
-        return {n: Weighted(v, 1e6 if n == "a" else 1.0) for n, v in tensors.items()}
+        return {n: Knowledge(v, 1e6 if n == "a" else 1.0) for n, v in tensors.items()}
 
     state = {"a": normal(40, 50), "b": normal(40, 50, seed=1)}
     archive = dither.compress(state, "15%", sensitivity=favour)
     errors = {name: float((archive[name] - state[name]).square().mean()) for name in state}
     assert errors["a"] < 1e-3 * errors["b"]
     with pytest.raises(dither.SpecError, match=r"no value for \['b'\]"):
-        dither.compress(state, "15%", sensitivity=lambda t: {"a": Weighted(t["a"], 1.0)})
+        dither.compress(state, "15%", sensitivity=lambda t: {"a": Knowledge(t["a"], 1.0)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 import dither
 from dither.activations import Encodings, apply
-from dither.archive import pack
-from dither.search import Trial, divergence
+from dither.archive import code, pack
+from dither.data import divergence
+from dither.search import Choice, Grid, Knowledge, Ledger, Trial
+from dither.search.layer_order import LayerOrder
 from dither.testing import same_bits
 
 
@@ -52,7 +55,7 @@ def trials_of(archive: dither.Archive) -> list[Trial]:
 def test_every_stage_is_tried_and_the_best_kept() -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
-    samples = dither.Samples(iter(LOADER), distance=divergence)
+    samples = dither.Data(iter(LOADER), distance=divergence)
     archive = dither.compress(model, 2600, data=samples)
     assert 2600 - 64 <= archive.nbytes <= 2600
     assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
@@ -133,3 +136,53 @@ def test_a_model_without_layers_in_sequence() -> None:
 
     archive = dither.compress(Scale(), "4x", data=[normal(8, 30)])
     assert [trial.stage for trial in trials_of(archive)] == ["data-free", "calibrated"]
+
+
+def test_a_way_that_fails_is_a_line_and_the_best_file_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> bool:
+        raise RuntimeError("no such matrix\nand more")
+
+    monkeypatch.setattr(LayerOrder, "spend", fail)
+    archive = dither.compress(network(), 2600, data=LOADER)
+    *others, last = trials_of(archive)
+    assert (last.error, last.nbytes, last.kept) == ("RuntimeError: no such matrix", 0, False)
+    assert "failed after" in str(last)
+    assert archive.nbytes == next(t.nbytes for t in reversed(others) if t.kept)
+
+
+def test_where_every_way_fails_the_first_says_why() -> None:
+    def fail(tensors: object) -> dict[str, Knowledge]:
+        raise ZeroDivisionError("nothing is known")
+
+    with pytest.raises(ZeroDivisionError, match="nothing is known"):
+        dither.compress(network(), 2600, data=LOADER, sensitivity=fail)
+    with pytest.raises(dither.BudgetError, match="is impossible"):
+        dither.compress(network(), 200, data=LOADER)
+
+
+def test_not_a_number_is_the_worst_score() -> None:
+    scores = iter([math.nan, 0.5, math.nan, 0.4])
+    archive = dither.compress(network(), 2600, data=LOADER, evaluate=lambda _: next(scores))
+    assert [trial.kept for trial in trials_of(archive)] == [True, True, False, False]
+    with pytest.raises(dither.SpecError, match="evaluate gave None"):
+        dither.compress(network(), 2600, data=LOADER, evaluate=lambda _: None)  # type: ignore[arg-type,return-value]
+
+
+def test_a_ledger_knows_the_exact_bytes() -> None:
+    tensors = {"w": normal(40, 30), "b": normal(40)}
+    ledger = Ledger(tensors, {"tied": "w"}, {"note": 1})
+    sizes = {}
+    for name in ("b", "w"):
+        choice = Choice(0.0, 0.0, Grid(), step=0.5)
+        coded = code(choice.encode(Knowledge(tensors[name], 1.0)))
+        sizes[name] = ledger.put(name, choice, coded)
+        assert sizes[name] == ledger.measured(name) > coded.nbytes
+    archive = ledger.archive()
+    assert set(archive) == {"w", "tied", "b"}
+    assert ledger.nbytes == archive.nbytes == len(archive.to_bytes())
+    assert ledger.overhead == ledger.nbytes - sum(sizes.values())
+    assert torch.equal(ledger.decoded(["b"])["b"], archive["b"])
+    ledger.clear()
+    assert "w" not in ledger

@@ -6,7 +6,6 @@ from dither.activations.layer_inputs import inputs_of_layers
 from dither.activations.observe import (
     apply,
     begin,
-    call,
     encodings_of,
     functions,
     observe,
@@ -27,7 +26,6 @@ __all__ = [
     "Site",
     "apply",
     "begin",
-    "call",
     "encodings_of",
     "functions",
     "inputs_of_layers",

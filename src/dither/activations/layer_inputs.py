@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dither.activations.observe import Call, call
 from dither.activations.sites import on_input
+from dither.data import Data
 from dither.model import evaluating
 
 
-def inputs_of_layers(model: nn.Module, batch: object, *, forward: Call = call) -> list[str]:
+def inputs_of_layers(model: nn.Module, data: Data | Iterable[Any]) -> list[str]:
     """Sites ``path@in`` of modules that hold weights and that a floating-point tensor goes into.
 
     A batch norm is left out: in integer arithmetic it is folded into the layer before it. The input
@@ -22,13 +22,13 @@ def inputs_of_layers(model: nn.Module, batch: object, *, forward: Call = call) -
 
     Args:
         model: any module; is left as it was.
-        batch: as ``forward`` takes it.
-        forward: runs the model on a batch.
+        data: a loader, or :class:`~dither.Data`; its first batch is run.
 
-    >>> inputs_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.ones(1, 2))
+    >>> inputs_of_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), [torch.ones(1, 2)])
     ['0@in']
     """
     found: dict[str, None] = {}
+    samples = Data.of(data)
 
     def seeing(site: str) -> Callable[..., None]:
         def note(values: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def inputs_of_layers(model: nn.Module, batch: object, *, forward: Call = call) -
                 hook = seeing(f"{path}@in")
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         with evaluating(model), torch.no_grad():
-            forward(model, batch)
+            samples.forward(model, next(iter(samples)))
     finally:
         for handle in handles:
             handle.remove()

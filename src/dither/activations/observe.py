@@ -26,38 +26,11 @@ from dither.activations.quantizer import Quantizer
 from dither.activations.site_spec import Activation
 from dither.activations.sites import Rules, displace, on_input, on_output, place, placed, resolve
 from dither.core import SpecError
+from dither.data import Data, Forward
 from dither.model import evaluating
 
-Call = Callable[[nn.Module, Any], Any]
-"""Runs a model on a batch of the loader."""
 
-_NONE = object()
-
-
-def call(model: nn.Module, batch: object) -> object:
-    """Run a model on a batch, moved to the model's device.
-
-    A dict is passed by name; of a tuple or a list the first element is the input, the others are
-    labels.
-    """
-    first = next(iter(model.parameters()), None)
-
-    def moved(value: object) -> object:
-        return value.to(first.device) if isinstance(value, Tensor) and first is not None else value
-
-    if isinstance(batch, Mapping):
-        return model(**{name: moved(value) for name, value in batch.items()})
-    return model(moved(batch[0] if isinstance(batch, list | tuple) else batch))
-
-
-def observe(
-    model: nn.Module,
-    plan: Rules,
-    loader: Iterable[Any],
-    *,
-    batches: int | None = None,
-    forward: Call = call,
-) -> Encodings:
+def observe(model: nn.Module, plan: Rules, data: Data | Iterable[Any]) -> Encodings:
     """Choose a grid for every site of a plan by what passes there.
 
     The model runs in evaluation mode without gradients, as it is: with its weights quantized or
@@ -68,10 +41,8 @@ def observe(
     Args:
         model: any module.
         plan: ``glob -> Activation``; rules about weights and gradients are passed over.
-        loader: of batches, as ``forward`` takes them; labels are not needed.
-        batches: how many to read, or all. They are kept in memory where two passes are needed
-            (groups sorted by range).
-        forward: runs the model on a batch, where it is called differently.
+        data: a loader of batches, or :class:`~dither.Data`; labels are not needed. They are kept
+            in memory where two passes are needed (groups sorted by range).
 
     Returns:
         The encodings, for :func:`apply` and the file.
@@ -88,18 +59,18 @@ def observe(
     if placed(model):
         raise SpecError("this model's activations are quantized already; call remove(model) first")
     rules = list(plan.items() if isinstance(plan, Mapping) else plan)
-    specs, read = _resolved(model, rules, _first(loader, batches), forward)
+    samples = Data.of(data)
+    specs, read = _resolved(model, rules, iter(samples), samples.forward)
     sites = {site: spec for site, spec in specs.items() if isinstance(spec, Activation)}
     is_twofold = any(spec.is_sorted for spec in sites.values())
-    data = list(read) if is_twofold else read
+    batches = list(read) if is_twofold else read
     orders: dict[str, Tensor] = {}
     if is_twofold:
         widths = {site: Observer(site, spec) for site, spec in sites.items() if spec.is_sorted}
-        _run(model, widths, data, forward)
+        _run(model, widths, batches, samples.forward)
         orders = sort_dimensions(widths)
     observers = {site: Observer(site, spec, orders.get(site)) for site, spec in sites.items()}
-    if _run(model, observers, data, forward) == 0:
-        raise SpecError("the loader gave no batch; a loader that is an iterator can be read once")
+    _run(model, observers, batches, samples.forward)
     named = {glob for glob, _ in rules}
     silent = [site for site, observer in observers.items() if not observer.seen]
     if missed := [site for site in silent if site in named]:
@@ -112,19 +83,19 @@ def observe(
 
 
 def _resolved(
-    model: nn.Module, rules: list[tuple[str, Any]], read: Iterator[Any], forward: Call
+    model: nn.Module, rules: list[tuple[str, Any]], read: Iterator[Any], forward: Forward
 ) -> tuple[dict[str, Any], Iterator[Any]]:
     """The specs of sites, and the batches, of which functions take a look at the first."""
     called: list[str] = []
     if any(asks_function(glob) for glob, _ in rules):
-        batch = next(read, _NONE)
-        called = [] if batch is _NONE else functions(model, batch, forward=forward)
-        read = chain([] if batch is _NONE else [batch], read)
+        batch = next(read)
+        called = functions(model, Data([batch], forward))
+        read = chain([batch], read)
     return dict(resolve(model, rules, called)), read
 
 
-def functions(model: nn.Module, batch: object, *, forward: Call = call) -> list[str]:
-    """Sites of functions that a batch reaches, in the order in which it does.
+def functions(model: nn.Module, data: Data | Iterable[Any]) -> list[str]:
+    """Sites of functions that the first batch reaches, in the order in which it does.
 
     ``path@add`` are sums of two tensors, ``@matmul`` products, ``@scores`` what goes into a
     softmax, ``@softmax`` what comes out: all that the module's own `forward` computes, its
@@ -133,16 +104,16 @@ def functions(model: nn.Module, batch: object, *, forward: Call = call) -> list[
 
     Args:
         model: any module; it runs in evaluation mode, and is left as it was.
-        batch: as ``forward`` takes it.
-        forward: runs the model on a batch.
+        data: a loader, or :class:`~dither.Data`; its first batch is run.
 
     >>> class Residual(nn.Module):
     ...     def forward(self, x):
     ...         return x + x.softmax(-1)
-    >>> functions(nn.Sequential(Residual()), torch.ones(1, 2))
+    >>> functions(nn.Sequential(Residual()), [torch.ones(1, 2)])
     ['0@scores', '0@softmax', '0@add']
     """
     found: dict[str, None] = {}
+    samples = Data.of(data)
 
     def table(path: str) -> tuple[Find, Iterable[str]]:
         def note(end: str) -> None:
@@ -151,7 +122,7 @@ def functions(model: nn.Module, batch: object, *, forward: Call = call) -> list[
         return note, KINDS
 
     with watching(model, table), evaluating(model), torch.no_grad():
-        forward(model, batch)
+        samples.forward(model, next(iter(samples)))
     return list(found)
 
 
@@ -261,22 +232,12 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _first(loader: Iterable[Any], batches: int | None) -> Iterator[Any]:
-    if batches is not None and batches < 1:
-        raise SpecError(f"batches={batches!r}: give the number of batches to read, 1 or more")
-    for number, batch in enumerate(loader):
-        yield batch
-        if number + 1 == batches:
-            return
-
-
 def _run(
-    model: nn.Module, observers: Mapping[str, Observer], data: Iterable[Any], forward: Call
-) -> int:
-    """Let observers see what passes; returns the number of batches."""
+    model: nn.Module, observers: Mapping[str, Observer], batches: Iterable[Any], forward: Forward
+) -> None:
+    """Let observers see what passes."""
     handles = []
     tables: dict[str, dict[str, Change]] = {}
-    count = 0
     try:
         for site, observer in observers.items():
             path, _, end = site.rpartition("@")
@@ -290,15 +251,13 @@ def _run(
             else:
                 handles.append(module.register_forward_hook(_output_hook(observer)))
         with _watching(model, tables), evaluating(model), torch.no_grad():
-            for batch in data:
+            for batch in batches:
                 forward(model, batch)
                 for observer in observers.values():
                     observer.end_batch()
-                count += 1
     finally:
         for handle in handles:
             handle.remove()
-    return count
 
 
 def _watching(

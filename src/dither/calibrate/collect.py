@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dither.calibrate.data import Call, call, parameters_of, some_batches
 from dither.calibrate.inputs import (
     attention_vectors,
     has_vectors,
@@ -21,7 +20,8 @@ from dither.calibrate.inputs import (
 )
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.core import SpecError, Stats
-from dither.model import evaluating
+from dither.data import Data, Forward
+from dither.model import evaluating, parameters_of
 
 Loss = Callable[[Any, Any], Tensor]
 """A model's output and the batch to a scalar."""
@@ -29,11 +29,9 @@ Loss = Callable[[Any, Any], Tensor]
 
 def collect(
     model: nn.Module,
-    loader: Iterable[Any],
+    data: Data | Iterable[Any],
     *,
     loss: Loss | None = None,
-    batches: int | None = None,
-    forward: Call = call,
     most_inputs: int = MOST_INPUTS,
 ) -> dict[str, Stats]:
     """What data says about each weight of a model.
@@ -48,11 +46,9 @@ def collect(
 
     Args:
         model: runs on its own device; attached models run as they are.
-        loader: of batches, as :func:`~dither.calibrate.call` takes them; labels are not needed.
+        data: a loader of batches, or :class:`~dither.Data`; labels are not needed.
         loss: of an output and its batch, for ``Stats.importance``: the squared gradient of each
             batch, averaged (the empirical Fisher information, with batches of one example).
-        batches: how many to read, or all.
-        forward: runs the model on a batch, where it is called differently.
         most_inputs: a weight with more has a block-diagonal Gram matrix.
 
     Returns:
@@ -68,17 +64,17 @@ def collect(
     tensor([[1., 2.],
             [2., 4.]])
     """
-    watch = Watch(model, most_inputs)
+    samples, watch = Data.of(data), Watch(model, most_inputs)
     squares: dict[str, Tensor] = {}
     count = 0
     with evaluating(model), watch.hooks():
-        for batch in some_batches(loader, batches):
+        for batch in samples:
             count += 1
             if loss is None:
                 with torch.no_grad():
-                    forward(model, batch)
+                    samples.forward(model, batch)
             else:
-                _add_gradients(squares, model, batch, loss, forward)
+                _add_gradients(squares, model, batch, loss, samples.forward)
     fisher = {name: total / count for name, total in squares.items()}
     return {
         name: watch.stats(name, fisher.get(name))
@@ -201,7 +197,7 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _add_gradients(
-    squares: dict[str, Tensor], model: nn.Module, batch: object, loss: Loss, forward: Call
+    squares: dict[str, Tensor], model: nn.Module, batch: object, loss: Loss, forward: Forward
 ) -> None:
     """Add the squared gradients of one batch; parameters and their ``grad`` stay as they are."""
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]

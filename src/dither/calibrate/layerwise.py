@@ -1,47 +1,29 @@
-"""Encode layer by layer: each weight under inputs that the encoded layers before it give."""
+"""Layer by layer: each weight under inputs that the encoded layers before it give."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.data import Call, call, some_batches
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments
 from dither.calibrate.use_order import Keep, Order, find_order
-from dither.core import Encoded, Encoder, SpecError
+from dither.core import Encoded, Encoder, SpecError, Stats
+from dither.data import Data
 from dither.model import evaluating, weights_of
-
-Choose = Callable[[str, Tensor], Encoder | None]
-"""Name and weight to the encoder of this weight; None leaves it as it is."""
-
-
-@dataclass(frozen=True)
-class Sequenced:
-    """What came out of a pass over the layers.
-
-    Attributes:
-        encoded: weights by name, in the order of use.
-        moved: biases and running means that make up for what encoding did to mean outputs.
-    """
-
-    encoded: dict[str, Encoded] = field(default_factory=dict)
-    moved: dict[str, Tensor] = field(default_factory=dict)
 
 
 def in_sequence(
     model: nn.Module,
-    loader: Iterable[Any],
-    encoders: Mapping[str, Encoder] | Choose,
+    data: Data | Iterable[Any],
+    encoders: Mapping[str, Encoder] | Callable[[str, Tensor], Encoder | None],
     *,
-    batches: int | None = None,
-    forward: Call = call,
     most_inputs: int = MOST_INPUTS,
     corrected: bool = True,
 ) -> dict[str, Encoded]:
@@ -54,10 +36,9 @@ def in_sequence(
 
     Args:
         model: is left as it was, its weights included.
-        loader: of batches, kept in memory.
-        encoders: by name, or a function of name and weight.
-        batches: how many to read, or all.
-        forward: runs the model on a batch.
+        data: a loader of batches, or :class:`~dither.Data`; kept in memory.
+        encoders: by name, or a function of name and weight that gives one, or None to leave the
+            weight as it is.
         most_inputs: of one Gram matrix.
         corrected: also give ``Stats.cross``: the moments of the original model's inputs with those
             of the encoded one, from a copy of the model.
@@ -68,52 +49,81 @@ def in_sequence(
     Raises:
         SpecError: the loader is empty, or no weight named is ever used.
     """
-    held = list(some_batches(loader, batches))
-    sequence = Sequence(model, held, forward=forward, most_inputs=most_inputs)
+    layers = Layerwise(model, data, most_inputs=most_inputs)
+    weights = dict(model.named_parameters(remove_duplicate=False))
     choose = encoders if callable(encoders) else lambda name, _: encoders.get(name)
-    made = sequence.run(choose, corrected=corrected).encoded
-    if not made:
-        raise SpecError(f"no weight was encoded; those in use are {sequence.order.names[:5]}")
+    found = {name: choose(name, weights[name].detach()) for name in layers.order.names}
+    chosen = {name: encoder for name, encoder in found.items() if encoder is not None}
+    if not chosen:
+        raise SpecError(f"no weight was encoded; those in use are {layers.order.names[:5]}")
+    made: dict[str, Encoded] = {}
+    with layers.walk(chosen, corrected=corrected) as walk:
+        for layer in walk:
+            made[layer.name] = chosen[layer.name].encode(layer.weight, layer.stats)
+            layer.commit(made[layer.name])
     return made
 
 
-class Sequence:
-    """The layers of a model in the order of use, to be encoded once or several times.
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weight whose turn it is, to be encoded and committed.
+
+    Attributes:
+        name: of the weight.
+        weight: a copy of it.
+        stats: of its inputs, as the layers committed before make them; about their means where a
+            bias or a running mean makes up for the change of mean outputs.
+    """
+
+    name: str
+    weight: Tensor
+    stats: Stats
+    _walk: Walk
+    _shifts: tuple[Receiver, Tensor, Tensor] | None
+
+    def commit(self, encoded: Encoded) -> None:
+        """Put the encoded weight in its place, for all layers behind it."""
+        value = encoded.decode()
+        if self._shifts is not None:
+            receiver, mean, before = self._shifts
+            self._walk.move(receiver, mean_outputs(value, mean) - before)
+        self._walk.places[self.name].copy_(value)
+
+
+class Layerwise:
+    """The layers of a model in the order of use, to be walked through once or several times.
 
     Args:
-        model: is left as it was after each run.
-        held: batches.
-        forward: runs the model on a batch.
+        model: is left as it was after each walk.
+        data: a loader of batches, or :class:`~dither.Data`; kept in memory.
         most_inputs: of one Gram matrix.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        held: list[Any],
-        *,
-        forward: Call = call,
-        most_inputs: int = MOST_INPUTS,
+        self, model: nn.Module, data: Data | Iterable[Any], *, most_inputs: int = MOST_INPUTS
     ) -> None:
-        self._model, self._held = model, held
-        self._forward, self._most = forward, most_inputs
-        first = next(some_batches(held, 1))
-        self.order: Order = find_order(model, first, forward)
-        self._receivers = find_receivers(model, first, forward)
+        self.model, self.data = model, Data.of(data).held()
+        self.most_inputs = most_inputs
+        first = next(iter(self.data))
+        self.order: Order = find_order(model, first, self.data.forward)
+        self.receivers = find_receivers(model, first, self.data.forward)
 
-    def run(
+    @contextmanager
+    def walk(
         self,
-        choose: Choose,
+        names: Collection[str],
         *,
         start: Mapping[str, Tensor] | None = None,
         corrected: bool = True,
         biases: bool = False,
         batches: int | None = None,
-    ) -> Sequenced:
-        """Encode the layers one after another.
+    ) -> Iterator[Walk]:
+        """Go through some weights in the order of use; each is to be committed when it is given.
+
+        The model's weights are put back at the end, whatever happens.
 
         Args:
-            choose: the encoder of each weight, asked for when its turn comes.
+            names: of the weights; others stay as they are.
             start: values of other tensors, by name, that stand from the beginning.
             corrected: give ``Stats.cross``.
             biases: move the bias behind each weight, or the running mean of the batch norm, so
@@ -121,69 +131,75 @@ class Sequence:
                 weights then need to care for. Implies ``corrected``.
             batches: how many to use, or all.
         """
-        original = copy.deepcopy(self._model) if corrected or biases else None
-        found = Sequenced()
-        with _put_back(self._model) as places, torch.no_grad():
+        original = copy.deepcopy(self.model) if corrected or biases else None
+        with _put_back(self.model) as places, torch.no_grad():
             for name, value in (start or {}).items():
                 places[name].copy_(value)
-            for group in self.order.groups:
-                self._encode(group, choose, original, found, places, biases, batches)
-        return found
+            data = self.data.first(batches)
+            yield Walk(self, data, original, places, frozenset(names), biases=biases)
 
-    def _encode(
+
+class Walk:
+    """One walk through the layers; made by :meth:`Layerwise.walk`.
+
+    Attributes:
+        places: parameters and buffers as they stand now.
+        moved: biases and running means that make up for what encoding did to mean outputs.
+    """
+
+    def __init__(
         self,
-        group: tuple[str, ...],
-        choose: Choose,
+        layers: Layerwise,
+        data: Data,
         original: nn.Module | None,
-        found: Sequenced,
         places: Mapping[str, Tensor],
-        biases: bool,  # noqa: FBT001
-        batches: int | None,
+        names: frozenset[str],
+        *,
+        biases: bool,
     ) -> None:
-        chosen = {name: choose(name, places[name].detach()) for name in group}
-        wanted = {name: encoder for name, encoder in chosen.items() if encoder is not None}
-        if not wanted:
-            return
-        models = [self._model] if original is None else [self._model, original]
-        moments, watch = self._measure(models, group, batches)
-        for name, encoder in wanted.items():
-            seen = moments.get(name) or moments[group[0]]
-            watch.moments[name] = seen
-            stats, receiver = watch.stats(name), self._receivers.get(name) if biases else None
-            weight, aim = places[name].detach().clone(), seen.wanted()
-            if receiver is None or stats.mean is None or aim is None:
-                encoded = encoder.encode(weight, stats)
-            else:
-                encoded = encoder.encode(weight, centered(stats, aim))
-                before = mean_outputs(weight, aim)
-                shift = mean_outputs(encoded.decode(), stats.mean) - before
-                _move(receiver, shift, places, found)
-            found.encoded[name] = encoded
-            places[name].copy_(encoded.decode())
+        self.places = places
+        self.moved: dict[str, Tensor] = {}
+        self._layers, self._data, self._names = layers, data, names
+        self._models = [layers.model, *([] if original is None else [original])]
+        self._receivers = layers.receivers if biases else {}
 
-    def _measure(
-        self, models: list[nn.Module], group: tuple[str, ...], batches: int | None
-    ) -> tuple[dict[str, Moments], Keep]:
+    def __iter__(self) -> Iterator[Layer]:
+        for group in self._layers.order.groups:
+            wanted = [name for name in group if name in self._names]
+            if wanted:
+                moments, watch = self._measure(group)
+                for name in wanted:
+                    watch.moments[name] = moments.get(name) or moments[group[0]]
+                    yield self._layer(name, watch)
+
+    def move(self, receiver: Receiver, shift: Tensor) -> None:
+        """Take a shift of mean outputs out of a bias, or into a running mean."""
+        place = self.places[receiver.name]
+        place.add_(receiver.sign * shift.to(place.dtype))
+        self.moved[receiver.name] = place.detach().clone()
+
+    def _layer(self, name: str, watch: Keep) -> Layer:
+        stats, receiver = watch.stats(name), self._receivers.get(name)
+        weight, aim = self.places[name].detach().clone(), watch.moments[name].wanted()
+        if receiver is None or stats.mean is None or aim is None:
+            return Layer(name, weight, stats, self, None)
+        shifts = (receiver, stats.mean, mean_outputs(weight, aim))
+        return Layer(name, weight, centered(stats, aim), self, shifts)
+
+    def _measure(self, group: tuple[str, ...]) -> tuple[dict[str, Moments], Keep]:
         """Moments of a group's inputs in the first model, and how they lie to the second's."""
-        watches = [Keep(model, group, self.order.calls[group]) for model in models]
+        order, forward = self._layers.order, self._data.forward
+        watches = [Keep(model, group, order.calls[group]) for model in self._models]
         moments: dict[str, Moments] = {}
-        for batch in self._held[:batches]:
-            for model, watch in zip(models, watches, strict=True):
-                watch.run(self._forward, model, batch)
+        for batch in self._data:
+            for model, watch in zip(self._models, watches, strict=True):
+                watch.run(forward, model, batch)
             for parts in zip(*(watch.kept for watch in watches), strict=True):
                 name = parts[0][0]
-                if name == group[0] or not self.order.shared[group]:
-                    moments.setdefault(name, Moments(self._most)).add(*(v for _, v in parts))
+                if name == group[0] or not order.shared[group]:
+                    seen = moments.setdefault(name, Moments(self._layers.most_inputs))
+                    seen.add(*(vectors for _, vectors in parts))
         return moments, watches[0]
-
-
-def _move(
-    receiver: Receiver, shift: Tensor, places: Mapping[str, Tensor], found: Sequenced
-) -> None:
-    """Take a shift of mean outputs out of a bias, or into a running mean."""
-    place = places[receiver.name]
-    place.add_(receiver.sign * shift.to(place.dtype))
-    found.moved[receiver.name] = place.detach().clone()
 
 
 @contextmanager

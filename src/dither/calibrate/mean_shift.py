@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.calibrate.collect import Watch
-from dither.calibrate.data import Call
 from dither.calibrate.inputs import has_vectors, outputs_axis
 from dither.core import Stats
+from dither.data import Forward
 from dither.model import evaluating
 
 
@@ -29,7 +29,7 @@ class Receiver:
     sign: int
 
 
-def find_receivers(model: nn.Module, batch: object, forward: Call) -> dict[str, Receiver]:
+def find_receivers(model: nn.Module, batch: object, forward: Forward) -> dict[str, Receiver]:
     """By the name of the weight: its own bias, or the batch norm that its output goes straight to.
 
     Layers that are called several times have none, and so have transposed ones.

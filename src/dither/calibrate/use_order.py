@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch
-from dither.calibrate.data import Call
 from dither.calibrate.moments import Vectors
+from dither.data import Forward
 from dither.model import evaluating
 
 
@@ -36,7 +36,7 @@ class Order:
         return [name for group in self.groups for name in group]
 
 
-def find_order(model: nn.Module, batch: object, forward: Call) -> Order:
+def find_order(model: nn.Module, batch: object, forward: Forward) -> Order:
     """Run a batch and look."""
     watch = Keep(model)
     watch.run(forward, model, batch)
@@ -94,7 +94,7 @@ class Keep(Watch):
         """Names and vectors, in the order of use."""
         return [(name, vectors) for name, vectors, _ in self.seen]
 
-    def run(self, forward: Call, model: nn.Module, batch: object) -> None:
+    def run(self, forward: Forward, model: nn.Module, batch: object) -> None:
         """See one batch, and forget those before."""
         self.seen.clear()
         self.calls.clear()

@@ -14,13 +14,12 @@ from torch import nn
 
 from dither.activations import placed
 from dither.archive import Archive
-from dither.calibrate import Call, call, evaluating, some_batches
 from dither.core import Format, SpecError
+from dither.data import Data
+from dither.model import evaluating
 from dither.report.diagnosis import Diagnosis, Overall, Row, worst_first
 from dither.report.signal_noise import Noise
 from dither.report.targets import Targets, sites_quantized, targets_of, weights_quantized
-from dither.search import squared
-from dither.search.calibrated import Distance
 from dither.train.plan import Plan
 from dither.train.shadow import is_shadowed
 
@@ -36,13 +35,11 @@ Quantization = Plan | Mapping[str, Any]
 
 def diagnose(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Data | Iterable[Any],
     plan: Quantization | str | os.PathLike[str] | None = None,
     *,
-    distance: Distance = squared,
     evaluate: Evaluate | None = None,
     scored: int = 0,
-    forward: Call = call,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Which weights and activations lose most when quantized, each alone, worst first.
@@ -54,18 +51,15 @@ def diagnose(
 
     Args:
         model: in floating point; runs in evaluation mode and is left as it was, bit for bit.
-        data: batches, as :func:`dither.calibrate.call` takes them, without labels; all are kept in
-            memory, with the original's outputs.
+        data: a loader of batches without labels, or :class:`~dither.Data`, which says how the
+            model is called and what counts as a difference; kept in memory, with the outputs.
         plan: ``glob -> format or encoder`` for weights and ``glob -> Activation`` for sites, as for
             :func:`dither.attach`; or an archive or its path: then each tensor is as that file holds
             it; or encodings by name, as ``in_sequence`` and ``observe`` make them. By default 8
             bits for every parameter of two or more dimensions, a scale for each output, and for
             what goes into each module that holds weights, batch norms excepted.
-        distance: of an output from the original one: ``dither.search.squared``, ``divergence`` for
-            classifiers, or one's own.
         evaluate: the score of a model, for the original and the wholes. It may be slow.
         scored: how many of the worst rows are evaluated, too.
-        forward: runs the model on a batch; its output is what counts.
         progress: called with what is measured, and the share of all that is done.
 
     Raises:
@@ -84,33 +78,24 @@ def diagnose(
     if isinstance(plan, str | os.PathLike):
         with Archive.open(plan) as archive:
             return diagnose(
-                model, data, archive, distance=distance, evaluate=evaluate, scored=scored,
-                forward=forward, progress=progress,
-            )  # fmt: skip
+                model, data, archive, evaluate=evaluate, scored=scored, progress=progress
+            )
     _require_plain(model)
-    held = list(some_batches(data, None))
+    samples = Data.of(data).held()
     with evaluating(model), torch.no_grad():
-        targets = targets_of(model, plan, held, forward)
-        bench = _Bench(model, held, distance, evaluate, forward)
+        targets = targets_of(model, plan, samples)
+        bench = _Bench(model, samples, evaluate)
         return _measure(bench, targets, scored, progress or _silent)
 
 
 class _Bench:
     """Measures a model against what it was when this was made."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        held: list[Any],
-        distance: Distance,
-        evaluate: Evaluate | None,
-        forward: Call,
-    ) -> None:
-        self.model, self.held = model, held
-        self._distance, self._evaluate, self._forward = distance, evaluate, forward
-        self._originals = [forward(model, batch) for batch in held]
-        self.scores = evaluate is not None
-        self.name = getattr(distance, "__name__", type(distance).__name__)
+    def __init__(self, model: nn.Module, samples: Data, evaluate: Evaluate | None) -> None:
+        self.model, self.samples, self._evaluate = model, samples, evaluate
+        self._originals = [samples.forward(model, batch) for batch in samples]
+        self.count, self.scores = len(self._originals), evaluate is not None
+        self.name = getattr(samples.distance, "__name__", type(samples.distance).__name__)
 
     def original(self) -> Overall:
         """The original against itself, and its score.
@@ -118,8 +103,9 @@ class _Bench:
         Raises:
             SpecError: one of them is not finite.
         """
-        costs = [float(self._distance(output, output)) for output in self._originals]
-        again = self._distance(self._forward(self.model, self.held[0]), self._originals[0])
+        distance = self.samples.distance
+        costs = [float(distance(output, output)) for output in self._originals]
+        again = self.samples.forward(self.model, next(iter(self.samples)))
         score = self.score()
         if not all(map(math.isfinite, costs)):
             raise SpecError(
@@ -128,13 +114,13 @@ class _Bench:
             )
         if score is not None and not math.isfinite(score):
             raise SpecError(f"the original model's score is {score}; mend `evaluate` first")
-        return Overall("original", float(again), score)
+        return Overall("original", float(distance(again, self._originals[0])), score)
 
     def distance(self) -> float:
         """Of the model as it now is, mean of the batches."""
         costs = [
-            self._distance(self._forward(self.model, batch), original)
-            for batch, original in zip(self.held, self._originals, strict=True)
+            self.samples.distance(self.samples.forward(self.model, batch), original)
+            for batch, original in zip(self.samples, self._originals, strict=True)
         ]
         return float(torch.stack(costs).double().mean())
 
@@ -176,7 +162,7 @@ def _measure(bench: _Bench, targets: Targets, scored: int, progress: Progress) -
         part = ([row.name], []) if row.kind == "weight" else ([], [row.name])
         with _quantized(bench, targets, *part, {}):
             ranked[place] = replace(row, score=bench.score())
-    return Diagnosis(tuple(ranked), tuple(overall), bench.name, len(bench.held))
+    return Diagnosis(tuple(ranked), tuple(overall), bench.name, bench.count)
 
 
 def _weight(bench: _Bench, targets: Targets, name: str) -> Row:

@@ -22,9 +22,9 @@ from dither.activations import (
     remove,
 )
 from dither.archive import Archive
-from dither.calibrate import Call
 from dither.calibrate.inputs import has_vectors, outputs_axis
 from dither.core import CheckpointError, Encoded, Format, SpecError
+from dither.data import Data
 from dither.formats import Affine
 from dither.model import weights_of
 from dither.report.signal_noise import Noise
@@ -54,12 +54,7 @@ class Targets:
     sites: Encodings
 
 
-def targets_of(
-    model: nn.Module,
-    plan: Plan | Mapping[str, Any] | None,
-    held: list[Any],
-    forward: Call,
-) -> Targets:
+def targets_of(model: nn.Module, plan: Plan | Mapping[str, Any] | None, samples: Data) -> Targets:
     """The targets that a plan, encodings or an archive name.
 
     Raises:
@@ -69,13 +64,13 @@ def targets_of(
     if isinstance(plan, Archive):
         return _of_archive(model, plan)
     if plan is None:
-        return _of_rules(model, _default_rules(model, held, forward), held, forward)
+        return _of_rules(model, _default_rules(model, samples), samples)
     if isinstance(plan, Mapping) and _are_encodings(plan):
         return _of_encodings(model, plan)
-    return _of_rules(model, as_plan(plan), held, forward)
+    return _of_rules(model, as_plan(plan), samples)
 
 
-def _default_rules(model: nn.Module, held: list[Any], forward: Call) -> Plan:
+def _default_rules(model: nn.Module, samples: Data) -> Plan:
     """8 bits for matrices and kernels, and for what goes into modules that hold weights."""
     rules: dict[str, Rule] = {}
     owners: dict[int, nn.Module] = {}
@@ -87,12 +82,12 @@ def _default_rules(model: nn.Module, held: list[Any], forward: Call) -> Plan:
             owner = owners[id(weight)]
             is_layer = has_vectors(owner) and weight.ndim == owner.get_parameter("weight").ndim
             rules[name] = Affine(DEFAULT_BITS, axis=outputs_axis(owner) if is_layer else 0)
-    for site in inputs_of_layers(model, held[0], forward=forward):
+    for site in inputs_of_layers(model, samples):
         rules[site] = Activation(DEFAULT_BITS)
     return Plan(rules)
 
 
-def _of_rules(model: nn.Module, plan: Plan, held: list[Any], forward: Call) -> Targets:
+def _of_rules(model: nn.Module, plan: Plan, samples: Data) -> Targets:
     specs = plan.resolve(model)
     sites = [(glob, spec) for glob, spec in plan if isinstance(spec, Activation)]
     if not specs and not sites:
@@ -105,7 +100,7 @@ def _of_rules(model: nn.Module, plan: Plan, held: list[Any], forward: Call) -> T
             encoded[name] = begin(spec, weight).encode(weight)
         except SpecError as error:
             raise SpecError(f"{name!r} cannot be encoded as the plan says: {error}") from error
-    grids = observe(model, sites, held, forward=forward) if sites else Encodings()
+    grids = observe(model, sites, samples) if sites else Encodings()
     return _held(state, encoded, grids)
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dither.core import SpecError
+from dither.data import Data
+from dither.model import evaluating
 from dither.rewrite.channels import Layer, bias_of, layer, responses
 from dither.rewrite.fold import Channels
-
-Forward = Callable[[nn.Module, Any], object]
-"""Runs a model on a batch of the loader."""
 
 
 def expected_input(channels: Channels) -> Tensor:
@@ -62,10 +60,9 @@ def correct_bias(module: Layer, original: Tensor, mean: Tensor) -> Tensor:
 def correct_biases(
     model: nn.Module,
     original: nn.Module,
-    loader: Iterable[Any],
+    data: Data | Iterable[Any],
     *,
     names: Iterable[str] | None = None,
-    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
     """Give every layer's outputs their original means, from data, in place.
 
@@ -76,9 +73,8 @@ def correct_biases(
     Args:
         model: with encoded weights; is changed. Batch norms should be folded.
         original: the same layers before.
-        loader: of batches, read again and again: no iterator.
+        data: a loader of batches, or :class:`~dither.Data`; kept in memory.
         names: of the layers, or all linear layers and convolutions.
-        forward: runs a model on a batch; otherwise the batch, or its first element, is the input.
 
     Returns:
         By name, what was subtracted, ``(outputs,)``.
@@ -86,18 +82,17 @@ def correct_biases(
     Raises:
         SpecError: a layer is missing, or the loader is empty.
     """
-    held = list(loader)
-    run = forward or _forward
+    samples = Data.of(data).held()
     wanted = None if names is None else list(names)
     if wanted is None:
         wanted = [name for name, module in original.named_modules() if isinstance(module, Layer)]
     for name in wanted:
         layer(model, name)
-    means = _mean_outputs(original, held, wanted, run)
+    means = _mean_outputs(original, samples, wanted)
     corrected = {}
     for name, mean in means.items():
         module = layer(model, name)
-        shift = _mean_outputs(model, held, [name], run)[name] - mean
+        shift = _mean_outputs(model, samples, [name])[name] - mean
         with torch.no_grad():
             bias = bias_of(module)
             bias.sub_(shift.to(bias.dtype))
@@ -105,9 +100,7 @@ def correct_biases(
     return corrected
 
 
-def _mean_outputs(
-    model: nn.Module, held: list[Any], names: list[str], run: Forward
-) -> dict[str, Tensor]:
+def _mean_outputs(model: nn.Module, samples: Data, names: list[str]) -> dict[str, Tensor]:
     """Mean outputs of layers, float64 ``(outputs,)``, in the order of their first use."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -126,29 +119,12 @@ def _mean_outputs(
         for name in names:
             module = layer(model, name)
             handles.append(module.register_forward_hook(watch(name, module)))
-        with _evaluating(model), torch.no_grad():
-            for batch in held:
-                run(model, batch)
+        with evaluating(model), torch.no_grad():
+            for batch in samples:
+                samples.forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not sums:
-        raise SpecError("no layer was used: the loader is empty, or the names are of other layers")
+        raise SpecError("no layer was used: the names are of other layers")
     return {name: total / counts[name] for name, total in sums.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _forward(model: nn.Module, batch: object) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, list | tuple) else batch)

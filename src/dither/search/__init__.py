@@ -1,25 +1,34 @@
 """Spend a budget in bytes where the model needs it."""
 
-from dither.search.budget import LEAST_SHARE, SLACK_NBYTES
-from dither.search.calibrated import Samples, calibrated, divergence, squared
+from dither.search.calibrated import calibrated
 from dither.search.compress import compress
-from dither.search.options import Weighted
-from dither.search.sensitivity import Sensitivity, data_free, token_counts
-from dither.search.size import parse_size
+from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
+from dither.search.ledger import Ledger
+from dither.search.predict import can_quantize
+from dither.search.proposers import PROPOSERS, Grid, RotatedGrid, Stored, TrellisGrid
+from dither.search.sensitivity import data_free, token_counts
+from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills, parse_size
 from dither.search.trials import Trial
 
 __all__ = [
     "LEAST_SHARE",
+    "PROPOSERS",
     "SLACK_NBYTES",
-    "Samples",
+    "Choice",
+    "Grid",
+    "Knowledge",
+    "Ledger",
+    "Proposer",
+    "RotatedGrid",
     "Sensitivity",
+    "Stored",
+    "TrellisGrid",
     "Trial",
-    "Weighted",
     "calibrated",
+    "can_quantize",
     "compress",
     "data_free",
-    "divergence",
+    "fills",
     "parse_size",
-    "squared",
     "token_counts",
 ]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate import Call, call, collect, some_batches
-from dither.core import SpecError, Stats
-from dither.search.frequency import frequencies, steps_of
-from dither.search.options import Weighted
-from dither.search.sensitivity import Sensitivity, data_free
-
-Distance = Callable[[Any, Any], Tensor]
-"""The output of the changed model and that of the original, to a scalar."""
+from dither.calibrate import collect
+from dither.core import Stats
+from dither.data import Data, Distance, divergence, floats_of, squared
+from dither.search.knowledge import Knowledge, Sensitivity
+from dither.search.row_steps import frequencies, steps_of
+from dither.search.sensitivity import data_free
 
 PRIOR_SAMPLES = 256.0
 """Input vectors that the prior moments of inputs count as, for each input."""
@@ -42,49 +40,8 @@ misleads if it is taken alone.
 """
 
 
-def squared(output: object, original: object) -> Tensor:
-    """Mean squared difference over the mean square, of all tensors of an output."""
-    pairs = _pairs(output, original)
-    total = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum()
-    return total / torch.stack([b.double().square().sum() for _, b in pairs]).sum().clamp(min=1e-30)
-
-
-def divergence(output: object, original: object) -> Tensor:
-    """Mean Kullback-Leibler divergence in nats of the last axis' softmax: for classifiers."""
-    terms = []
-    for a, b in _pairs(output, original):
-        wanted = b.double().log_softmax(-1)
-        terms.append((wanted.exp() * (wanted - a.double().log_softmax(-1))).sum(-1).mean())
-    return torch.stack(terms).mean()
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Data to compress by, and how the model reads them.
-
-    Attributes:
-        loader: of batches as the model will meet them, without labels; kept in memory.
-        forward: runs the model on a batch; its output is what counts.
-        distance: of outputs: :func:`squared`, :func:`divergence`, or one's own.
-        batches: how many to read, or all.
-    """
-
-    loader: Iterable[Any]
-    forward: Call = call
-    distance: Distance = squared
-    batches: int | None = None
-
-    def held(self) -> list[Any]:
-        """The batches.
-
-        Raises:
-            SpecError: there is none.
-        """
-        return list(some_batches(self.loader, self.batches))
-
-
 def calibrated(
-    model: nn.Module, data: Samples | Iterable[Any], *, prior: Sensitivity = data_free
+    model: nn.Module, data: Data | Iterable[Any], *, prior: Sensitivity = data_free
 ) -> Sensitivity:
     """A sensitivity measured from data without labels, for :func:`dither.compress`.
 
@@ -99,13 +56,13 @@ def calibrated(
 
     Args:
         model: in floating point; is left as it was.
-        data: a loader, or :class:`Samples`.
+        data: a loader, or :class:`~dither.Data`.
         prior: sensitivities to start from.
 
     Raises:
         SpecError: the loader is empty.
     """
-    samples = data if isinstance(data, Samples) else Samples(data)
+    samples = Data.of(data)
     generator = torch.Generator().manual_seed(0)
     project = _PROJECTIONS.get(samples.distance)
 
@@ -113,14 +70,9 @@ def calibrated(
         del batch
         return project(output, generator) if project is not None else torch.zeros(())
 
-    stats = collect(
-        model,
-        samples.held(),
-        loss=None if project is None else loss,
-        forward=samples.forward,
-    )
+    stats = collect(model, samples, loss=None if project is None else loss)
 
-    def sensitivity(tensors: Mapping[str, Tensor]) -> Mapping[str, Weighted]:
+    def sensitivity(tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
         found = {
             name: with_stats(weighted, stats.get(name)) for name, weighted in prior(tensors).items()
         }
@@ -129,7 +81,7 @@ def calibrated(
     return sensitivity
 
 
-def with_stats(weighted: Weighted, stats: Stats | None) -> Weighted:
+def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
     """Measured moments and counts in place of the prior's, which they lean towards.
 
     The diagonal of moments is scaled to mean 1: the sensitivity says how much an error costs, the
@@ -171,7 +123,7 @@ def _fitting(gram: Tensor, size: int) -> Tensor:
     return whole[:size, :size]
 
 
-def blended(tensors: Mapping[str, Weighted], stats: Mapping[str, Stats]) -> dict[str, Weighted]:
+def blended(tensors: Mapping[str, Knowledge], stats: Mapping[str, Stats]) -> dict[str, Knowledge]:
     """Sensitivities of matrices moved towards measured ones, in their common unit.
 
     Only tensors with measured moments are moved: what no gradient reaches keeps the prior.
@@ -220,29 +172,3 @@ _PROJECTIONS: dict[Distance, Callable[[object, torch.Generator], Tensor]] = {
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
-
-
-def _pairs(output: object, original: object) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(floats_of(output), floats_of(original), strict=True))
-
-
-def floats_of(output: object) -> list[Tensor]:
-    """The floating-point tensors of an output: tuples, lists, dicts and output objects.
-
-    Raises:
-        SpecError: there is none.
-    """
-    found = _floats(output)
-    if not found:
-        raise SpecError("the model's output holds no floating-point tensor; give a forward")
-    return found
-
-
-def _floats(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        return [tensor for part in output.values() for tensor in _floats(part)]
-    if isinstance(output, list | tuple):
-        return [tensor for part in output for tensor in _floats(part)]
-    return []

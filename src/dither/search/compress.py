@@ -7,21 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dither.archive import Archive, pack
+from dither.archive import Archive
 from dither.core import SpecError
+from dither.data import Data
 from dither.model import collect
-from dither.search.budget import Progress
-from dither.search.calibrated import Samples
-from dither.search.sensitivity import Sensitivity, data_free
+from dither.search.activation_trials import Sites
+from dither.search.forecast import Progress
+from dither.search.job import Job
+from dither.search.knowledge import Sensitivity
+from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
-from dither.search.trials import Bench, Job, Sites, with_data
+from dither.search.trials import Bench
+from dither.search.with_data import with_data
 
 
 def compress(
     source: nn.Module | Mapping[str, Tensor],
     size: int | str,
     *,
-    data: Samples | Iterable[Any] | None = None,
+    data: Data | Iterable[Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     activations: Sites | None = None,
     sensitivity: Sensitivity = data_free,
@@ -43,7 +47,7 @@ def compress(
         size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
             ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
             all but 64 bytes, unless everything is already as accurate as float16.
-        data: a loader, or :class:`~dither.Samples`, which says how the model is called and what
+        data: a loader, or :class:`~dither.Data`, which says how the model is called and what
             counts; the source must then be the model.
         evaluate: the score of a model, more is better, to choose by; without it, the distance of
             outputs on the data decides.
@@ -67,13 +71,11 @@ def compress(
     budget = parse_size(size, tensors.nbytes, values)
     job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
     if data is not None:
-        samples = data if isinstance(data, Samples) else Samples(data)
-        return with_data(Bench(source, samples, evaluate), job, activations)
+        return with_data(Bench(source, Data.of(data), evaluate), job, activations)
     if evaluate is not None or activations is not None:
         name = "evaluate" if activations is None else "activations"
         raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
-    search = job.search(tensors, sensitivity)
-    return pack(search.run(budget), tensors.aliases, job.metadata)
+    return job.archive(tensors)
 
 
 def _silent(stage: str, share: float) -> None:

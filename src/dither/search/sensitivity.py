@@ -7,7 +7,7 @@ gives the reasons, and what each part of the rule brings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from dither.core import SpecError
 from dither.encoders.rotated import principal_axes
-from dither.search.options import BASIS_BITS, Weighted, can_quantize
+from dither.search.knowledge import Knowledge, Sensitivity
+from dither.search.predict import BASIS_BITS, can_quantize
 from dither.search.priors import prior_gram
-
-Sensitivity = Callable[[Mapping[str, Tensor]], Mapping[str, Weighted]]
-"""Tensors by name in, each with what an error costs out."""
+from dither.search.row_steps import FREQUENT, notched
 
 SIZE_EXPONENT = 2 / 3
 """Sensitivity falls with this power of a matrix's size: steps grow with its cube root.
@@ -35,9 +34,6 @@ VECTOR_PRECISION = 0.1
 They are few, and an error in one reaches every position.
 """
 
-FREQUENT = 1 / 16
-"""Rows of a token table, as a share, that are about equally frequent (Mandelbrot's shift)."""
-
 MOST_COLUMNS = 1024
 """Wider token tables are not rotated: decoding one takes a product of matrices."""
 
@@ -50,10 +46,9 @@ USUAL_ERROR = 1 / 8
 _TOKEN_NAMES = ("emb", "wte", "lm_head", "shared.weight", "vocab", "token")
 _TOKEN_ROWS = 2048
 _ROWS_PER_COLUMN = 4
-_NOTCHES = 4
 
 
-def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
+def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     """Sensitivities without data or a forward pass.
 
     * Matrices and convolutions: ``size ** -2/3`` (:data:`SIZE_EXPONENT`), and second moments of
@@ -76,9 +71,9 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Weighted]:
         elif name in floats:
             spread = _spread(value)
             cost = unit / VECTOR_PRECISION**2 / spread
-            weighted[name] = Weighted(value, cost, coarsest=spread**0.5)
+            weighted[name] = Knowledge(value, cost, coarsest=spread**0.5)
         else:
-            weighted[name] = Weighted(value, 1.0)
+            weighted[name] = Knowledge(value, 1.0)
     return weighted
 
 
@@ -100,7 +95,7 @@ def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_f
     True
     """
 
-    def counted(tensors: Mapping[str, Tensor]) -> Mapping[str, Weighted]:
+    def counted(tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
         weighted = dict(sensitivity(tensors))
         for name, seen in counts.items():
             if name not in weighted or tuple(seen.shape) != tuple(weighted[name].value.shape[:1]):
@@ -111,19 +106,19 @@ def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_f
             _, group, sizes = seen.unique(return_inverse=True, return_counts=True)
             before = sizes.flip(0).cumsum(0).flip(0).double() - (sizes + 1) / 2
             rows = _by_rank(before[group])
-            basis = token_basis(weighted[name].value, rows)
-            weighted[name] = replace(weighted[name], rows=rows, gram=None, basis=basis)
+            axes = token_axes(weighted[name].value, rows)
+            weighted[name] = replace(weighted[name], rows=rows, gram=None, axes=axes)
         return weighted
 
     return counted
 
 
-def _matrix(name: str, value: Tensor) -> Weighted:
+def _matrix(name: str, value: Tensor) -> Knowledge:
     if any(part in name.lower() for part in _TOKEN_NAMES) and value.ndim == 2:
         rows = _token_steps(value)
-        basis = None if rows is None else token_basis(value, rows)
-        return Weighted(value, _of_size(value), rows=rows, basis=basis)
-    return Weighted(value, _of_size(value), gram=prior_gram(value), refit=value.ndim == 2)
+        axes = None if rows is None else token_axes(value, rows)
+        return Knowledge(value, _of_size(value), rows=rows, axes=axes)
+    return Knowledge(value, _of_size(value), gram=prior_gram(value))
 
 
 def _token_steps(value: Tensor) -> Tensor | None:
@@ -134,7 +129,7 @@ def _token_steps(value: Tensor) -> Tensor | None:
     return _by_rank(torch.arange(count, dtype=torch.float64))
 
 
-def token_basis(value: Tensor, rows: Tensor) -> Tensor | None:
+def token_axes(value: Tensor, rows: Tensor) -> Tensor | None:
     """Axes along which the rows of a token table are rounded; None where they do not pay.
 
     They pay where the columns have so much in common that what codes save at a usual size (a
@@ -159,10 +154,7 @@ def token_basis(value: Tensor, rows: Tensor) -> Tensor | None:
 def _by_rank(ranks: Tensor) -> Tensor:
     """Relative steps of rows by how many are read more often, geometric mean 1."""
     rarity = ranks.double() / len(ranks) + FREQUENT
-    octaves = rarity.log2() / 2
-    # A few distinct steps cost almost nothing in the file.
-    notched = (octaves * _NOTCHES).round() / _NOTCHES
-    return torch.exp2(notched - notched.mean()).float()
+    return notched(rarity.log2() / 2)
 
 
 def _of_size(value: Tensor) -> float:

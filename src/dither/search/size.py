@@ -8,9 +8,12 @@ from fractions import Fraction
 
 from dither.core import BudgetError
 
+LEAST_SHARE = 0.985
 SLACK_NBYTES = 64
+"""A file that meets its budget fills this share of it, or all but this many bytes."""
+
 ENOUGH = 0.995
-"""A file with at most so many bytes left, or that fills this share of its budget, is done."""
+"""A file that fills this share of its budget needs no more passes."""
 
 _UNITS = {
     "": 1,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from dither.activations import begin as begin_sites
 from dither.core import SpecError
 from dither.model import collect
-from dither.search import Sensitivity, Weighted, compress, parse_size
+from dither.search import Grid, Knowledge, Sensitivity, Stored, compress, parse_size
 from dither.train.controller import Budget, Controller
 from dither.train.default_plan import default_plan
 from dither.train.method import begin
@@ -118,10 +118,10 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
             shadow(site, surrogate, is_first=number == 0)
 
 
-def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Weighted]:
+def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
     """The same for plain grids: what is trained has no basis, and its steps are its own."""
-    found = sensitivity(tensors)
-    return {n: replace(w, basis=None, refit=False, trellis=None) for n, w in found.items()}
+    plain = (Stored(), Grid(refit=False))
+    return {n: replace(k, axes=None, proposers=plain) for n, k in sensitivity(tensors).items()}
 
 
 def _begin(

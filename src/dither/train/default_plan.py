@@ -6,7 +6,7 @@ from torch import nn
 
 from dither.core import SpecError
 from dither.model import collect
-from dither.search.options import can_quantize
+from dither.search import can_quantize
 from dither.train.fine_grid import Fine
 from dither.train.lsq import LSQ
 from dither.train.plan import Plan, Spec, literal

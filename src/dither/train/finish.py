@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
-from dither.calibrate.data import call
 from dither.core import BudgetError, Encoded
+from dither.data import call
 from dither.search.size import fills
 from dither.train.surrogate import Surrogate, encode_now, plain
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch
-from dither.calibrate.data import call
 from dither.calibrate.moments import Vectors
+from dither.data import call
 from dither.model import evaluating
 from dither.train.shadow import in_place
 from dither.train.surrogate import Surrogate

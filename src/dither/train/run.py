@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from dither.activations import Quantizer, encodings_of, placed
 from dither.activations import step as step_sites
 from dither.archive import Archive, code, pack, packed_nbytes, write
-from dither.calibrate.data import moved
 from dither.core import Encoded, SpecError
+from dither.data import moved
 from dither.formats import Raw
 from dither.model import weights_of
 from dither.rewrite import absorbed, norms

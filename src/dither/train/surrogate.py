@@ -9,8 +9,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.data import moved
 from dither.core import Encoded, Stats
+from dither.data import moved
 from dither.model import Added
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dither.search.frequency import frequencies, prior_frequencies, steps_of
+from dither.search.row_steps import frequencies, prior_frequencies, steps_of
 
 
 def test_a_sample_like_the_prior_changes_little() -> None:

@@ -1,4 +1,4 @@
-"""How often the rows of a token table are read: counts of a sample, and what is known before."""
+"""Steps of a token table's rows, by how often they are read: counts, and what is known before."""
 
 from __future__ import annotations
 
@@ -49,10 +49,14 @@ def frequencies(counts: Tensor) -> Tensor:
 
 
 def steps_of(shares: Tensor, exponent: float) -> Tensor:
-    """Relative steps of rows, ``share ** -exponent``, geometric mean 1, float32.
+    """Relative steps of rows, ``share ** -exponent``, geometric mean 1, float32."""
+    return notched(-exponent * shares.double().log2())
+
+
+def notched(octaves: Tensor) -> Tensor:
+    """Steps by their octaves, geometric mean 1, float32.
 
     They are cut to notches: a few distinct steps cost almost nothing in the file.
     """
-    octaves = -exponent * shares.double().log2()
-    notched = (octaves * _NOTCHES).round() / _NOTCHES
-    return torch.exp2(notched - notched.mean()).float()
+    notches = (octaves * _NOTCHES).round() / _NOTCHES
+    return torch.exp2(notches - notches.mean()).float()

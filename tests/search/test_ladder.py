@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dither.archive import code
-from dither.search.options import (
-    GRID_INDEX_NBYTES,
-    Ladder,
-    Option,
-    Weighted,
-    build_ladder,
-    can_quantize,
-    half_step,
-)
+from dither.search.knowledge import Choice, Knowledge
+from dither.search.ladder import Ladder
+from dither.search.predict import GRID_INDEX_NBYTES, can_quantize, half_step
 from dither.search.priors import prior_gram
+from dither.search.proposers import Grid, Stored
 from dither.testing import awkward_weights, same_values
 
 
@@ -47,18 +42,18 @@ WEIGHTS = {
 }
 
 
-def measured(option: Option, tensor: Weighted) -> float:
-    return code(option.encode(tensor)).nbytes + (0 if option.step is None else GRID_INDEX_NBYTES)
+def measured(choice: Choice, tensor: Knowledge) -> float:
+    return code(choice.encode(tensor)).nbytes + (0 if choice.step is None else GRID_INDEX_NBYTES)
 
 
-def grids(ladder: Ladder) -> list[Option]:
-    return [option for option in ladder.options if option.step is not None]
+def grids(ladder: Ladder) -> list[Choice]:
+    return [choice for choice in ladder.choices if choice.step is not None]
 
 
 def check_convex(ladder: Ladder) -> None:
-    options = ladder.options
+    choices = ladder.choices
     slopes = []
-    for a, b in itertools.pairwise(options):
+    for a, b in itertools.pairwise(choices):
         assert b.nbytes > a.nbytes
         assert b.loss < a.loss
         slopes.append((b.loss - a.loss) / (b.nbytes - a.nbytes))
@@ -69,51 +64,51 @@ def check_convex(ladder: Ladder) -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_predicted_bytes_are_near_the_coded_ones(name: str, is_fed: bool) -> None:
     value = WEIGHTS[name]
-    tensor = Weighted(value, 1.0, gram=prior_gram(value) if is_fed else None)
-    ladder = build_ladder(tensor)
+    tensor = Knowledge(value, 1.0, gram=prior_gram(value) if is_fed else None)
+    ladder = Ladder.of(tensor)
     check_convex(ladder)
     rms = float(value.float().square().mean().sqrt())
-    options = [option for option in grids(ladder) if (option.step or 0) <= 2 * rms]
-    assert len(options) > 50
-    for option in [*options[:: len(options) // 8], ladder.options[-1]]:
-        assert option.nbytes == pytest.approx(measured(option, tensor), rel=0.1)
+    choices = [choice for choice in grids(ladder) if (choice.step or 0) <= 2 * rms]
+    assert len(choices) > 50
+    for choice in [*choices[:: len(choices) // 8], ladder.choices[-1]]:
+        assert choice.nbytes == pytest.approx(measured(choice, tensor), rel=0.1)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_predicted_losses_are_near_the_real_ones(name: str) -> None:
     value = WEIGHTS[name]
-    tensor = Weighted(value, 3.0)
+    tensor = Knowledge(value, 3.0)
     # Dropping a tensor, and steps too coarse to be of use, count for more than their error.
-    options = [o for o in build_ladder(tensor).options if o.loss > 0 and o.fed]
-    for option in options[:: len(options) // 8]:
-        error = (option.encode(tensor).decode().double() - value.double()).square().sum()
+    choices = [c for c in Ladder.of(tensor).choices if c.loss > 0 and (c.fed or c.step is None)]
+    for choice in choices[:: len(choices) // 8]:
+        error = (choice.encode(tensor).decode().double() - value.double()).square().sum()
         # Where the type itself is as coarse, its rounding comes on top.
-        assert option.loss == pytest.approx(3 * float(error), rel=0.5 if name == "half" else 0.15)
+        assert choice.loss == pytest.approx(3 * float(error), rel=0.5 if name == "half" else 0.15)
 
 
 def test_rows_have_steps_of_their_own() -> None:
     rows = torch.exp2(torch.linspace(-1, 1, 64).mul(4).round() / 4)
-    tensor = Weighted(normal(64, 200), 1.0, rows=rows)
-    for option in grids(build_ladder(tensor))[10::40]:
-        encoded = option.encode(tensor)
-        assert option.step is not None
+    tensor = Knowledge(normal(64, 200), 1.0, rows=rows)
+    for choice in grids(Ladder.of(tensor))[10::40]:
+        encoded = choice.encode(tensor)
+        assert choice.step is not None
         torch.testing.assert_close(
-            encoded.params["scale"].float(), option.step * rows, rtol=0.01, atol=0
+            encoded.params["scale"].float(), choice.step * rows, rtol=0.01, atol=0
         )
-        assert option.nbytes == pytest.approx(measured(option, tensor), rel=0.15)
+        assert choice.nbytes == pytest.approx(measured(choice, tensor), rel=0.15)
 
 
 def test_a_dropped_tensor_takes_next_to_nothing() -> None:
-    tensor = Weighted(normal(200, 100), 1.0)
-    first = build_ladder(tensor).options[0]
+    tensor = Knowledge(normal(200, 100), 1.0)
+    first = Ladder.of(tensor).choices[0]
     assert not first.encode(tensor).decode().any()
     assert first.nbytes == pytest.approx(measured(first, tensor), abs=8)
 
 
 def test_a_dropped_tensor_with_error_feedback_takes_next_to_nothing() -> None:
     value = normal(200, 100)
-    tensor = Weighted(value, 1.0, gram=prior_gram(value))
-    first = build_ladder(tensor).options[0]
+    tensor = Knowledge(value, 1.0, gram=prior_gram(value))
+    first = Ladder.of(tensor).choices[0]
     assert not first.encode(tensor).decode().any()
     assert first.nbytes == pytest.approx(measured(first, tensor), abs=8)
 
@@ -141,22 +136,22 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_grids_are_found(name: str, is_fed: bool) -> None:
     value = EXACT[name]
-    tensor = Weighted(value, 1.0, gram=prior_gram(value) if is_fed else None)
-    ladder = build_ladder(tensor)
+    tensor = Knowledge(value, 1.0, gram=prior_gram(value) if is_fed else None)
+    ladder = Ladder.of(tensor)
     check_convex(ladder)
-    option = ladder.options[-1]
-    assert option.loss == 0
+    choice = ladder.choices[-1]
+    assert choice.loss == 0
     if name != "signs":  # stored raw, they take no more bytes than on a grid
-        assert option.step == pytest.approx(float(value[value != 0].abs().min()))
-    assert torch.equal(option.encode(tensor).decode(), value)
-    assert measured(option, tensor) < 0.4 * value.numel() * value.element_size()
+        assert choice.step == pytest.approx(float(value[value != 0].abs().min()))
+    assert torch.equal(choice.encode(tensor).decode(), value)
+    assert measured(choice, tensor) < 0.4 * value.numel() * value.element_size()
 
 
 def test_what_lies_on_no_grid_is_stored_as_it_is() -> None:
     for value in (normal(60, 50), torch.tensor([1.0, 2.0, 2.5] * 30), torch.tensor([0.1])):
-        option = build_ladder(Weighted(value, 1.0)).options[-1]
-        assert (option.loss, option.step, option.dtype) == (0, None, None)
-        assert torch.equal(option.encode(Weighted(value, 1.0)).decode(), value)
+        choice = Ladder.of(Knowledge(value, 1.0)).choices[-1]
+        assert (choice.loss, choice.step, choice.proposer) == (0, None, Stored())
+        assert torch.equal(choice.encode(Knowledge(value, 1.0)).decode(), value)
 
 
 ODD = {
@@ -176,10 +171,10 @@ ODD = {
 def test_what_cannot_be_rounded_is_stored_as_it_is(name: str) -> None:
     value = ODD[name]
     assert not can_quantize(value)
-    (option,) = build_ladder(Weighted(value, 1.0)).options
-    assert option.loss == 0
-    assert same_values(option.encode(Weighted(value, 1.0)).decode(), value)
-    assert option.nbytes <= value.numel() * value.element_size() + 8
+    (choice,) = Ladder.of(Knowledge(value, 1.0)).choices
+    assert choice.loss == 0
+    assert same_values(choice.encode(Knowledge(value, 1.0)).decode(), value)
+    assert choice.nbytes <= value.numel() * value.element_size() + 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -188,20 +183,20 @@ def test_every_option_of_awkward_weights_can_be_carried_out(dtype: torch.dtype) 
         if name == "huge" and dtype != torch.float16:
             continue  # see below
         for gram in (None, prior_gram(value)):
-            tensor = Weighted(value, 1.0, gram=gram)
-            ladder = build_ladder(tensor)
+            tensor = Knowledge(value, 1.0, gram=gram)
+            ladder = Ladder.of(tensor)
             check_convex(ladder)
-            assert ladder.options[-1].loss == 0, name
-            for option in ladder.options[:: max(1, len(ladder.options) // 5)]:
-                decoded = option.encode(tensor).decode()
+            assert ladder.choices[-1].loss == 0, name
+            for choice in ladder.choices[:: max(1, len(ladder.choices) // 5)]:
+                decoded = choice.encode(tensor).decode()
                 assert bool(decoded.isfinite().all()), name
-            assert same_values(ladder.options[-1].encode(tensor).decode(), value), name
+            assert same_values(ladder.choices[-1].encode(tensor).decode(), value), name
 
 
 def test_weights_near_the_largest_number_can_be_dropped() -> None:
-    tensor = Weighted(awkward_weights()["huge"], 1.0)
-    for option in build_ladder(tensor).options:
-        assert bool(option.encode(tensor).decode().isfinite().all())
+    tensor = Knowledge(awkward_weights()["huge"], 1.0)
+    for choice in Ladder.of(tensor).choices:
+        assert bool(choice.encode(tensor).decode().isfinite().all())
 
 
 @settings(max_examples=40)
@@ -224,7 +219,7 @@ def test_half_step_of_few_values() -> None:
 
 
 def test_corrections_interpolate_between_what_was_measured() -> None:
-    ladder = Ladder(tuple(Option(100.0 * k, 2.0 ** (9 - k), step=2.0**-k) for k in range(1, 8)))
+    ladder = Ladder(tuple(Choice(100.0 * k, 2.0 ** (9 - k), Grid(), 2.0**-k) for k in range(1, 8)))
     assert ladder.corrected({}) is ladder
     corrected = ladder.corrected({0.25: 220.0, 2.0**-6: 600.0})
     check_convex(corrected)
@@ -235,6 +230,6 @@ def test_corrections_interpolate_between_what_was_measured() -> None:
 
 
 def test_raw_options_are_not_corrected() -> None:
-    raw = Option(900.0, 0.0)
-    ladder = Ladder((Option(100.0, 9.0, step=1.0), Option(200.0, 1.0, step=0.5), raw))
-    assert ladder.corrected({1.0: 150.0, 0.5: 250.0}).options[-1] == raw
+    raw = Choice(900.0, 0.0, Stored())
+    ladder = Ladder((Choice(100.0, 9.0, Grid(), 1.0), Choice(200.0, 1.0, Grid(), 0.5), raw))
+    assert ladder.corrected({1.0: 150.0, 0.5: 250.0}).choices[-1] == raw

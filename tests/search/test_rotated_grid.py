@@ -12,8 +12,10 @@ import dither
 from dither.archive import code
 from dither.formats import Affine, Factors
 from dither.search import data_free
-from dither.search.options import GRID_INDEX_NBYTES, TURNED_LEVEL, Weighted, build_ladder
-from dither.search.sensitivity import MOST_COLUMNS, token_basis, token_counts
+from dither.search.knowledge import Knowledge
+from dither.search.ladder import Ladder
+from dither.search.predict import GRID_INDEX_NBYTES, TURNED_LEVEL
+from dither.search.sensitivity import MOST_COLUMNS, token_axes, token_counts
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -28,9 +30,9 @@ def mixed(rows: int = 6000, columns: int = 32) -> Tensor:
 
 def test_a_table_of_mixtures_is_rotated() -> None:
     tensor = data_free({"wte.weight": mixed()})["wte.weight"]
-    assert tensor.basis is not None
+    assert tensor.axes is not None
     assert tensor.relative().shape == (6000, 32)
-    stored = build_ladder(tensor).options[30].encode(tensor)
+    stored = Ladder.of(tensor).choices[30].encode(tensor)
     assert isinstance(stored.format, Factors)
 
 
@@ -49,19 +51,19 @@ def test_a_table_of_mixtures_is_rotated() -> None:
 )
 def test_where_it_does_not_pay_there_is_none(table: Tensor) -> None:
     tensor = data_free({"wte.weight": table})["wte.weight"]
-    assert tensor.basis is None or len(table.unique()) == 1
+    assert tensor.axes is None or len(table.unique()) == 1
     dither.compress({"wte.weight": table}, size="100%")
 
 
 def test_wide_tables_stay_as_they_are() -> None:
     table = torch.ones(1, 1).expand(2 * MOST_COLUMNS + 2, MOST_COLUMNS + 1)
-    assert token_basis(table, torch.ones(len(table))) is None
+    assert token_axes(table, torch.ones(len(table))) is None
 
 
 def test_counts_move_the_basis() -> None:
     state = {"wte.weight": torch.cat([mixed(3000), mixed(3000).flip(1)])}
-    late = token_counts({"wte.weight": torch.arange(6000)})(state)["wte.weight"].basis
-    early = data_free(state)["wte.weight"].basis
+    late = token_counts({"wte.weight": torch.arange(6000)})(state)["wte.weight"].axes
+    early = data_free(state)["wte.weight"].axes
     assert late is not None
     assert early is not None
     assert float((late[:, 0] @ early[:, 0]).abs()) < 0.99
@@ -69,7 +71,7 @@ def test_counts_move_the_basis() -> None:
 
 def test_predictions_are_near_what_is_coded() -> None:
     tensor = data_free({"wte.weight": mixed()})["wte.weight"]
-    options = [o for o in build_ladder(tensor).options if o.step is not None and o.loss < 9]
+    options = [o for o in Ladder.of(tensor).choices if o.step is not None and o.loss < 9]
     assert len(options) > 50
     for option in options[:: len(options) // 8]:
         encoded = option.encode(tensor)
@@ -82,8 +84,8 @@ def test_predictions_are_near_what_is_coded() -> None:
 
 
 def test_what_is_dropped_takes_next_to_nothing() -> None:
-    tensor = Weighted(mixed(), 1.0, basis=data_free({"wte.weight": mixed()})["wte.weight"].basis)
-    first = build_ladder(tensor).options[0]
+    tensor = Knowledge(mixed(), 1.0, axes=data_free({"wte.weight": mixed()})["wte.weight"].axes)
+    first = Ladder.of(tensor).choices[0]
     assert not first.encode(tensor).decode().any()
     assert first.nbytes == pytest.approx(code(first.encode(tensor)).nbytes, abs=150)
 
@@ -103,7 +105,7 @@ def test_budgets_are_met(size: str, dtype: torch.dtype) -> None:
 
 def test_less_is_lost_than_without() -> None:
     state = {"wte.weight": mixed()}
-    plain = Weighted(state["wte.weight"], 1.0)
+    plain = Knowledge(state["wte.weight"], 1.0)
     files = [
         dither.compress(state, "12x", sensitivity=s)
         for s in (data_free, lambda _: {"wte.weight": plain})

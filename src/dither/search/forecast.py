@@ -1,0 +1,133 @@
+"""What every choice is expected to take and lose, by predictions and all that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from dither.archive import code
+from dither.search.allocate import allocate
+from dither.search.knowledge import Choice, Knowledge
+from dither.search.ladder import Ladder
+from dither.search.ledger import Ledger
+from dither.search.predict import GRID_INDEX_NBYTES
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+AIM = 0.9985
+"""Share of a budget that is allocated: predictions err."""
+
+_PROBED = 1 << 16
+_PROBE = 6
+_LARGE = 1 << 21
+
+
+class Forecast:
+    """The ladders of all tensors, which learn from what their choices turn out to take.
+
+    Args:
+        tensors: their values, and what is known.
+        progress: called with a stage and the share of it that is done.
+    """
+
+    def __init__(self, tensors: Mapping[str, Knowledge], progress: Progress) -> None:
+        self.tensors = dict(tensors)
+        self.progress = progress
+        self._ladders = self._map("predicting", Ladder.of, tensors)
+        self._measured: dict[str, dict[float, float]] = {name: {} for name in tensors}
+
+    def ladders(self) -> dict[str, Ladder]:
+        """Of all tensors, corrected by what was measured."""
+        return {n: ladder.corrected(self._measured[n]) for n, ladder in self._ladders.items()}
+
+    def cheapest(self, name: str, allowance: float) -> list[Choice]:
+        """Uncorrected choices whose bytes may be fewest, predictions being off by an allowance."""
+        choices = self._ladders[name].choices
+        return [c for c in choices if c.nbytes <= 2 * choices[0].nbytes + allowance]
+
+    def plan(self, budget: int, overhead: float) -> dict[str, Choice]:
+        """The best choices for a budget by all that is known now."""
+        return allocate(self.ladders(), budget * AIM - overhead)
+
+    def expected(self, name: str, step: float) -> float:
+        """Bytes that a tensor is expected to take on a grid, as a ledger measures them."""
+        return self._ladders[name].corrected(self._measured[name]).predict(step)
+
+    def note(self, name: str, step: float | None, nbytes: float) -> None:
+        """Learn what a tensor takes on a grid."""
+        if step is not None:
+            self._measured[name][step] = nbytes
+
+    def renew(self, name: str, step: float | None, nbytes: float) -> None:
+        """The same where all that was measured before no longer holds."""
+        if step is not None:
+            self._measured[name] = {step: nbytes}
+
+    def change(self, tensors: Mapping[str, Knowledge]) -> None:
+        """Know something else of some tensors; what was measured of them is forgotten."""
+        self.tensors |= tensors
+        self._ladders |= self._map("predicting", Ladder.of, tensors)
+        self._measured |= {name: {} for name in tensors}
+
+    def probe(self, chosen: Mapping[str, Choice]) -> None:
+        """Learn what large tensors take from a part of their rows, before any is coded whole."""
+        parts = {
+            name: (self.tensors[name].every(_PROBE), choice)
+            for name, choice in chosen.items()
+            if choice.step is not None and _can_probe(self.tensors[name])
+        }
+        coded = self._map("probing", lambda item: code(item[1].encode(item[0])), parts)
+        for name, (part, choice) in parts.items():
+            share = part.value.numel() / self.tensors[name].value.numel()
+            self.note(name, choice.step, coded[name].nbytes / share + GRID_INDEX_NBYTES)
+
+    def encode(self, chosen: Mapping[str, Choice], ledger: Ledger, stage: str) -> None:
+        """Put choices into a ledger and learn what they take; what is there already stays."""
+        changed = {
+            name: choice
+            for name, choice in chosen.items()
+            if name not in ledger or not ledger.choice(name).is_like(choice)
+        }
+        items = {name: (self.tensors[name], choice) for name, choice in changed.items()}
+        coded = self._map(stage, lambda item: code(item[1].encode(item[0])), items)
+        for name, choice in changed.items():
+            self.note(name, choice.step, ledger.put(name, choice, coded[name]))
+
+    def _map(
+        self, stage: str, function: Callable[[Item], Result], items: Mapping[str, Item]
+    ) -> dict[str, Result]:
+        """Apply a function to every value on all cores; NumPy and torch release the lock."""
+        done: dict[str, Result] = {}
+
+        def note(name: str, result: Result) -> None:
+            done[name] = result
+            self.progress(stage, len(done) / len(items))
+
+        # Large tensors one after another, so that the copies of one at most are in memory.
+        large = [name for name in items if self.tensors[name].value.numel() > _LARGE]
+        small = [name for name in items if self.tensors[name].value.numel() <= _LARGE]
+        for name in large:
+            note(name, function(items[name]))
+        with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
+            results = pool.map(function, (items[name] for name in small))
+            for name, result in zip(small, results, strict=True):
+                note(name, result)
+        return done
+
+
+def without_axes(tensors: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
+    """Those tensors that have axes, without them."""
+    return {n: replace(known, axes=None) for n, known in tensors.items() if known.axes is not None}
+
+
+def _can_probe(known: Knowledge) -> bool:
+    """Whether some rows tell what all take: not where they share axes, which are stored once."""
+    return known.value.numel() > _PROBED and known.axes is None

@@ -1,0 +1,54 @@
+"""What is asked for, and the plain way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dither.archive import Archive
+from dither.core import SpecError
+from dither.model import Tensors
+from dither.search.forecast import Forecast, Progress
+from dither.search.greedy import Greedy
+from dither.search.knowledge import Sensitivity
+from dither.search.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Job:
+    """A budget in bytes, and how to spend it.
+
+    Attributes:
+        budget: bytes.
+        sensitivity: what an error costs, where nothing else is measured.
+        metadata: of the file.
+        progress: called with a stage and the share of it that is done.
+    """
+
+    budget: int
+    sensitivity: Sensitivity
+    metadata: Mapping[str, Any]
+    progress: Progress
+
+    def spend(
+        self, tensors: Tensors, sensitivity: Sensitivity | None = None
+    ) -> tuple[Forecast, Ledger]:
+        """A full ledger for some tensors, and what was learned on the way.
+
+        Raises:
+            BudgetError: the budget is impossible.
+            SpecError: a tensor is without a sensitivity.
+        """
+        found = (sensitivity or self.sensitivity)(tensors.values)
+        if missing := sorted(set(tensors.values) - set(found)):
+            raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
+        known = {name: found[name] for name in tensors.values}
+        forecast = Forecast(known, self.progress)
+        ledger = Ledger(known, tensors.aliases, self.metadata)
+        Greedy(forecast, ledger).spend(self.budget)
+        return forecast, ledger
+
+    def archive(self, tensors: Tensors) -> Archive:
+        """The file for some tensors, without data."""
+        return self.spend(tensors)[1].archive()

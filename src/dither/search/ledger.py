@@ -1,0 +1,80 @@
+"""Exact bytes of a file while its tensors are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dither.archive import Archive, CodedTensor, pack, packed_nbytes
+from dither.search.knowledge import Choice
+from dither.search.predict import GRID_INDEX_NBYTES
+
+
+class Ledger:
+    """What each tensor takes, as chosen and coded, and what that leaves of a budget.
+
+    Args:
+        names: of all tensors, in the order of the file.
+        aliases: further names of tied tensors.
+        metadata: of the file.
+    """
+
+    def __init__(
+        self, names: Iterable[str], aliases: Mapping[str, str], metadata: Mapping[str, Any]
+    ) -> None:
+        self.names = tuple(names)
+        self.all_names = (*self.names, *aliases)
+        self._aliases, self._metadata = aliases, metadata
+        self._rows: dict[str, tuple[Choice, CodedTensor]] = {}
+
+    def put(self, name: str, choice: Choice, coded: CodedTensor) -> float:
+        """Take a tensor, in place of what it was before; returns what :meth:`measured` does."""
+        self._rows[name] = (choice, coded)
+        return self.measured(name)
+
+    def clear(self) -> None:
+        """Take everything back."""
+        self._rows.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def choice(self, name: str) -> Choice:
+        """What was chosen for a tensor."""
+        return self._rows[name][0]
+
+    def coded(self, name: str) -> CodedTensor:
+        """A tensor as the file holds it."""
+        return self._rows[name][1]
+
+    def measured(self, name: str) -> float:
+        """Bytes of a tensor that depend on its choice: payloads, and what a grid adds to the index.
+
+        They are what :class:`~dither.search.ladder.Ladder` predicts.
+        """
+        choice, coded = self._rows[name]
+        return coded.nbytes + (GRID_INDEX_NBYTES if choice.step is not None else 0.0)
+
+    @property
+    def nbytes(self) -> int:
+        """The exact size of the file."""
+        return packed_nbytes(self._ordered(), self._aliases, self._metadata)
+
+    @property
+    def overhead(self) -> float:
+        """Bytes that depend on no choice."""
+        return self.nbytes - sum(self.measured(name) for name in self._rows)
+
+    def decoded(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values of some tensors as the file would hold them."""
+        archive = pack({name: self.coded(name) for name in names})
+        return {name: archive[name] for name in archive}
+
+    def archive(self) -> Archive:
+        """The file."""
+        return pack(self._ordered(), self._aliases, self._metadata)
+
+    def _ordered(self) -> dict[str, CodedTensor]:
+        return {name: self._rows[name][1] for name in self.names if name in self._rows}

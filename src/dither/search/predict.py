@@ -1,0 +1,236 @@
+"""Bytes and squared errors of grids, predicted from a sorted sample: nothing is encoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
+from dither.search.knowledge import Knowledge
+
+_SAMPLE = 1 << 15
+GRID_INDEX_NBYTES = 11.0
+"""Bytes in the index for the parts of a grid over those of raw values, about."""
+
+GRID_NBYTES = GRID_INDEX_NBYTES + 5.0
+"""The same and the payloads of zero point and step."""
+
+BASIS_BITS = 4.0
+"""Bits of an entry of a basis, about."""
+
+TURNED_LEVEL = 0.7
+"""What errors in a table that is rotated count, relative to those of other matrices of its size.
+
+They count more the more of the table is lost: see :func:`_predict_all`.
+"""
+
+_KINDS = 12
+"""Kinds of columns that predictions tell apart along axes; the coder has up to 16."""
+
+_LEAST_LEFT = 1e-3
+_COARSEST = 4.0
+"""The coarsest step in root mean squares, short of dropping a tensor altogether."""
+_COARSEST_FED = 3.0
+"""The same with error feedback, whose error then nears the tensor's own energy."""
+_USELESS, _DROPPED = 1e15, 1e30
+"""Factors of the loss beyond the coarsest step, and of dropping a tensor: all others give first."""
+_LARGEST_STEP = 3e38
+_LEAST = 1e-30
+"""Weights below this lie where float32 itself is coarse; they are stored as they are."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a grid with some step would take and lose, and whether that step is of use.
+
+    Attributes:
+        step: unrounded.
+        nbytes: of codes, steps and what the index says of them.
+        loss: squared error times sensitivity; more where all other tensors shall give first.
+        is_useful: False for steps so coarse that they lead to dropping the tensor.
+    """
+
+    step: float
+    nbytes: float
+    loss: float
+    is_useful: bool
+
+
+def predict_grids(known: Knowledge) -> Iterator[Prediction]:
+    """Ever finer steps down to the accuracy of float16, and those beyond the coarsest of use."""
+    columns = _samples(known)
+    numel = known.value.numel()
+    rms = max(math.sqrt(float(np.square(part.sample).mean())) for part in columns)
+    largest = max(max(-part.sample[0], part.sample[-1]) for part in columns)
+    nothing = min(2.01 * largest, _LARGEST_STEP)  # all codes are 0
+    usual = (_COARSEST if known.gram is None else _COARSEST_FED) * rms
+    coarsest = min(known.coarsest or usual, nothing)
+    finest = min(half_step(known.value), coarsest / 2)
+    per_octave, between = _density(numel)
+    octaves = math.log2(coarsest / finest)
+    knots = np.linspace(math.log2(coarsest), math.log2(finest), 1 + math.ceil(octaves * per_octave))
+    predicted = [_predict_all(columns, 2.0**knot) for knot in knots]
+    fine = np.linspace(knots[0], knots[-1], 1 + (len(knots) - 1) * between)[::-1]
+    nbytes = np.interp(fine, knots[::-1], [p[0] for p in predicted][::-1])
+    if known.gram is not None:
+        # Fed errors spread evenly over a step, however coarse: weights do not fall to zero.
+        least = [numel * 4.0**knot / 12 for knot in knots]
+        predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, least, strict=True)]
+    loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
+    overhead = GRID_NBYTES
+    if known.rows is not None:
+        overhead += raw_nbytes(known.rows.to(torch.bfloat16))
+    for log_step, size, error in zip(fine, nbytes, loss, strict=True):
+        cost = known.sensitivity * error
+        yield Prediction(2.0**log_step, overhead + size, cost, is_useful=True)
+    for step, penalty in _coarser(coarsest, nothing):
+        size, error = _predict_all(columns, step)
+        cost = known.sensitivity * error * penalty
+        yield Prediction(step, overhead + size, cost, is_useful=False)
+
+
+def can_quantize(value: Tensor) -> bool:
+    """Whether rounding makes sense: real numbers, all finite, not all (nearly) zero."""
+    if not value.dtype.is_floating_point or value.numel() == 0:
+        return False
+    low, high = (float(x) for x in torch.aminmax(value.detach().float()))
+    return math.isfinite(low) and math.isfinite(high) and max(-low, high) > _LEAST
+
+
+def half_step(value: Tensor) -> float:
+    """The step whose root mean square error is that of float16, whatever the values' magnitude."""
+    flat = value.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.float64)
+    rms = float(sample.square().mean().sqrt())
+    if rms == 0:
+        return float(flat.abs().max()) * 2.0**-11
+    # A power of two brings them to where float16 is neither too small nor too large.
+    unit = 2.0 ** round(math.log2(rms))
+    error = float(((sample / unit).half().double() * unit - sample).square().mean().sqrt())
+    return math.sqrt(12) * max(error if math.isfinite(error) else 0.0, rms * 2.0**-13)
+
+
+def raw_nbytes(value: Tensor) -> float:
+    """Bytes of values stored as they are, by the histogram of each of their byte planes."""
+    flat = value.detach().reshape(-1)
+    if flat.numel() == 0:
+        return 0.0
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].clone(memory_format=torch.contiguous_format)
+    planes = sample.cpu().view(torch.uint8).reshape(len(sample), -1).numpy()
+    ratio = flat.numel() / len(sample)
+    estimates = [coded_nbytes(np.bincount(plane) * ratio) for plane in planes.T]
+    return sum(min(float(flat.numel()), estimate) for estimate in estimates)
+
+
+def coded_nbytes(counts: Floats) -> float:
+    """Bytes by the entropy, with a table that costs a few bits for each symbol in use.
+
+    Good to a percent or two; what is measured later corrects it.
+    """
+    used = counts[counts > 0]
+    total = float(used.sum())
+    bits = total * math.log2(total) - float((used * np.log2(used)).sum())
+    return min(
+        bits / 8 + 4 + 0.4 * len(used), total * math.ceil(math.log2(max(len(counts), 1))) / 8
+    )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns that are alike, as predictions see them.
+
+    Attributes:
+        sample: some of their values in relative steps, sorted.
+        numel: how many there are.
+        axes: that these columns need, each of ``width`` entries; 0 without any.
+        width: columns of the tensor.
+    """
+
+    sample: Floats
+    numel: int
+    axes: int = 0
+    width: int = 0
+
+    @property
+    def energy(self) -> float:
+        """The sum of their squares."""
+        return float(np.square(self.sample).mean()) * self.numel
+
+    def predict(self, step: float) -> tuple[float, float]:
+        """Bytes and squared error at a step."""
+        nbytes, error = _predict(self.sample, step, self.numel, refitted=self.axes > 0)
+        if self.axes and max(-self.sample[0], self.sample[-1]) > step / 2:
+            nbytes += self.axes * self.width * BASIS_BITS / 8
+        return nbytes, error
+
+
+def _samples(known: Knowledge) -> list[_Columns]:
+    """The values, all together; those along axes by columns of like size, which are coded apart."""
+    value = known.value
+    if known.axes is None:
+        return [_Columns(sorted_sample(known.relative(), _SAMPLE), value.numel())]
+    width = value.shape[1]
+    stride = max(1, value.numel() // (_KINDS * _SAMPLE // 4))
+    places = known.every(stride).relative()
+    order = places.square().mean(0).argsort(descending=True)
+    return [
+        _Columns(sorted_sample(places[:, part], _SAMPLE), len(value) * len(part), len(part), width)
+        for part in order.tensor_split(min(_KINDS, width))
+    ]
+
+
+def _coarser(coarsest: float, nothing: float) -> list[tuple[float, float]]:
+    """Steps from the coarsest one of use to dropping the tensor, and their penalties.
+
+    These rise geometrically, so that the ladder stays convex and all tensors give way together.
+    """
+    count = math.ceil(6 * math.log2(nothing / coarsest))
+    steps = np.geomspace(coarsest, nothing, max(count, 1) + 1)[1:-1]
+    shares = np.arange(1, len(steps) + 1) / (len(steps) + 1)
+    return [*zip(steps.tolist(), (_USELESS**shares).tolist(), strict=True), (nothing, _DROPPED)]
+
+
+def _density(numel: int) -> tuple[int, int]:
+    """Predictions in each octave of steps, and how many choices each gap is cut into."""
+    if numel >= 1 << 12:
+        return 4, 8
+    return (2, 2) if numel >= 1 << 6 else (1, 1)
+
+
+def _predict(
+    sample: Floats, step: float, numel: int, *, refitted: bool = False
+) -> tuple[float, float]:
+    """Bytes and squared error of a tensor of ``numel`` values from a sorted sample of it.
+
+    Where the step is ``refitted``, decoding multiplies codes by what leaves the least error.
+    """
+    scaled = sample / step
+    found = find_thresholds(scaled, 0.0)
+    counts = count(scaled, found.edges)
+    ratio = numel / len(sample)
+    used = counts > 0
+    nearest = np.repeat(found.codes[used], counts[used])
+    if refitted:
+        own = float(np.square(nearest).sum())
+        scaled = scaled - nearest * (float((nearest * scaled).sum()) / own if own else 0.0)
+    else:
+        scaled = scaled - nearest
+    error = float(np.square(scaled).sum()) * step * step * ratio
+    return coded_nbytes(counts * ratio), max(error, 1e-300)
+
+
+def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:
+    """Bytes, and what counts as squared error."""
+    parts = [part.predict(step) for part in columns]
+    nbytes, error = (sum(part) for part in zip(*parts, strict=True))
+    if not columns[0].axes:
+        return nbytes, error
+    # Axes fitted to their codes leave rows shorter by their error. What follows a token table sees
+    # directions: of an error that is the share e of all, there is e / (1 - e) to what is left.
+    energy = sum(part.energy for part in columns)
+    return nbytes, TURNED_LEVEL * error / max(1 - error / energy, _LEAST_LEFT)

@@ -1,0 +1,67 @@
+"""Entropy-coded grids: with error feedback where inputs are known, else rounded to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from dither.core import Encoded, Stats
+from dither.encoders.gptq import GPTQ
+from dither.search.knowledge import Choice, Knowledge, short
+from dither.search.predict import GRID_NBYTES, can_quantize, coded_nbytes, predict_grids
+
+_MOST_EXACT = 1 << 15
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Uniform grids of every step, a step for each row where rows differ.
+
+    Attributes:
+        refit: whether the steps of matrices are fitted to their codes, as :class:`~dither.GPTQ`
+            does it, where errors are fed on.
+    """
+
+    refit: bool = True
+
+    def propose(self, known: Knowledge) -> Iterator[Choice]:
+        """Steps from dropping the tensor to the accuracy of float16, and one that loses nothing."""
+        if known.axes is not None or not can_quantize(known.value):
+            return
+        for found in predict_grids(known):
+            step = short(found.step)
+            yield Choice(found.nbytes, found.loss, self, step, found.is_useful)
+        if known.rows is None:
+            yield from self._exact(known.value)
+
+    def encode(self, known: Knowledge, choice: Choice) -> Encoded:
+        """Codes with error feedback, if the choice says so and inputs are known."""
+        stats = Stats(gram=known.gram) if choice.fed else None
+        refit = self.refit and choice.fed and refits(known)
+        return GPTQ(known.steps(choice.step or 0.0), refit=refit).encode(known.value, stats)
+
+    def _exact(self, value: Tensor) -> Iterator[Choice]:
+        """The grid that loses nothing, where the values are few multiples of the smallest one.
+
+        So are masks, signs, and weights that somebody has rounded already.
+        """
+        flat = value.detach().reshape(-1).float()
+        if flat.numel() < 2:
+            return
+        for part in (flat[: 1 << 12], flat):
+            magnitudes = part.abs()
+            step = float(magnitudes[magnitudes > 0].min()) if bool(magnitudes.any()) else 1.0
+            codes = part / step
+            whole = bool((codes.round() * step == part).all())
+            if float(codes.abs().max()) > _MOST_EXACT or not whole:
+                return
+        counts = np.bincount((codes - codes.min()).long().cpu().numpy())
+        yield Choice(GRID_NBYTES + coded_nbytes(counts.astype(np.float64)), 0.0, self, step)
+
+
+def refits(known: Knowledge) -> bool:
+    """Whether this is a matrix whose inputs are known: its steps may be fitted to its codes."""
+    return known.gram is not None and known.value.ndim == 2
