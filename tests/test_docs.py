@@ -3,6 +3,7 @@
 ``make docs`` builds it; this needs no Sphinx. That its code runs is in ``test_readme.py``.
 """
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -64,6 +65,33 @@ def test_links_lead_somewhere(path: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+def modules_of(path: Path) -> set[str]:
+    """The modules that a file imports, and those that the rooms among them pass on."""
+    found = set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dither."):
+            room = importlib.import_module(str(node.module))
+            found |= {room.__name__}
+            found |= {getattr(getattr(room, a.name), "__module__", "") for a in node.names}
+            if any(isinstance(getattr(room, a.name), tuple) for a in node.names):
+                found |= modules_of(Path(str(room.__file__)))
+    return found
+
+
+def test_the_way_through_the_code_meets_each_file_once() -> None:
+    text = text_of(ROOT / "CONTRIBUTING.md").partition("## A way through the code\n")[2]
+    way = re.findall(r"`([\w/]+\.py)`", text.partition("\n## ")[0])
+    assert len(way) == len(set(way))
+    package = ROOT / "src" / "dither"
+    search = {str(path.relative_to(package)) for path in package.glob("search/**/*.py")}
+    assert {name for name in search if not name.endswith("__init__.py")} <= set(way)
+    met = set[str]()
+    for name in way:
+        module = f"dither.{name.removesuffix('.py').replace('/', '.')}"
+        assert not met or module in met, f"{name} is not imported by a file before it"
+        met |= modules_of(package / name)
 
 
 def documented_rooms() -> list[str]:

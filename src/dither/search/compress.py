@@ -40,7 +40,8 @@ def compress(
     With data (a few hundred samples, no labels) more is tried, in order of cost, and the best kept;
     ``archive.trials`` tells what each brought: the data-free search, also after cross-layer
     equalization where that applies; sensitivities, token frequencies and moments measured on data
-    (:func:`~dither.calibrated`); layers in sequence, each making up for the errors of those before.
+    (:func:`~dither.search.calibrated`); layers in sequence, each making up for the errors of those
+    before.
 
     Args:
         source: a model, or a dict of tensors by name.
