@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dither.calibrate.collect import Watch
 from dither.calibrate.moments import Vectors
 from dither.data import Forward
-from dither.model import evaluating
+from dither.model import evaluating, memory_of
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,9 @@ def find_order(model: nn.Module, batch: object, forward: Forward) -> Order:
 
 
 def _same(one: Vectors | None, other: Vectors) -> bool:
-    """Whether two are the same memory."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    return memory_of(one) == memory_of(other)
 
 
 class _Enough(Exception):  # noqa: N818 - no error
