@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dither.encoders.rdo import Floats, count, find_thresholds, sorted_sample
+from dither.encoders.rdo import Floats, Ints, count, find_thresholds, sorted_sample
 from dither.search.knowledge import Knowledge
 
 _SAMPLE = 1 << 15
@@ -39,6 +39,8 @@ _COARSEST_FED = 3.0
 """The same with error feedback, whose error then nears the tensor's own energy."""
 _USELESS, _DROPPED = 1e15, 1e30
 """Factors of the loss beyond the coarsest step, and of dropping a tensor: all others give first."""
+_MOST_LEVELS = 1 << 20
+"""Steps between 0 and the largest value, at most: codes beyond cost more than they are worth."""
 _LARGEST_STEP = 3e38
 _LEAST = 1e-30
 """Weights below this lie where float32 itself is coarse; they are stored as they are."""
@@ -70,7 +72,10 @@ def predict_grids(known: Knowledge) -> Iterator[Prediction]:
     nothing = min(2.01 * largest, _LARGEST_STEP)  # all codes are 0
     usual = (_COARSEST if known.gram is None else _COARSEST_FED) * rms
     coarsest = min(known.coarsest or usual, nothing)
-    finest = min(half_step(known.value), coarsest / 2)
+    finest = max(min(half_step(known.value), coarsest / 2), largest / _MOST_LEVELS)
+    if finest > coarsest / 2:  # so small a step needs more codes than it is worth
+        yield from _given_up(known, columns, finest, nothing)
+        return
     per_octave, between = _density(numel)
     octaves = math.log2(coarsest / finest)
     knots = np.linspace(math.log2(coarsest), math.log2(finest), 1 + math.ceil(octaves * per_octave))
@@ -82,16 +87,27 @@ def predict_grids(known: Knowledge) -> Iterator[Prediction]:
         least = [numel * 4.0**knot / 12 for knot in knots]
         predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, least, strict=True)]
     loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
-    overhead = GRID_NBYTES
-    if known.rows is not None:
-        overhead += raw_nbytes(known.rows.to(torch.bfloat16))
+    overhead = _overhead(known)
     for log_step, size, error in zip(fine, nbytes, loss, strict=True):
         cost = known.sensitivity * error
         yield Prediction(2.0**log_step, overhead + size, cost, is_useful=True)
+    yield from _given_up(known, columns, coarsest, nothing)
+
+
+def _given_up(
+    known: Knowledge, columns: list[_Columns], coarsest: float, nothing: float
+) -> Iterator[Prediction]:
+    """Steps beyond the coarsest of use."""
     for step, penalty in _coarser(coarsest, nothing):
         size, error = _predict_all(columns, step)
         cost = known.sensitivity * error * penalty
-        yield Prediction(step, overhead + size, cost, is_useful=False)
+        yield Prediction(step, _overhead(known) + size, cost, is_useful=False)
+
+
+def _overhead(known: Knowledge) -> float:
+    """Bytes of a grid without its codes."""
+    steps = 0.0 if known.rows is None else raw_nbytes(known.rows.to(torch.bfloat16))
+    return GRID_NBYTES + steps
 
 
 def can_quantize(value: Tensor) -> bool:
@@ -100,6 +116,11 @@ def can_quantize(value: Tensor) -> bool:
         return False
     low, high = (float(x) for x in torch.aminmax(value.detach().float()))
     return math.isfinite(low) and math.isfinite(high) and max(-low, high) > _LEAST
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether there are numbers, all real and within float32."""
+    return value.is_floating_point() and bool(value.numel() and value.float().isfinite().all())
 
 
 def half_step(value: Tensor) -> float:
@@ -127,17 +148,20 @@ def raw_nbytes(value: Tensor) -> float:
     return sum(min(float(flat.numel()), estimate) for estimate in estimates)
 
 
-def coded_nbytes(counts: Floats) -> float:
+def coded_nbytes(counts: Floats, levels: int | None = None) -> float:
     """Bytes by the entropy, with a table that costs a few bits for each symbol in use.
+
+    Args:
+        counts: of each symbol.
+        levels: symbols in all, where those that do not occur are left out of the counts.
 
     Good to a percent or two; what is measured later corrects it.
     """
     used = counts[counts > 0]
     total = float(used.sum())
     bits = total * math.log2(total) - float((used * np.log2(used)).sum())
-    return min(
-        bits / 8 + 4 + 0.4 * len(used), total * math.ceil(math.log2(max(len(counts), 1))) / 8
-    )
+    width = math.ceil(math.log2(max(levels or len(counts), 1)))
+    return min(bits / 8 + 4 + 0.4 * len(used), total * width / 8)
 
 
 @dataclass(frozen=True)
@@ -210,18 +234,28 @@ def _predict(
     Where the step is ``refitted``, decoding multiplies codes by what leaves the least error.
     """
     scaled = sample / step
-    found = find_thresholds(scaled, 0.0)
-    counts = count(scaled, found.edges)
+    codes, counts, levels = _counted(scaled)
     ratio = numel / len(sample)
-    used = counts > 0
-    nearest = np.repeat(found.codes[used], counts[used])
+    nearest = np.repeat(codes, counts)
     if refitted:
         own = float(np.square(nearest).sum())
         scaled = scaled - nearest * (float((nearest * scaled).sum()) / own if own else 0.0)
     else:
         scaled = scaled - nearest
     error = float(np.square(scaled).sum()) * step * step * ratio
-    return coded_nbytes(counts * ratio), max(error, 1e-300)
+    return coded_nbytes(counts * ratio, levels), max(error, 1e-300)
+
+
+def _counted(scaled: Floats) -> tuple[Ints, Ints, int]:
+    """The codes in use, how often each is, and how many levels they span, of sorted values."""
+    low, high = (int(np.rint(scaled[i])) for i in (0, -1))
+    if high - low >= len(scaled):  # few are in use
+        codes, counts = np.unique(np.rint(scaled).astype(np.int64), return_counts=True)
+        return codes, counts, high - low + 1
+    found = find_thresholds(scaled, 0.0)
+    counts = count(scaled, found.edges)
+    used = counts > 0
+    return found.codes[used], counts[used], len(counts)
 
 
 def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:

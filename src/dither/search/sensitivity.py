@@ -7,6 +7,7 @@ gives the reasons, and what each part of the rule brings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from dither.core import SpecError
 from dither.encoders.rotated import principal_axes
 from dither.search.knowledge import Knowledge, Sensitivity
-from dither.search.predict import BASIS_BITS, can_quantize
+from dither.search.predict import BASIS_BITS, can_quantize, is_finite
 from dither.search.priors import prior_gram
 from dither.search.row_steps import FREQUENT, notched
 
@@ -33,6 +34,12 @@ VECTOR_PRECISION = 0.1
 
 They are few, and an error in one reaches every position.
 """
+
+NEGLIGIBLE = 1e-9
+"""Far below what norms add to variances, of which 1e-8 is the least that is in use."""
+
+RANGE = 2.0**-16
+"""Values smaller than this share of the largest do not count if they are also negligible."""
 
 MOST_COLUMNS = 1024
 """Wider token tables are not rotated: decoding one takes a product of matrices."""
@@ -58,7 +65,7 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
       often may have twice the squared error.
     * Vectors: finer steps than matrices (:data:`VECTOR_PRECISION`).
     """
-    floats = {k: v for k, v in tensors.items() if v.is_floating_point() and v.numel()}
+    floats = {k: v for k, v in tensors.items() if is_finite(v)}
     matrices = {k: v for k, v in floats.items() if v.ndim > 1}
     # The mean cost of an error of one standard deviation in each weight of a matrix.
     total = sum(value.numel() for value in matrices.values())
@@ -162,20 +169,40 @@ def _of_size(value: Tensor) -> float:
 
 
 def _spread(value: Tensor) -> float:
-    """The variance of a vector, or less where all are positive: then errors count by ratio.
+    """The variance of a vector, or less where none is negative: then errors count by ratio.
 
     So it is with the variances of a batch norm, whose least ones must not become 0.
     """
-    spread = _variance(value)
-    double = value.detach().double()
-    if bool((double > 0).all()):
-        ratios = float(double.reciprocal().square().mean())
-        spread = min(spread, 1 / ratios)
+    spread = min(_variance(value), by_ratio(value) ** 2)
     return max(spread, 1e-30)
+
+
+def by_ratio(value: Tensor) -> float:
+    """Root harmonic mean square of the values that count, see :func:`counted`; infinite for none.
+
+    >>> by_ratio(torch.tensor([3.0, 3.0, 5.6e-45]))
+    3.0
+    """
+    values = counted(value)
+    return float(values.reciprocal().square().mean()) ** -0.5 if values.numel() else math.inf
+
+
+def counted(value: Tensor) -> Tensor:
+    """The values of which errors count by ratio, float64: those above 0 if none is below.
+
+    A dead channel has a variance of nearly 0, where a norm divides by what it adds to it: what is
+    far below all such numbers (:data:`NEGLIGIBLE`) and below the largest value counts not at all.
+    """
+    double = value.detach().double()
+    if not double.numel() or bool((double < 0).any()):
+        return double[:0]
+    return double[double > min(NEGLIGIBLE, float(double.max()) * RANGE)]
 
 
 def _variance(value: Tensor) -> float:
     """Variance; of a single or constant value its square, so that it is 0 for zeros only."""
     flat = value.detach().reshape(-1).float()
     variance = float(flat.var(correction=0))
+    if not math.isfinite(variance):
+        variance = float(flat.double().var(correction=0))
     return variance if variance > 0 else float(flat[0]) ** 2

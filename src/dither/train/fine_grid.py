@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, SpecError, Stats
-from dither.formats import Affine
+from dither.formats import Affine, Raw
+from dither.search.sensitivity import RANGE, by_ratio, counted
 from dither.train.method import AfterTraining, Method
 from dither.train.surrogate import Surrogate
 
@@ -19,9 +20,9 @@ from dither.train.surrogate import Surrogate
 class Fine(Method):
     """Trains as it is, and ends on a fine entropy-coded grid: for biases, norms and statistics.
 
-    The step is a share of the standard deviation; where all values are positive, as variances are,
-    at most the same share of their harmonic root mean square, so that none becomes 0 (but for those
-    below 2**-16 of the largest).
+    The step is a share of the standard deviation; where none is negative, as with variances, at
+    most the same share of the root harmonic mean square of those that count, so that none of these
+    becomes 0. Values too far apart for a grid are stored as they are.
 
     Attributes:
         precision: the step in standard deviations. A value costs about
@@ -45,9 +46,9 @@ class Fine(Method):
         grid = Affine(bits=None, scale_dtype=torch.bfloat16)
         if not values.numel() or not bool(values.isfinite().all()):
             return Affine(bits=None).encode(weight)  # an empty tensor, or an error that says why
-        spread = float(values.std(correction=0))
-        if bool((values > 0).all()):
-            spread = min(spread, float(values.reciprocal().square().mean()) ** -0.5)
-        least = float(values.abs().max()) * 2.0**-16
-        step = max(spread * self.precision, least) if spread else least * 2**16 or 1.0
+        spread = min(float(values.std(correction=0)), by_ratio(values))
+        least = float(values.abs().max()) * RANGE
+        step = max(spread * self.precision, least) if spread else least / RANGE or 1.0
+        if bool((counted(values) < step / 2).any()):
+            return Raw().encode(weight)
         return grid.assign(weight, {"scale": torch.tensor([step], device=weight.device)})
