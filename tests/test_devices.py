@@ -31,6 +31,10 @@ from dither.activations import apply, observe
 from dither.calibrate import collect, in_sequence
 from dither.core import Encoder, Format, SpecError, Stats
 from dither.formats import Affine, Product
+from dither.model import collect as collected
+from dither.recipes.bayesian_bits import multiplications
+from dither.rewrite import absorb_biases, correct_biases, equalize, fold_batch_norm
+from dither.search import Trial
 from dither.testing import awkward_weights, check_device, check_surrogate, same_bits
 from dither.train.method import Method
 from dither.train.plan import Rule
@@ -158,6 +162,17 @@ def test_compress_makes_the_same_file(case: Case, device: torch.device) -> None:
 
 
 @each_case
+def test_compress_with_data(case: Case, device: torch.device) -> None:
+    model = case.model(device)
+    archive = compress(model, "8x", data=case.batches, activations="int8")
+    assert archive.nbytes <= collected(model).nbytes / 8
+    trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
+    assert [trial.error for trial in trials if trial.error] == []
+    assert {"data-free", "calibrated", "calibrated, in sequence"} <= {t.stage for t in trials}
+    assert places_of(model) == {device.type}
+
+
+@each_case
 def test_load_into_a_model_leaves_it_where_it_is(
     case: Case, device: torch.device, tmp_path: Path
 ) -> None:
@@ -178,7 +193,7 @@ def test_statistics_are_collected_on_the_device(case: Case, device: torch.device
     )
     assert set(found) == set(expected)
     for name, stats in expected.items():
-        close_to(vars(found[name].to("cpu")), vars(stats))
+        close_to(vars(found[name]), vars(stats))
 
 
 @each_case
@@ -199,6 +214,27 @@ def test_layers_in_sequence(case: Case, encoder: Encoder, device: torch.device) 
         weight = case.model().get_parameter(name)
         errors = [(e.decode() - weight).square().mean() for e in (found[name], encoded)]
         torch.testing.assert_close(*errors, rtol=0.1, atol=0)
+
+
+def test_rewrites_stay_where_the_model_is(device: torch.device) -> None:
+    case, found = CASES["images"], []
+    for place in (device, torch.device("cpu")):
+        model, original = case.model(place), case.model(place)
+        channels = fold_batch_norm(model)
+        equalize(model)
+        absorb_biases(model, channels)
+        correct_biases(model, original, case.batches)
+        assert places_of(model) == {place.type}
+        found.append({"out": model(case.batches[0].to(place)).detach().cpu()})
+    close_to(*found)
+
+
+def test_operations_are_counted_from_batches_of_the_cpu(device: torch.device) -> None:
+    case = CASES["images"]
+    found, expected = (
+        multiplications(case.model(place), case.batches[0]) for place in (device, "cpu")
+    )
+    assert found == expected
 
 
 GRIDS = [Activation(8), Activation(8, ranges="mse"), Activation(8, per="token")]
@@ -222,32 +258,30 @@ def test_activations_are_observed(case: Case, grid: Activation, device: torch.de
 def test_diagnose(case: Case, device: torch.device, tmp_path: Path) -> None:
     path = tmp_path / "model.dither"
     compress(case.model(), "8x").save(path)
-    for plan in (None, {"*weight": Affine(4), "*@in": Activation(8)}, path):
-        found, expected = (
-            diagnose(case.model(place), case.batches, plan) for place in (device, "cpu")
-        )
-        assert {row.name for row in found.rows} == {row.name for row in expected.rows}
+    for plan in ({"*weight": Affine(4), "*@in": Activation(8)}, path):
+        assert diagnose(case.model(device), case.batches[:1], plan).rows
 
 
-PLANS: dict[str, tuple[Mapping[str, Rule] | None, str | None]] = {
-    "by default": (None, "6x"),
-    "DiffQ": ({"*weight": DiffQ()}, "5x"),
-    "QuantNoise": ({"*weight": QuantNoise(Product(4, points=8))}, None),
-    "StraightThrough": ({"*weight": StraightThrough(Affine(4, axis=0))}, None),
-    "GPTQ": ({"*weight": GPTQ(0.05)}, None),
-    "activations": ({"*@in": Activation(8), "*weight": LSQ(4)}, None),
-}
+PLANS: list[tuple[str, Mapping[str, Rule] | None, str | None]] = [
+    ("text", None, "6x"),
+    ("text", {"*weight": QuantNoise(Product(4, points=8))}, None),
+    ("images", None, "6x"),
+    ("images", {"*weight": DiffQ()}, "5x"),
+    ("images", {"*weight": StraightThrough(Affine(4, axis=0))}, None),
+    ("images", {"*weight": GPTQ(0.05)}, None),
+    ("images", {"*@in": Activation(8), "*weight": LSQ(4)}, None),
+]
 
 
-@each_case
-@pytest.mark.parametrize(("plan", "budget"), PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("name", "plan", "budget"), PLANS)
 def test_what_is_trained_there_is_what_ships(
-    case: Case,
+    name: str,
     plan: Mapping[str, Rule] | None,
     budget: str | None,
     device: torch.device,
     tmp_path: Path,
 ) -> None:
+    case = CASES[name]
     model, batches = case.model(device).train(), [batch.to(device) for batch in case.batches]
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     run = attach(model, plan, budget=budget, steps=2, optimizer=optimizer)

@@ -52,7 +52,8 @@ def collect(
         most_inputs: a weight with more has a block-diagonal Gram matrix.
 
     Returns:
-        By the (first) name of the parameter. What was never called and has no gradient is missing.
+        By the (first) name of the parameter, on the CPU, where encoders compute. What was never
+        called and has no gradient is missing.
         Without a loss, token counts are the importance of a table's rows.
 
     Raises:
@@ -77,7 +78,7 @@ def collect(
                 _add_gradients(squares, model, batch, loss, samples.forward)
     fisher = {name: total / count for name, total in squares.items()}
     return {
-        name: watch.stats(name, fisher.get(name))
+        name: watch.stats(name, fisher.get(name)).to("cpu")
         for name in parameters_of(model).values()
         if name in watch.moments or name in watch.counts or name in fisher
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments
 from dither.calibrate.use_order import Keep, Order, find_order
-from dither.core import Encoded, Encoder, SpecError, Stats
+from dither.core import Encoded, Encoder, SpecError, Stats, on_cpu
 from dither.data import Data
 from dither.model import evaluating, weights_of
 
@@ -70,7 +70,7 @@ class Layer:
 
     Attributes:
         name: of the weight.
-        weight: a copy of it.
+        weight: a copy of it, on the CPU, as are its moments.
         stats: of its inputs, as the layers committed before make them; about their means where a
             bias or a running mean makes up for the change of mean outputs.
     """
@@ -175,14 +175,16 @@ class Walk:
     def move(self, receiver: Receiver, shift: Tensor) -> None:
         """Take a shift of mean outputs out of a bias, or into a running mean."""
         place = self.places[receiver.name]
-        place.add_(receiver.sign * shift.to(place.dtype))
+        place.add_(receiver.sign * shift.to(place))
         self.moved[receiver.name] = place.detach().clone()
 
     def _layer(self, name: str, watch: Keep) -> Layer:
-        stats, receiver = watch.stats(name), self._receivers.get(name)
-        weight, aim = self.places[name].detach().clone(), watch.moments[name].wanted()
+        weight, _ = on_cpu(self.places[name].detach().clone())
+        stats = watch.stats(name).to("cpu")
+        receiver, aim = self._receivers.get(name), watch.moments[name].wanted()
         if receiver is None or stats.mean is None or aim is None:
             return Layer(name, weight, stats, self, None)
+        aim = aim.cpu()
         shifts = (receiver, stats.mean, mean_outputs(weight, aim))
         return Layer(name, weight, centered(stats, aim), self, shifts)
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dither.data import call
+from dither.model import evaluating
 from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.recipes.recipe import Recipe
 from dither.train.bayesian_bits import BayesianBits, GatedBits, GatePenalty, is_open
@@ -72,12 +74,10 @@ def multiplications(model: nn.Module, inputs: Tensor) -> dict[str, float]:
                 found[layer.name] += layer.weight.numel() * places
 
         hooks.append(layer.module.register_forward_hook(count))
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(inputs)
+        with evaluating(model), torch.no_grad():
+            call(model, inputs)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dither.archive import Archive
-from dither.core import SpecError
+from dither.core import SpecError, on_cpu
 from dither.model import Tensors
 from dither.search.forecast import Forecast, Progress
 from dither.search.greedy import Greedy
@@ -40,7 +40,8 @@ class Job:
             BudgetError: the budget is impossible.
             SpecError: a tensor is without a sensitivity.
         """
-        found = (sensitivity or self.sensitivity)(tensors.values)
+        values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
+        found = (sensitivity or self.sensitivity)(values)
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}
