@@ -20,7 +20,7 @@ def variances(dead: float, count: int = 14) -> Tensor:
     return torch.cat([alive, torch.full((count,), dead)])
 
 
-def with_a_dead_channel(dead: float) -> nn.Module:
+def with_a_dead_channel(dead: float) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -31,11 +31,9 @@ def with_a_dead_channel(dead: float) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, 10),
     ).eval()
-    conv, norm = model[0], model[2]
     with torch.no_grad():
-        conv.bias[3] = -100  # behind the ReLU nothing is left
-        norm.running_mean[3] = 0
-        norm.running_var.uniform_(0.5, 2)[3] = dead
+        model.get_parameter("0.bias")[3] = -100  # behind the ReLU nothing is left
+        model.get_buffer("2.running_var").uniform_(0.5, 2)[3] = dead
     return model
 
 
@@ -44,7 +42,7 @@ def test_a_dead_channel_takes_nothing_from_the_others(dead: float) -> None:
     model = with_a_dead_channel(dead)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     expected = model(x)
-    alive = model[2].running_var.clone()
+    alive = model.get_buffer("2.running_var").clone()
     archive = dither.compress(model, "4x")
     assert archive.nbytes <= sum(v.numel() * 4 for v in model.state_dict().values()) / 4
     found = archive["2.running_var"]

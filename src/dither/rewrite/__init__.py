@@ -2,6 +2,7 @@
 
 from dither.rewrite.batch_norm import absorbed, norms
 from dither.rewrite.bias import correct_bias, correct_biases, expected_input
+from dither.rewrite.channels import free_pairs
 from dither.rewrite.equalize import absorb_biases, chains, equalize
 from dither.rewrite.fold import Channels, fold_batch_norm
 
@@ -15,5 +16,6 @@ __all__ = [
     "equalize",
     "expected_input",
     "fold_batch_norm",
+    "free_pairs",
     "norms",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,65 @@ from dither.core import SpecError
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTransposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Linear | Conv | ConvTransposed
+
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+def why_fixed(model: nn.Module, name: str) -> str:
+    """Why a layer's numbers cannot be changed without changing something else; empty if they can.
+
+    A weight that a parametrization or a hook makes is made anew from others before each call, and
+    what is tied is read elsewhere too.
+    """
+    module = layer(model, name)
+    held = dict(module.named_parameters(recurse=False))
+    for local in ("weight", "bias"):
+        if local not in held and getattr(module, local) is not None:
+            return f"its {local} is made by a parametrization or a hook"
+    if any(vars(module)[f"_{kind}_hooks"] for kind in _HOOKS):
+        return "it has hooks"
+    others = [owner for owner in model.modules() if owner is not module]
+    for owner in others:
+        for value in [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]:
+            if any(_overlap(value, mine) for mine in held.values()):
+                return "its weight or bias is tied to that of another layer"
+    return ""
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may share memory, in whatever shapes."""
+    if one is other or not (one.numel() and other.numel()) or one.device != other.device:
+        return one is other
+    starts, ends = zip(*(_extent(tensor) for tensor in (one, other)), strict=True)
+    return bool(max(starts) < min(ends))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def free_pairs(
+    model: nn.Module, pairs: Iterable[tuple[str, str]], layers: int = 2, *, say: bool = True
+) -> list[tuple[str, str]]:
+    """Pairs of layers that can be changed, or whose first can; a warning names the others.
+
+    Args:
+        model: holds them.
+        pairs: names.
+        layers: 1 where the second of a pair is no layer.
+        say: whether to warn.
+    """
+    found = list(pairs)
+    names = dict.fromkeys(name for pair in found for name in pair[:layers])
+    fixed = {name: why for name in names if (why := why_fixed(model, name))}
+    if fixed and say:
+        said = "; ".join(f"{name}: {why}" for name, why in fixed.items())
+        warnings.warn(
+            f"left as they are, since a change would change the function: {said}", stacklevel=3
+        )
+    return [pair for pair in found if not fixed.keys() & set(pair[:layers])]
 
 
 def layer(model: nn.Module, name: str) -> Layer:

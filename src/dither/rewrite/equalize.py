@@ -13,6 +13,7 @@ from dither.rewrite.channels import (
     bias_of,
     by_input,
     by_output,
+    free_pairs,
     layer,
     output_channels,
     ranges,
@@ -51,7 +52,8 @@ def equalize(
     it was, but for rounding, if what lies between is positively homogeneous.
 
     Args:
-        model: is changed.
+        model: is changed, but for layers whose weights are parametrized, hooked or tied: these are
+            named in a warning.
         pairs: names of layers that follow each other; None finds them, see :func:`chains`.
         iterations: rounds over all pairs, at most.
 
@@ -66,7 +68,7 @@ def equalize(
     >>> bool(torch.allclose(model[0].weight.abs().amax(1), model[2].weight.abs().amax(0)))
     True
     """
-    found = chains(model) if pairs is None else list(pairs)
+    found = free_pairs(model, chains(model) if pairs is None else pairs)
     total: dict[str, Tensor] = {}
     with torch.no_grad():
         for _ in range(iterations):
@@ -118,7 +120,7 @@ def absorb_biases(
     Raises:
         SpecError: a pair does not fit, or torch.fx cannot trace the model.
     """
-    found = chains(model) if pairs is None else list(pairs)
+    found = free_pairs(model, chains(model) if pairs is None else pairs)
     absorbed = {}
     with torch.no_grad():
         for name, next_name in found:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.core import SpecError
-from dither.rewrite.channels import Layer, bias_of, by_output, layer, output_channels, scale
+from dither.rewrite.channels import (
+    Layer,
+    bias_of,
+    by_output,
+    free_pairs,
+    layer,
+    output_channels,
+    scale,
+)
 from dither.rewrite.graph import Graph
 
 
@@ -40,7 +48,8 @@ def fold_batch_norm(
     and layers without a bias get one. A layer is folded where the norm alone reads its output.
 
     Args:
-        model: is changed.
+        model: is changed, but for layers whose weights are parametrized, hooked or tied: these are
+            named in a warning.
         pairs: names of layers and of their norms; None finds them with torch.fx.
 
     Returns:
@@ -55,6 +64,7 @@ def fold_batch_norm(
     (['0'], Identity())
     """
     found = Graph(model).pairs(Layer, _BatchNorm) if pairs is None else list(pairs)
+    found = free_pairs(model, found, layers=1)
     folded = {}
     for name, norm_name in found:
         module, norm = layer(model, name), model.get_submodule(norm_name)

@@ -9,13 +9,17 @@ from dither.search.forecast import Forecast, without_axes
 from dither.search.knowledge import Choice
 from dither.search.landing import land
 from dither.search.ledger import Ledger
-from dither.search.predict import GRID_INDEX_NBYTES
+from dither.search.predict import GRID_INDEX_NBYTES, why_exact
 from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills
+from dither.terminal import printable
 
 _PASSES = 4
 _CLOSE = 0.02
 """Share of the budget by which a pass may miss for single tensors to make up for it."""
 _FEW = 64
+_MATTERS = 0.1
+"""Share of the smallest file from which tensors that are kept exactly are named as the cause."""
+_NAMED = 3
 _NEARLY = 24.0
 """Predictions of the smallest choices may be off by about so many bytes."""
 
@@ -119,9 +123,30 @@ class Greedy:
         if size > budget:
             raise BudgetError(
                 f"a file of {budget} bytes is impossible: these tensors take at least {size} "
-                f"bytes, their names and shapes included; ask for {size} bytes or more",
+                f"bytes, their names and shapes included; ask for {size} bytes or more"
+                + self._kept_exactly(size),
                 smallest=size,
             )
+
+    def _kept_exactly(self, size: int) -> str:
+        """The largest of the tensors that cannot be made smaller, and why, if they matter."""
+        exact = {
+            name: (self._ledger.coded(name).nbytes, why)
+            for name in self._ledger.names
+            if (why := why_exact(self._forecast.tensors[name].value))
+        }
+        if sum(nbytes for nbytes, _ in exact.values()) < _MATTERS * size:
+            return ""
+        largest = sorted(exact, key=lambda name: -exact[name][0])
+        said = [
+            f"{printable(name)} ({exact[name][0]:,} bytes: {exact[name][1]})"
+            for name in largest[:_NAMED]
+        ]
+        more = f"; and {len(exact) - _NAMED} more" if len(exact) > _NAMED else ""
+        return (
+            f". Kept exactly: {'; '.join(said)}{more}. Repair or leave out such tensors, or store "
+            "them as real floating-point numbers"
+        )
 
     def _guess_overhead(self) -> float:
         """Bytes of the index before any tensor was coded."""

@@ -118,6 +118,18 @@ def can_quantize(value: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high) and max(-low, high) > _LEAST
 
 
+def why_exact(value: Tensor) -> str:
+    """Why a tensor cannot be rounded; empty if it can, or if there is nothing in it to keep."""
+    if value.is_complex():
+        return "complex numbers, which no grid holds"
+    if not value.is_floating_point():
+        return f"{str(value.dtype).removeprefix('torch.')}: only floating point is rounded"
+    if not value.numel() or is_finite(value):
+        return ""
+    finite = bool(value.isfinite().all())
+    return "values beyond float32" if finite else "NaN or infinite values, which no grid holds"
+
+
 def is_finite(value: Tensor) -> bool:
     """Whether there are numbers, all real and within float32."""
     return value.is_floating_point() and bool(value.numel() and value.float().isfinite().all())
@@ -250,8 +262,8 @@ def _counted(scaled: Floats) -> tuple[Ints, Ints, int]:
     """The codes in use, how often each is, and how many levels they span, of sorted values."""
     low, high = (int(np.rint(scaled[i])) for i in (0, -1))
     if high - low >= len(scaled):  # few are in use
-        codes, counts = np.unique(np.rint(scaled).astype(np.int64), return_counts=True)
-        return codes, counts, high - low + 1
+        codes, times = np.unique(np.rint(scaled).astype(np.int64), return_counts=True)
+        return codes, times, high - low + 1
     found = find_thresholds(scaled, 0.0)
     counts = count(scaled, found.edges)
     used = counts > 0

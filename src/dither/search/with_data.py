@@ -12,7 +12,7 @@ from dither.archive import Archive
 from dither.calibrate import Layerwise
 from dither.core import SpecError
 from dither.model import collect, weights_of
-from dither.rewrite import chains, equalize
+from dither.rewrite import chains, equalize, free_pairs
 from dither.search.activation_trials import Sites, nbytes_of, plans_of, try_plans
 from dither.search.calibrated import calibrated
 from dither.search.job import Job
@@ -68,7 +68,7 @@ def _equalized(model: nn.Module) -> nn.Module | None:
     """A copy with equalized layers; None where there are none, or they cannot be found."""
     changed = copy.deepcopy(model)
     try:
-        pairs = chains(changed)
+        pairs = free_pairs(changed, chains(changed), say=False)
         if not pairs:
             return None
         equalize(changed, pairs)

@@ -80,6 +80,7 @@ class Plan:
         for name in [*tensors.values, *tensors.aliases]:
             target = tensors.aliases.get(name, name)
             if not tensors.values[target].is_floating_point():
+                self._refuse_named(name, tensors.values[target])
                 continue
             rule = self._rule(name, is_buffer=name not in parameters)
             used |= {rule} if rule is not None else set()
@@ -129,6 +130,16 @@ class Plan:
             for glob, spec in self.rules.items()
             if not isinstance(spec, Activation | Gradient)
         }
+
+    def _refuse_named(self, name: str, tensor: Tensor) -> None:
+        """Plain globs pass over what is no floating point; a rule that is its name does not."""
+        for glob in self._of_weights():
+            if not set(glob) & _WILD and glob == name:
+                raise SpecError(
+                    f"the rule {glob!r} names a tensor of {tensor.dtype}, and only floating-point "
+                    "tensors are quantized: it is stored as it is, so leave it out of the plan "
+                    "(complex weights can be kept as two real parameters)"
+                )
 
     def _refuse_unused(self, used: set[str], tensors: Mapping[str, Tensor]) -> None:
         for glob in self._of_weights():
