@@ -223,10 +223,10 @@ def test_an_archive_is_measured_as_it_is(tmp_path: Path) -> None:
     assert {row.name for row in found.rows if row.sqnr == math.inf} == raw & floats
     loaded = copy.deepcopy(model).eval()
     dither.load_into(loaded, tmp_path / "m.dither")
-    with torch.no_grad():
-        model.eval()
+    # Both on attention's plain path: the fast one rounds otherwise, on some processors.
+    with evaluating(model), evaluating(loaded), torch.no_grad():
         costs = [squared(loaded(batch), model(batch)) for batch in batches()]
-    assert found.overall[1].distance == pytest.approx(float(torch.stack(costs).mean()))
+    assert found.overall[1].distance == float(torch.stack(costs).mean())
 
 
 def test_a_file_with_sites(tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ class Checkpointed(nn.Module):
         return out
 
 
+def by_checkpoint(model: Checkpointed, inputs: Tensor, mode: bool) -> dict[str, float]:
+    """By how much a checkpoint changes each gradient; exact on most processors."""
+    found = []
+    for model.mode in (None, mode):
+        found.append(backward(model.train(), lambda: model(inputs)))
+    wanted, got = found
+    assert got.keys() == wanted.keys()
+    return {name: float((got[name] - wanted[name]).abs().max()) for name in wanted}
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @pytest.mark.parametrize("kind", ["linear", "lstm", "attention"])
 def test_activation_checkpointing_gives_the_same_gradients(kind: str, spec: Spec) -> None:
@@ -120,13 +130,17 @@ def test_activation_checkpointing_gives_the_same_gradients(kind: str, spec: Spec
     model = Checkpointed(body)
     run = attach(model, {f"body.{name}": spec for name in names})
     run.step()
+    plain = Checkpointed(build(kind)[0])
+    with torch.no_grad():
+        for name, surrogate, weight in run.weights():
+            plain.get_parameter(name).copy_(surrogate(weight))
     inputs = inputs.requires_grad_()
-    model.train()
-    wanted = backward(model, lambda: model(inputs))
-    for model.mode in (True, False):
-        got = backward(model, lambda: model(inputs))
-        assert got.keys() == wanted.keys()
-        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    for mode in (True, False):
+        # A reentrant checkpoint runs without gradients first, for which torch may choose kernels
+        # that round otherwise: then its own gradients differ, and ours by no more than those.
+        own = max(by_checkpoint(plain, inputs, mode).values())
+        assert max(by_checkpoint(model, inputs, mode).values()) <= own
+        assert own == 0 or mode
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=NAMES)
