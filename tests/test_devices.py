@@ -81,7 +81,9 @@ def test_encoders_compute_on_the_cpu(entry: Encoder | InSteps, device: torch.dev
 
 @pytest.mark.parametrize("fmt", FORMATS_TO_TEST, ids=repr)
 def test_formats_compute_where_the_weight_is(fmt: Format, device: torch.device) -> None:
-    for weight in awkward_weights().values():
+    weights = awkward_weights()
+    for name in ("empty", "vector", "kernel", "strided", "outlier", "huge"):
+        weight = weights[name]
         try:
             fmt.encode(weight)
         except SpecError as error:
