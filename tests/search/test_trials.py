@@ -13,7 +13,7 @@ import dither
 from dither.activations import Encodings, apply
 from dither.archive import code, pack
 from dither.data import divergence
-from dither.search import Choice, Grid, Knowledge, Ledger, Trial
+from dither.search import Choice, Grid, Knowledge, Ledger, Trial, layer_order
 from dither.search.layer_order import LayerOrder
 from dither.testing import same_bits
 
@@ -141,7 +141,7 @@ def test_a_model_without_layers_in_sequence() -> None:
 def test_a_way_that_fails_is_a_line_and_the_best_file_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*_: object) -> bool:
+    def fail(*_: object) -> None:
         raise RuntimeError("no such matrix\nand more")
 
     monkeypatch.setattr(LayerOrder, "spend", fail)
@@ -186,3 +186,11 @@ def test_a_ledger_knows_the_exact_bytes() -> None:
     assert torch.equal(ledger.decoded(["b"])["b"], archive["b"])
     ledger.clear()
     assert "w" not in ledger
+
+
+def test_layers_in_sequence_that_stay_too_large_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_order, "land", lambda ledger, *_, **__: ledger.nbytes + 10_000)
+    archive = dither.compress(network(), 2600, data=LOADER)
+    last = trials_of(archive)[-1]
+    assert last.stage == "calibrated, in sequence"
+    assert "BudgetError: layers in sequence take" in last.error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dither.archive import code
 from dither.calibrate import Layer, Layerwise
-from dither.core import Encoded, Stats
+from dither.core import BudgetError, Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.encoders.outputs import retargeted
 from dither.encoders.rdo import HIGH_RATE_STRENGTH
@@ -66,15 +66,15 @@ class LayerOrder:
     def __init__(self, forecast: Forecast, ledger: Ledger, layers: Layerwise) -> None:
         self._forecast, self._ledger, self._layers = forecast, ledger, layers
 
-    def spend(self, budget: int, aliases: Mapping[str, str]) -> bool:
+    def spend(self, budget: int, aliases: Mapping[str, str]) -> None:
         """Encode all layers, and fill the ledger with them.
 
         Args:
             budget: bytes.
             aliases: further names of tied tensors, under which biases may be moved.
 
-        Returns:
-            Whether the file meets the budget.
+        Raises:
+            BudgetError: the file came out larger each time.
         """
         aim, batches = budget, len(list(self._layers.data))
         self._round(aim, max(1, batches // _LEARNING_SHARE), steer=False)
@@ -84,9 +84,9 @@ class LayerOrder:
                 self._move(aliases.get(name, name), value)
             size = land(self._ledger, self._forecast.tensors, budget, frozen=set(fed))
             if size <= budget:
-                return True
+                return
             aim -= size - budget
-        return False
+        raise BudgetError(f"layers in sequence take {size} bytes, more than {budget}")
 
     def _round(
         self, budget: int, batches: int, *, steer: bool
