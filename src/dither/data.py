@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dither.core import SpecError
 
@@ -116,13 +117,20 @@ class Data:
         Raises:
             SpecError: there is none.
         """
-        return replace(self, loader=list(self), batches=None)
+        return replace(self, loader=[_usual(batch) for batch in self], batches=None)
 
     def first(self, batches: int | None) -> Data:
         """The same with that many batches at most; None for all."""
         if batches is None or (self.batches is not None and self.batches <= batches):
             return self
         return replace(self, batches=batches)
+
+
+def _usual(batch: object) -> object:
+    """The batch, with copies of tensors made in inference mode: those take part in no gradient."""
+    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(batch)):
+        return batch
+    return tree_map_only(Tensor, Tensor.clone, batch)
 
 
 def floats_of(output: object) -> list[Tensor]:

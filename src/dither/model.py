@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn, strided
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
-from dither.core import CheckpointError, dtype_name, is_extra_state, without_extra_state
+from dither.core import CheckpointError, SpecError, dtype_name, is_extra_state, without_extra_state
 
 SITES = "dither_sites"
 """Reserved in state dicts: ranges of activations stand there as ``<module>.dither_sites.*``. They
 are no weights: no plan matches them, and the file has a place of its own for them."""
+
+
+SHADOWS = "dither_shadows"
+"""Reserved likewise: what a model in training learns besides, `<module>.dither_shadows.*`."""
 
 
 def is_weight(name: str) -> bool:
@@ -84,6 +91,100 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
             seen[place] = name
             values[name] = tensor
     return Tensors(values, aliases)
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model in its wrappers: torch.compile, data parallelism, averages of weights.
+
+    >>> inner(nn.DataParallel(nn.Linear(2, 3)))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):  # noqa: SLF001
+            model = compiled
+        else:
+            return model
+
+
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names in a state dict, each with the name in the model before it was wrapped.
+
+    An average's count of models has none.
+
+    >>> plain_names(
+    ...     ["n_averaged", "module._orig_mod.0.weight", "module._orig_mod.1._orig_mod.bias"]
+    ... )
+    {'module._orig_mod.0.weight': '0.weight', 'module._orig_mod.1._orig_mod.bias': '1.bias'}
+    """
+    found = {name: name for name in names}
+    while True:
+        inside = {name: plain for name, plain in found.items() if plain != "n_averaged"}
+        for prefix in _PREFIXES:
+            if inside and all(p.startswith(prefix) and p != prefix for p in inside.values()):
+                found = {name: plain.removeprefix(prefix) for name, plain in inside.items()}
+                break
+        else:
+            break
+    short = {name: plain.replace("._orig_mod.", ".") for name, plain in found.items()}
+    return short if len(set(short.values())) == len(short) else found
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy with tensors of its own, also where a model holds what cannot be copied.
+
+    Locks, generators and open files are shared with the original; weights that a hook makes anew
+    before each call (old `weight_norm`, pruning) are copied without their history.
+
+    Raises:
+        SpecError: it cannot be copied all the same.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # noqa: BLE001 - whatever the parts of a model raise
+        memo: dict[int, Any] = {}
+        for value in (v for module in model.modules() for v in vars(module).values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()
+            elif id(value) not in memo and not _can_copy(value):
+                memo[id(value)] = value
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise SpecError(
+            f"this {type(model).__name__} cannot be copied ({error}), and files are tried on "
+            "copies; take out what cannot be copied, give its module a __deepcopy__, or compress "
+            "without data"
+        ) from error
+
+
+def _can_copy(value: object) -> bool:
+    """Whether a module's attribute is among its tensors and modules, or can be copied."""
+    if isinstance(value, dict) and any(isinstance(v, nn.Module | Tensor) for v in value.values()):
+        return True
+    try:
+        copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - as above
+        return False
+    return True
+
+
+def refuse_attached(source: nn.Module | Mapping[str, Any], what: str) -> None:
+    """Refuse a model in training, or its state: what it holds is not what it computes with.
+
+    Raises:
+        SpecError: the model is attached to a run.
+    """
+    held = source.named_modules() if isinstance(source, nn.Module) else source.items()
+    if any(SHADOWS in str(name).split(".") for name, _ in held):
+        raise SpecError(
+            f"{what}: this model is attached to a run. Call run.finish() and run.save(path) for "
+            "the file of what was trained, or run.detach() first, which gives the plain model back"
+        )
 
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:

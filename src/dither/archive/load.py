@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dither.archive.reader import Archive
 from dither.core import CheckpointError
-from dither.model import SITES, memory_of, weights_of
+from dither.model import SITES, memory_of, plain_names, refuse_attached, weights_of
 from dither.terminal import some_names
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def load_into(
 ) -> Loaded:
     """Copy an archive's tensors into a model's parameters and buffers, in place.
 
-    A name that the archive lacks is not missing if the model ties it to one that is there.
+    A name that the archive lacks is not missing if the model ties it to one that is there. Either
+    may have the names of a wrapper: torch.compile, data parallelism, an average of weights.
 
     Args:
         model: its own types and devices are kept.
@@ -88,27 +93,30 @@ def load_into(
         What differed.
 
     Raises:
+        SpecError: the model is attached to a run.
         CheckpointError: ``strict`` and a name, a shape or a site differs.
         ArchiveError: the file is no archive or is damaged.
     """
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes) as archive:
             return load_into(model, archive, strict=strict)
-    state = weights_of(model.state_dict(keep_vars=True))
+    refuse_attached(model, "load_into")
+    state = _plain(weights_of(model.state_dict(keep_vars=True)))
+    held = _plain({name: name for name in source})
     entries, aliases = source.entries, source.aliases
-    shapes = {name: entries[aliases.get(name, name)].shape for name in source}
+    shapes = {plain: entries[aliases.get(name, name)].shape for plain, name in held.items()}
     mismatched = {
         name: f"{name} (archive {shapes[name]}, model {tuple(state[name].shape)})"
-        for name in source
+        for name in held
         if name in state and shapes[name] != tuple(state[name].shape)
     }
-    fitting = [name for name in source if name in state and name not in mismatched]
+    fitting = [name for name in held if name in state and name not in mismatched]
     covered = {memory_of(state[name]) for name in fitting}
     found = Loaded(
         missing=tuple(
-            name for name in state if name not in source and memory_of(state[name]) not in covered
+            name for name in state if name not in held and memory_of(state[name]) not in covered
         ),
-        unexpected=tuple(name for name in source if name not in state),
+        unexpected=tuple(name for name in held if name not in state),
         mismatched=tuple(mismatched.values()),
         sites=tuple(site for site in source.sites if not _is_quantized(model, site)),
     )
@@ -117,12 +125,19 @@ def load_into(
             f"the archive does not fit the model, nothing was loaded\n{found}\n"
             "pass strict=False to load what fits"
         )
-    tensors = {name: source[name] for name in fitting}
-    with torch.no_grad():
+    tensors = {name: source[held[name]] for name in fitting}
+    # Tensors made in inference mode can be written only there.
+    is_special = any(value.is_inference() for value in state.values())
+    with torch.inference_mode() if is_special else torch.no_grad():
         for name, value in tensors.items():
             state[name].copy_(value)
     cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
     return replace(found, cast=cast)
+
+
+def _plain(values: Mapping[str, Value]) -> dict[str, Value]:
+    """By names without those of wrappers."""
+    return {plain: values[name] for name, plain in plain_names(values).items()}
 
 
 def _is_quantized(model: nn.Module, site: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dither.calibrate.moments import MOST_INPUTS, Moments
 from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError, Stats, on_cpu
 from dither.data import Data
-from dither.model import evaluating, weights_of
+from dither.model import duplicate, evaluating, weights_of
 
 
 def in_sequence(
@@ -131,7 +130,7 @@ class Layerwise:
                 weights then need to care for. Implies ``corrected``.
             batches: how many to use, or all.
         """
-        original = copy.deepcopy(self.model) if corrected or biases else None
+        original = duplicate(self.model) if corrected or biases else None
         with _put_back(self.model) as places, torch.no_grad():
             for name, value in (start or {}).items():
                 places[name].copy_(value)

@@ -109,7 +109,7 @@ class Moments:
         # One axis cannot tell groups of outputs from groups of inputs: the former stay whole.
         blocks = -(-inputs // self._most) if groups == 1 else 1
         size = -(-inputs // blocks)
-        self._squares = torch.zeros(groups, blocks, size, size, device=device)
+        self._squares = torch.zeros(groups, blocks, size, size, dtype=torch.float32, device=device)
         self._sums = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
         self._counts = torch.zeros(groups, dtype=torch.int64, device=device)
 

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_WRAPPERS = ("module.", "_orig_mod.")
+from dither.model import plain_names
 
 
 def unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that DistributedDataParallel and torch.compile add."""
-    while tensors:
-        for prefix in _WRAPPERS:
-            if all(name.startswith(prefix) and name != prefix for name in tensors):
-                tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-                break
-        else:
-            break
-    return tensors
+    """Names without what torch.compile, data parallelism and averages of weights add."""
+    return {plain: tensors[name] for name, plain in plain_names(tensors).items()}

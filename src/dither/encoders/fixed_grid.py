@@ -27,7 +27,9 @@ def places_of(fmt: Affine, weight: Tensor, held: Mapping[str, Tensor]) -> tuple[
         weight: floating point, finite.
         held: parameters, as ``fmt.assign`` takes them.
     """
-    places, scales = (torch.empty(weight.shape, device=weight.device) for _ in range(2))
+    places, scales = (
+        torch.empty(weight.shape, dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
     stored = _stored(fmt, held)
     grouping = fmt.grouping(tuple(weight.shape))
     boxes = grouping.walk([weight.contiguous(), places, scales], list(stored.values()))

@@ -198,7 +198,10 @@ def _split_costly(
     costly = spread.argsort(descending=True, stable=True)[: len(empty)]
     costly = costly[spread[costly] > 0]
     direction = torch.randn(
-        len(costly), table.shape[1], device=table.device, generator=generator
+        (len(costly), table.shape[1]),
+        dtype=torch.float32,
+        device=table.device,
+        generator=generator,
     ).sign_()
     step = (spread[costly] / mass[costly]).sqrt_().unsqueeze(1) * direction / 4
     table = table.clone()

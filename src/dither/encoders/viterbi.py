@@ -147,8 +147,10 @@ def _spread(gram: Tensor, version: int, damping: float) -> tuple[Tensor, Tensor]
     """As :func:`feedback`, and what the squared error of each input then costs, mean 1."""
     del version
     spread = feedback(gram, damping)
-    unit = spread + torch.eye(len(spread))
-    damped = gram.float() + damping * gram.diagonal().float().mean() * torch.eye(len(gram))
+    unit = spread + torch.eye(len(spread), dtype=spread.dtype)
+    damped = gram.float() + damping * gram.diagonal().float().mean() * torch.eye(
+        len(gram), dtype=torch.float32
+    )
     worth = (unit * damped.T).sum(1)
     return spread, worth / worth.mean()
 
@@ -170,8 +172,8 @@ def _bits(multiples: Tensor, lengths: Tensor, quantizer: int) -> Tensor:
 
 def _separate(inputs: Tensor, lengths: Tensor | None, states: int) -> Tensor:
     """The best path in each row by itself, ``(inputs, outputs)`` int32."""
-    multiples = torch.empty(CLASSES, *inputs.shape)
-    costs = torch.empty(CLASSES, *inputs.shape)
+    multiples = torch.empty(CLASSES, *inputs.shape, dtype=torch.float32)
+    costs = torch.empty(CLASSES, *inputs.shape, dtype=torch.float32)
     for index in range(CLASSES):
         multiples[index] = _nearest(inputs, index)
         costs[index] = (multiples[index] - inputs).square_()
@@ -209,7 +211,7 @@ def _fed(
         The same after the last input.
     """
     if total is None:
-        total = torch.full((states, inputs.shape[1]), torch.inf)
+        total = torch.full((states, inputs.shape[1]), torch.inf, dtype=torch.float32)
         total[0] = 0
     for start in range(0, len(inputs), BLOCK):
         part = slice(start, start + BLOCK)
@@ -234,8 +236,10 @@ class _Search:
         count, outputs = self.block.shape
         before = predecessors(states)
         total = self.total
-        errors = torch.empty(count, states, outputs)  # of the path that survives in each state
-        multiples = torch.empty(count, states, outputs)
+        errors = torch.empty(
+            count, states, outputs, dtype=torch.float32
+        )  # of the path that survives in each state
+        multiples = torch.empty(count, states, outputs, dtype=torch.float32)
         parities = torch.empty(count, states, outputs, dtype=torch.bool)
         for i in range(count):
             aim = self.block[i].expand(states, outputs)
@@ -265,7 +269,7 @@ class _Search:
 
     def _choose(self, i: int, aim: Tensor, total: Tensor, parity: int) -> tuple[Tensor, ...]:
         """Cost, multiple and error where each state takes a code of this parity."""
-        offset = (torch.arange(len(aim)) & 1)[:, None] + 2.0 * parity
+        offset = (torch.arange(len(aim)) & 1)[:, None].float() + 2.0 * parity
         multiple = ((aim - offset) / CLASSES).round_().mul_(CLASSES).add_(offset)
         error = multiple - aim
         cost = error.square().mul_(self.worth[i]).add_(total)

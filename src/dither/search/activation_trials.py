@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from dither.activations import Activation, inputs_of_layers, observe
 from dither.archive import Archive, load_into, pack, packed_nbytes
 from dither.core import BudgetError, SpecError
 from dither.data import Data
+from dither.model import duplicate
 from dither.search.trials import Bench
 
 Sites = str | Mapping[str, Any]
@@ -82,7 +82,7 @@ def try_plans(
     Raises:
         BudgetError: no grids fit beside the weights.
     """
-    best, model = bench.winner(), copy.deepcopy(bench.model)
+    best, model = bench.winner(), duplicate(bench.model)
     load_into(model, best)
     tensors = {name: best.encoded(name) for name in best.entries}
     is_first = True

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dither.archive import Archive
 from dither.core import SpecError
 from dither.data import Data
-from dither.model import collect
+from dither.model import collect, inner, refuse_attached
 from dither.search.activation_trials import Sites
 from dither.search.forecast import Progress
 from dither.search.job import Job
@@ -44,7 +45,8 @@ def compress(
     before.
 
     Args:
-        source: a model, or a dict of tensors by name.
+        source: a model, or a dict of tensors by name. Names are those without wrappers such as
+            torch.compile.
         size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
             ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
             all but 64 bytes, unless everything is already as accurate as float16.
@@ -60,23 +62,27 @@ def compress(
     Raises:
         BudgetError: the size is not understood or cannot be reached.
         CheckpointError: the source holds something else than plain tensors.
-        SpecError: something needs data or the model, and there is none.
+        SpecError: something needs data or the model, and there is none; the model is attached.
 
     >>> import torch
     >>> weights = {"w": torch.randn(100, 100, generator=torch.Generator().manual_seed(0))}
     >>> 4925 <= compress(weights, size="8x").nbytes <= 5000
     True
     """
-    tensors = collect(source)
-    values = sum(value.numel() for value in tensors.values.values())
-    budget = parse_size(size, tensors.nbytes, values)
-    job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
-    if data is not None:
-        return with_data(Bench(source, Data.of(data), evaluate), job, activations)
-    if evaluate is not None or activations is not None:
-        name = "evaluate" if activations is None else "activations"
-        raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
-    return job.archive(tensors)
+    refuse_attached(source, "compress")
+    if isinstance(source, nn.Module):
+        source = inner(source)
+    with torch.inference_mode(mode=False):  # under which nothing can be measured
+        tensors = collect(source)
+        values = sum(value.numel() for value in tensors.values.values())
+        budget = parse_size(size, tensors.nbytes, values)
+        job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
+        if data is not None:
+            return with_data(Bench(source, Data.of(data), evaluate), job, activations)
+        if evaluate is not None or activations is not None:
+            name = "evaluate" if activations is None else "activations"
+            raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+        return job.archive(tensors)
 
 
 def _silent(stage: str, share: float) -> None:

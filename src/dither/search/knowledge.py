@@ -48,7 +48,7 @@ class Knowledge:
 
     def steps(self, step: float) -> Tensor:
         """A step, ``(1,)``, or one for each row."""
-        steps = torch.tensor([step])
+        steps = torch.tensor([step], dtype=torch.float32)
         return steps if self.rows is None else (steps * self.rows).bfloat16().float()
 
 
@@ -109,4 +109,4 @@ Sensitivity = Callable[[Mapping[str, Tensor]], Mapping[str, Knowledge]]
 
 def short(step: float) -> float:
     """A step that takes two bytes in the file."""
-    return float(torch.tensor(step).bfloat16())
+    return float(torch.tensor(step, dtype=torch.float32).bfloat16())

@@ -8,8 +8,9 @@ the error to where inputs rarely go.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import product
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,11 +42,23 @@ def prior_gram(weight: Tensor) -> Tensor | None:
     taps = weight[0, 0].numel()
     if taps > MOST_INPUTS:
         return None
-    return _gram(min(weight.shape[1], MOST_INPUTS // taps), kernel)
+    key = min(weight.shape[1], MOST_INPUTS // taps), kernel
+    with _LOCK:
+        gram = _GRAMS.get(key)
+        if gram is None:
+            gram = _GRAMS[key] = _gram(*key)
+    return gram
 
 
-@lru_cache(maxsize=16)
+_GRAMS: WeakValueDictionary[tuple[int, tuple[int, ...]], Tensor] = WeakValueDictionary()
+"""Layers of one shape share theirs, for as long as one of them is at work."""
+
+_LOCK = Lock()
+
+
+@torch.inference_mode(mode=False)
 def _gram(channels: int, kernel: tuple[int, ...]) -> Tensor:
     places = torch.tensor(list(product(*map(range, kernel))), dtype=torch.float32)
     alike = NEIGHBOUR ** torch.cdist(places, places)
-    return (1 - COMMON) * torch.kron(torch.eye(channels), alike) + COMMON
+    own = torch.eye(channels, dtype=torch.float32)
+    return (1 - COMMON) * torch.kron(own, alike) + COMMON

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dither.activations import Encodings, apply
 from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
 from dither.data import Data
-from dither.model import evaluating
+from dither.model import duplicate, evaluating
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,9 @@ class Bench:
             raise SpecError(
                 "data runs through a model, and the source is a dict of tensors: give the model"
             )
+        tensors = model.state_dict().values()
+        if any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
+            model = duplicate(model)  # of those, no gradients are to be had
         self.model = model
         self.data = data.held()
         self._evaluate = evaluate
@@ -134,7 +136,7 @@ class Bench:
 
     def _measure(self, archive: Archive) -> tuple[float, float | None]:
         """Distance and score of a file, its sites included."""
-        model = copy.deepcopy(self.model)
+        model = duplicate(self.model)
         if archive.sites:
             apply(model, Encodings.from_json(archive.sites))
         load_into(model, archive)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +10,7 @@ from torch import nn
 from dither.archive import Archive
 from dither.calibrate import Layerwise
 from dither.core import SpecError
-from dither.model import collect, weights_of
+from dither.model import collect, duplicate, weights_of
 from dither.rewrite import chains, equalize, free_pairs
 from dither.search.activation_trials import Sites, nbytes_of, plans_of, try_plans
 from dither.search.calibrated import calibrated
@@ -66,7 +65,7 @@ def _try_measured(bench: Bench, job: Job, model: nn.Module) -> None:
 
 def _equalized(model: nn.Module) -> nn.Module | None:
     """A copy with equalized layers; None where there are none, or they cannot be found."""
-    changed = copy.deepcopy(model)
+    changed = duplicate(model)
     try:
         pairs = free_pairs(changed, chains(changed), say=False)
         if not pairs:

@@ -17,7 +17,7 @@ from dither.archive import Archive, code, pack, packed_nbytes, write
 from dither.core import Encoded, SpecError
 from dither.data import moved
 from dither.formats import Raw
-from dither.model import weights_of
+from dither.model import SHADOWS, weights_of
 from dither.rewrite import absorbed, norms
 from dither.search.size import SLACK_NBYTES
 from dither.train.controller import Controller, looks_at, measures_at
@@ -28,7 +28,7 @@ from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
-from dither.train.shadow import SHADOWS, unshadow
+from dither.train.shadow import unshadow
 from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, whole
 
 

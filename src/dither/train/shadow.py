@@ -24,11 +24,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from dither.activations.functions import apart
 from dither.core import SpecError
-from dither.model import memory_of
+from dither.model import SHADOWS, memory_of
 from dither.train.surrogate import Surrogate
-
-SHADOWS = "dither_shadows"
-"""The one reserved name: learned extras stand in state dicts as ``<module>.dither_shadows.*``."""
 
 _PATHS = "dither_paths"
 _FUSED = "dither_fused"
