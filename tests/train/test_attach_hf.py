@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dither import LSQ, Affine, attach, load_into
+from dither.model import SHADOWS
 from dither.testing import same_bits
-from dither.train.shadow import SHADOWS
 from tests.train.layers import Spec
 
 transformers = pytest.importorskip("transformers", reason="NEEDS transformers: install dither[hf]")
