@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from dither import LSQ, Affine, Plan, SpecError, attach
 from dither.core import CheckpointError
+from dither.model import SHADOWS
 from dither.testing import same_bits
-from dither.train.shadow import SHADOWS, is_shadowed
+from dither.train.shadow import is_shadowed
 from tests.train.layers import (
     EXAMPLES,
     MODELS,
