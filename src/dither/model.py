@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -106,32 +106,6 @@ def inner(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
-
-
-_PREFIXES = ("module.", "_orig_mod.")
-
-
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Names in a state dict, each with the name in the model before it was wrapped.
-
-    An average's count of models has none.
-
-    >>> plain_names(
-    ...     ["n_averaged", "module._orig_mod.0.weight", "module._orig_mod.1._orig_mod.bias"]
-    ... )
-    {'module._orig_mod.0.weight': '0.weight', 'module._orig_mod.1._orig_mod.bias': '1.bias'}
-    """
-    found = {name: name for name in names}
-    while True:
-        inside = {name: plain for name, plain in found.items() if plain != "n_averaged"}
-        for prefix in _PREFIXES:
-            if inside and all(p.startswith(prefix) and p != prefix for p in inside.values()):
-                found = {name: plain.removeprefix(prefix) for name, plain in inside.items()}
-                break
-        else:
-            break
-    short = {name: plain.replace("._orig_mod.", ".") for name, plain in found.items()}
-    return short if len(set(short.values())) == len(short) else found
 
 
 def duplicate(model: nn.Module) -> nn.Module:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dither.archive.reader import Archive
+from dither.checkpoint import plain_names
 from dither.core import CheckpointError
-from dither.model import SITES, memory_of, plain_names, refuse_attached, weights_of
+from dither.model import SITES, memory_of, refuse_attached, weights_of
 from dither.terminal import some_names
 
 Value = TypeVar("Value")

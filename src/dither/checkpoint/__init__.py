@@ -7,5 +7,6 @@ without pickle. Tied weights, where a file records them, share memory in the res
 from dither.checkpoint.kinds import TORCH_SUFFIXES
 from dither.checkpoint.reading import read_checkpoint
 from dither.checkpoint.safetensors_files import ALIASES_KEY
+from dither.checkpoint.wrappers import plain_names
 
-__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "read_checkpoint"]
+__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "plain_names", "read_checkpoint"]
