@@ -127,13 +127,17 @@ def load_into(
             "pass strict=False to load what fits"
         )
     tensors = {name: source[held[name]] for name in fitting}
-    # Tensors made in inference mode can be written only there.
+    _copy(tensors, state)
+    cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
+    return replace(found, cast=cast)
+
+
+def _copy(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Write values in place; tensors made in inference mode can be written only there."""
     is_special = any(value.is_inference() for value in state.values())
     with torch.inference_mode() if is_special else torch.no_grad():
         for name, value in tensors.items():
             state[name].copy_(value)
-    cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
-    return replace(found, cast=cast)
 
 
 def _plain(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -22,6 +22,7 @@ from dither.search.trials import Bench
 from dither.search.with_data import with_data
 
 
+@torch.inference_mode(mode=False)  # under which nothing can be measured
 def compress(
     source: nn.Module | Mapping[str, Tensor],
     size: int | str,
@@ -45,8 +46,7 @@ def compress(
     before.
 
     Args:
-        source: a model, or a dict of tensors by name. Names are those without wrappers such as
-            torch.compile.
+        source: a model, in its wrappers or not, or a dict of tensors by name.
         size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
             ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
             all but 64 bytes, unless everything is already as accurate as float16.
@@ -70,19 +70,17 @@ def compress(
     True
     """
     refuse_attached(source, "compress")
-    if isinstance(source, nn.Module):
-        source = inner(source)
-    with torch.inference_mode(mode=False):  # under which nothing can be measured
-        tensors = collect(source)
-        values = sum(value.numel() for value in tensors.values.values())
-        budget = parse_size(size, tensors.nbytes, values)
-        job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
-        if data is not None:
-            return with_data(Bench(source, Data.of(data), evaluate), job, activations)
-        if evaluate is not None or activations is not None:
-            name = "evaluate" if activations is None else "activations"
-            raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
-        return job.archive(tensors)
+    source = inner(source) if isinstance(source, nn.Module) else source
+    tensors = collect(source)
+    values = sum(value.numel() for value in tensors.values.values())
+    budget = parse_size(size, tensors.nbytes, values)
+    job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
+    if data is not None:
+        return with_data(Bench(source, Data.of(data), evaluate), job, activations)
+    if evaluate is not None or activations is not None:
+        name = "evaluate" if activations is None else "activations"
+        raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+    return job.archive(tensors)
 
 
 def _silent(stage: str, share: float) -> None:
