@@ -32,7 +32,7 @@ def main() -> None:
         start=options.steps // 2,
         p=0.1,
         stages="layers",
-        loader=task.inputs(2),
+        data=task.inputs(2),
     )
     run = recipe.attach(model, optimizer=optimizer)
     for step in range(options.steps):

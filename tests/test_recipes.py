@@ -76,7 +76,7 @@ RECIPES: dict[str, Callable[[nn.Module], Recipe]] = {
     "quant_noise pq": quant_noise.recipe,
     "quant_noise int4": lambda m: quant_noise.recipe(m, "int4"),
     "quant_noise int8 histogram": lambda m: quant_noise.recipe(m, "int8", ranges="histogram"),
-    "ipq": lambda m: ipq.recipe(m, steps=STEPS, loader=[INPUTS[:8]]),
+    "ipq": lambda m: ipq.recipe(m, steps=STEPS, data=[INPUTS[:8]]),
     "ipq after noise": lambda m: ipq.recipe(m, steps=STEPS, start=3, p=0.2),
     "ipq by layers": lambda m: ipq.recipe(m, steps=STEPS, stages="layers"),
     "diffq": lambda m: diffq.recipe(m, penalty=5.0, min_size=0.0),

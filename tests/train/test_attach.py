@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from dither import LSQ, Affine, Plan, SpecError, attach
+from dither import LSQ, Affine, Data, Plan, SpecError, attach
 from dither.core import CheckpointError
 from dither.model import SHADOWS
 from dither.testing import same_bits
@@ -397,3 +397,17 @@ def test_encoder_stacks_with_masks_keep_torchs_fused_path() -> None:
         slow = model(tokens)
         assert same_bits(decoded(tokens), slow)
     torch.testing.assert_close(slow.detach(), fused)
+
+
+def test_finish_takes_data_and_refuses_what_gives_no_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    run = attach(model, {"0.weight": Affine(4)})
+    samples = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    data = Data([{"x": 3 * samples}], forward=lambda model, batch: model(batch["x"]))
+    run.finish(data)
+    means = model[0].eval()(3 * samples).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means.detach())
+    loader = iter([samples])
+    run.finish(loader)
+    with pytest.raises(SpecError, match="no batch"):
+        run.finish(loader)

@@ -107,7 +107,7 @@ def test_grouped_and_padded_layers_are_placed_by_their_outputs() -> None:
         run = dither.attach(
             trained,
             {"*.weight": ProductCodes(Product(9, 8))},
-            schedules=[IterativePQ(1, "layers", loader=loader)],
+            schedules=[IterativePQ(1, "layers", data=loader)],
         )
         run.step()
         run.finish()

@@ -321,7 +321,7 @@ def test_resuming_is_exact() -> None:
 def test_inputs_of_the_network_as_it_is_quantized_weigh_errors() -> None:
     # Only inputs are read: batches hold no labels.
     data = batches()
-    schedule = IterativePQ(1, loader=[next(data) for _ in range(3)], batches=2)
+    schedule = IterativePQ(1, data=[next(data) for _ in range(3)], batches=2)
     run, _ = begin(schedule)
     modes = [module.training for module in run.model.modules()]
     for number in range(3):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from dither.core import SpecError
+from dither.data import Data
 from dither.formats import Product
 from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.recipes.quant_noise import block, product
@@ -68,7 +69,7 @@ def recipe(
     p: float = 0.0,
     stages: str | Sequence[str | Sequence[str]] = "transformer",
     blocks: str | None = None,
-    loader: Iterable[Any] | None = None,
+    data: Data | Iterable[Any] | None = None,
     lr: float = 1e-3,
 ) -> Recipe:
     """The :func:`plan`, and what places group after group.
@@ -85,7 +86,7 @@ def recipe(
             :class:`~dither.train.IterativePQ` takes.
         blocks: see :func:`plan`; by default ``"small"`` for stages by layers, and else
             ``"quant-noise"``.
-        loader: batches for the error of the outputs; without, that of the weights is minimised.
+        data: batches for the error of the outputs; without, that of the weights is minimised.
         lr: learning rate of the centroids, for Adam.
 
     Raises:
@@ -97,7 +98,7 @@ def recipe(
     rules = plan(model, p=p, blocks=blocks or usual, lr=lr)
     placed = [name for name, spec in rules.resolve(model).items() if isinstance(spec, ProductCodes)]
     groups = len(IterativePQ(1, stages).groups(placed))
-    schedule = IterativePQ(max(1, (steps - start) // groups), stages, start, loader)
+    schedule = IterativePQ(max(1, (steps - start) // groups), stages, start, data)
     return Recipe(rules, schedules=(schedule,), steps=steps)
 
 

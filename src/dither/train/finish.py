@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
 from dither.core import BudgetError, Encoded
-from dither.data import call
+from dither.data import Data
 from dither.search.size import fills
 from dither.train.surrogate import Surrogate, encode_now, plain
 
@@ -92,7 +92,7 @@ def _bisect(measure: Callable[[float], int], budget: int, low: float, high: floa
     return measure(best)
 
 
-def reestimate_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
+def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:
     """Batch norm's statistics, anew, with the weights as they are evaluated (Nagel et al. 2022).
 
     Everything else is in evaluation mode; modes and momenta are restored.
@@ -109,8 +109,9 @@ def reestimate_batch_norm(model: nn.Module, data: Iterable[Any]) -> None:
             norm.momentum = None  # a plain average
             norm.training = True  # its surrogates stay in evaluation mode
         with torch.no_grad():
-            for batch in data:
-                call(model, batch)
+            samples = Data.of(data)
+            for batch in samples:
+                samples.forward(model, batch)
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

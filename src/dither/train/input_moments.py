@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch
 from dither.calibrate.moments import Vectors
-from dither.data import call
+from dither.data import Data
 from dither.model import evaluating
 from dither.train.shadow import in_place
 from dither.train.surrogate import Surrogate
@@ -39,7 +39,7 @@ def input_metrics(
     model: nn.Module,
     surrogates: Mapping[str, Surrogate],
     blocks: Mapping[str, int],
-    data: Iterable[Any],
+    data: Data | Iterable[Any],
 ) -> dict[str, Tensor]:
     """Second moments of inputs, summed over blocks: ``(block, block)`` for each weight.
 
@@ -51,14 +51,14 @@ def input_metrics(
         model: attached.
         surrogates: all of the model's.
         blocks: length of the blocks, by name of the weight.
-        data: batches as the model takes them.
+        data: the batches.
     """
-    watch = _BlockMoments(model, blocks)
+    watch, samples = _BlockMoments(model, blocks), Data.of(data)
     # Their inner inputs are computed before `forward`, from the weights that they have then.
     inner = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)]
     with torch.no_grad(), _quiet(model, surrogates), in_place(inner), watch.hooks():
-        for batch in data:
-            call(model, batch)
+        for batch in samples:
+            samples.forward(model, batch)
     return {name: m for name, m in watch.found.items() if not _across(watch, model, name)}
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dither.core import Codes, Encoded, SpecError, Stats, code_width
+from dither.data import Data
 from dither.encoders import KMeans
 from dither.formats import Product
 from dither.formats.settings import check_count, check_kind, check_number
@@ -237,7 +237,7 @@ class IterativePQ:
             no glob matches make a last group. ``"transformer"``: feed-forward, embeddings,
             attention, by common names. ``"layers"``: each weight by itself, in the model's order.
         start: optimizer steps before the first.
-        loader: batches as the model takes them: k-means then minimises the error of the layers'
+        data: a loader, or :class:`~dither.Data`: k-means then minimises the error of the layers'
             outputs, on inputs that come from the network as it is quantized so far. No labels are
             used.
         batches: how many of them at most.
@@ -246,7 +246,7 @@ class IterativePQ:
     every: int
     stages: str | Sequence[str | Sequence[str]] = "transformer"
     start: int = 0
-    loader: Iterable[Any] | None = None
+    data: Data | Iterable[Any] | None = None
     batches: int = 8
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class IterativePQ:
         names = [n for n, s in run.surrogates.items() if isinstance(s, LearnedCentroids)]
         for group in self.groups(names)[: 1 + (step - self.start) // self.every]:
             due = {n: s for n in group if not (s := _surrogate(run, n)).is_placed}
-            metrics = self._metrics(run, due) if due and self.loader is not None else {}
+            metrics = self._metrics(run, due) if due and self.data is not None else {}
             for name, surrogate in due.items():
                 surrogate.place(run.parameter(name), metrics.get(name))
 
@@ -295,7 +295,7 @@ class IterativePQ:
         return [[name for name in names if stage_of[name] == number] for number in numbers]
 
     def _metrics(self, run: Attached, due: Mapping[str, LearnedCentroids]) -> dict[str, Tensor]:
-        data = islice(self.loader or (), self.batches)
+        data = Data.of(self.data or ()).first(self.batches)
         blocks = {name: surrogate.spec.format.block for name, surrogate in due.items()}
         return input_metrics(run.model, run.surrogates, blocks, data)
 

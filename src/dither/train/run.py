@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dither.activations import Quantizer, encodings_of, placed
 from dither.activations import step as step_sites
 from dither.archive import Archive, code, pack, packed_nbytes, write
 from dither.core import Encoded, SpecError
-from dither.data import moved
+from dither.data import Data, moved
 from dither.formats import Raw
 from dither.model import SHADOWS, weights_of
 from dither.rewrite import absorbed, norms
@@ -169,15 +168,14 @@ class Run:
             return dict(self._finished)
         return {name: self._encode(name, value) for name, value in self._values().items()}
 
-    def finish(self, loader: Iterable[Any] | None = None, batches: int = 50) -> int:
+    def finish(self, data: Data | Iterable[Any] | None = None, batches: int = 50) -> int:
         """Trim to the budget, fix what the file holds, and re-estimate batch norm.
 
         From here on, evaluation and :meth:`save` read the same objects. Training again un-does it.
 
         Args:
-            loader: training batches for batch norm's statistics: tensors, or tuples, lists or
-                dicts as the model takes them (of a tuple, the first entry). Without it, the
-                statistics stay those of training.
+            data: training batches for batch norm's statistics, a loader or :class:`~dither.Data`.
+                Without, the statistics stay those of training.
             batches: how many batches to use at most.
 
         Returns:
@@ -185,17 +183,18 @@ class Run:
 
         Raises:
             BudgetError: the budget cannot be met.
+            SpecError: the loader gives no batch.
         """
+        samples = None if data is None else Data.of(data).first(batches).held()
         self._unfinish()
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
-        data = None if loader is None else list(islice(loader, batches))
         for attempt in range(3):
             self._unfinish()
             if self.controller is not None:
                 self._trim(self.controller.nbytes - attempt * SLACK_NBYTES)
-            self._commit(data)
+            self._commit(samples)
             nbytes = packed_nbytes(self.encode(), self._aliases, sites=self._sites)
             if self.controller is None or nbytes <= self.controller.nbytes:
                 break
@@ -348,11 +347,11 @@ class Run:
         surrogate = self.surrogates.get(name) or begin(self._buffers.get(name, Raw()), value)
         return encode_now(surrogate, value)
 
-    def _commit(self, data: list[Any] | None) -> None:
+    def _commit(self, data: Data | None) -> None:
         trained = {name: self._encode(name, plain(weight)) for name, _, weight in self.weights()}
         for name, fixed in trained.items():
             self.surrogates[name].commit(self.parameter(name), fixed)
-        if data:
+        if data is not None:
             reestimate_batch_norm(self.model, data)
         state, encoded = self.model.state_dict(), dict(trained)
         for name, value in self._values().items():
