@@ -22,7 +22,7 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Rule, Spec, as_plan
 from dither.train.run import Run
 from dither.train.schedules import Schedule
-from dither.train.shadow import find_sites, is_shadowed, shadow
+from dither.train.shadow import find_sites, is_shadowed, shadow, shadow_saving
 from dither.train.surrogate import Surrogate, plain
 
 
@@ -116,6 +116,7 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
     for name, surrogate in surrogates.items():
         for number, site in enumerate(sites[name]):
             shadow(site, surrogate, is_first=number == 0)
+    shadow_saving(model)
 
 
 def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:

@@ -182,6 +182,13 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
         rebuilt = base.__reduce_ex__(self, protocol)
         return (_rebuild, (base,), *rebuilt[2:])
 
+    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = evaluated_state(self)
+        save: Any = base.save_pretrained  # type: ignore[attr-defined]
+        return save(self, *args, **kwargs)
+
+    saves = hasattr(base, "save_pretrained")
     # The base's name, because others write it into files (a model's config, for one).
     shadow = type(
         base.__name__,
@@ -193,10 +200,36 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "_dither_base": base,
+            **({"save_pretrained": save_pretrained} if saves else {}),
         },
     )
     _CLASSES[base] = shadow
     return shadow
+
+
+def evaluated_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a finished model as it is evaluated, and nothing that only training knows.
+
+    In training it is the state as it is. Names of a tied weight share memory.
+    """
+    state = model.state_dict()
+    found: dict[str, Surrogate] = {}
+    for prefix, owner in model.named_modules(remove_duplicate=False):
+        if is_shadowed(owner):
+            for key, path in owner.__dict__[_PATHS].items():
+                surrogate: Any = owner._modules[SHADOWS]._modules[key]
+                found[f"{prefix}.{path}".lstrip(".")] = surrogate.__dict__.get(
+                    "surrogate", surrogate
+                )
+    if any(surrogate.committed is None for surrogate in found.values()):
+        return state
+    decoded = {
+        id(surrogate): surrogate.committed.decode().to(state[name].device)
+        for name, surrogate in found.items()
+        if surrogate.committed is not None
+    }
+    plain = {name: value for name, value in state.items() if SHADOWS not in name.split(".")}
+    return plain | {name: decoded[id(surrogate)] for name, surrogate in found.items()}
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -210,6 +243,19 @@ def is_shadowed(module: nn.Module) -> bool:
     return hasattr(type(module), "_dither_base")
 
 
+def shadow_saving(model: nn.Module) -> None:
+    """Let `save_pretrained` of a finished model write what is evaluated, if there is such."""
+    if hasattr(model, "save_pretrained"):
+        _become_shadow(model)
+
+
+def _become_shadow(owner: nn.Module) -> None:
+    if not is_shadowed(owner):
+        owner.__class__ = _shadow_class(type(owner))
+        owner.add_module(SHADOWS, nn.ModuleDict())
+        owner.__dict__[_PATHS], owner.__dict__[_FUSED] = {}, set()
+
+
 def shadow(site: Site, surrogate: Surrogate, *, is_first: bool) -> None:
     """Let ``site.owner.forward`` read ``surrogate(parameter)`` for the parameter at ``site.path``.
 
@@ -219,10 +265,7 @@ def shadow(site: Site, surrogate: Surrogate, *, is_first: bool) -> None:
         is_first: register it here; else it is registered elsewhere, as for tied weights.
     """
     owner, path, is_fused = site
-    if not is_shadowed(owner):
-        owner.__class__ = _shadow_class(type(owner))
-        owner.add_module(SHADOWS, nn.ModuleDict())
-        owner.__dict__[_PATHS], owner.__dict__[_FUSED] = {}, set()
+    _become_shadow(owner)
     key = path.replace(".", "__")  # keys of a ModuleDict hold no dots
     shadows: Any = owner._modules[SHADOWS]
     shadows[key] = surrogate if is_first else _Shared(surrogate)
