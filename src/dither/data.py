@@ -50,8 +50,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def squared(output: object, original: object) -> Tensor:
-    """Mean squared difference over the mean square, of all tensors of an output."""
-    pairs = _pairs(output, original)
+    """Mean squared difference over the mean square, of all tensors of an output.
+
+    Infinities that stand at the same places, as in masked scores, are no difference.
+    """
+    pairs = [_without_infinities(a, b) for a, b in _pairs(output, original)]
     total = torch.stack([(a.double() - b.double()).square().sum() for a, b in pairs]).sum()
     return total / torch.stack([b.double().square().sum() for _, b in pairs]).sum().clamp(min=1e-30)
 
@@ -61,7 +64,8 @@ def divergence(output: object, original: object) -> Tensor:
     terms = []
     for a, b in _pairs(output, original):
         wanted = b.double().log_softmax(-1)
-        terms.append((wanted.exp() * (wanted - a.double().log_softmax(-1))).sum(-1).mean())
+        losses = wanted.exp() * (wanted - a.double().log_softmax(-1))
+        terms.append(losses.masked_fill(wanted == -torch.inf, 0.0).sum(-1).mean())
     return torch.stack(terms).mean()
 
 
@@ -133,6 +137,11 @@ def _usual(batch: object) -> object:
     return tree_map_only(Tensor, Tensor.clone, batch)
 
 
+def has_nan(output: object) -> bool:
+    """Whether any floating-point tensor of an output holds what is no number."""
+    return any(bool(tensor.isnan().any()) for tensor in _floats(output))
+
+
 def floats_of(output: object) -> list[Tensor]:
     """The floating-point tensors of an output: tuples, lists, dicts and output objects.
 
@@ -157,3 +166,8 @@ def _floats(output: object) -> list[Tensor]:
 
 def _pairs(output: object, original: object) -> list[tuple[Tensor, Tensor]]:
     return list(zip(floats_of(output), floats_of(original), strict=True))
+
+
+def _without_infinities(output: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    same = original.isinf() & (output == original)
+    return output.masked_fill(same, 0.0), original.masked_fill(same, 0.0)

@@ -15,6 +15,9 @@ from dither.core import Stats
 from dither.data import Forward
 from dither.model import evaluating
 
+_ROUNDING = 2.0**-18
+"""Share of second moments below which what is left about the mean is the rounding of sums."""
+
 
 @dataclass(frozen=True)
 class Receiver:
@@ -79,11 +82,20 @@ def centered(stats: Stats, aim: Tensor) -> Stats:
     Args:
         stats: with ``gram``, ``cross`` and ``mean``.
         aim: mean of the original inputs, as ``mean``.
+
+    Returns:
+        The same with moments about the means; 0 in groups of inputs that are constant but for the
+        rounding of their sums.
     """
     if stats.gram is None or stats.cross is None or stats.mean is None:
         return stats
     gram = stats.gram - _products(stats.mean, stats.mean, stats.gram)
-    return replace(stats, gram=gram, cross=stats.cross - _products(aim, stats.mean, stats.cross))
+    cross = stats.cross - _products(aim, stats.mean, stats.cross)
+    energy, spread = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (stats.gram, gram))
+    is_constant = spread <= _ROUNDING * energy
+    if bool(is_constant.any()):
+        gram, cross = (m.masked_fill(is_constant[..., None, None], 0.0) for m in (gram, cross))
+    return replace(stats, gram=gram, cross=cross)
 
 
 def _products(first: Tensor, second: Tensor, like: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def _same(one: Vectors | None, other: Vectors) -> bool:
     return memory_of(one) == memory_of(other)
 
 
-class _Enough(Exception):  # noqa: N818 - no error
+class _Enough(BaseException):
     """Everything that was to be seen was seen."""
 
 

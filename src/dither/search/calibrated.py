@@ -92,8 +92,9 @@ def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
         return replace(weighted, rows=rows, sensitivity=TABLES * weighted.sensitivity)
     if stats is None or stats.gram is None or weighted.gram is None or stats.outputs:
         return weighted
-    leaning = lean(stats, weighted.gram)
-    gram = leaning.gram
+    if not float(stats.gram.diagonal(dim1=-2, dim2=-1).mean()) > 0:
+        return weighted
+    gram = lean(stats, weighted.gram).gram
     if gram is None:
         return weighted
     inputs = weighted.value[0].numel()
@@ -104,8 +105,15 @@ def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
 
 
 def lean(stats: Stats, prior: Tensor | None) -> Stats:
-    """Moments that lean towards the prior's, more so the fewer samples there were."""
-    if stats.gram is None or prior is None:
+    """Moments that lean towards the prior's, more so the fewer samples there were.
+
+    Groups of inputs that say nothing, since they are constant, 0 or not finite, count as inputs
+    that have nothing in common: an identity, and the weight is its own aim.
+    """
+    if stats.gram is None:
+        return stats
+    stats = _with_silent_groups(stats, stats.gram)
+    if prior is None or stats.gram is None:
         return stats
     size = stats.gram.shape[-1]
     base = prior if len(prior) == size else _fitting(prior, size)
@@ -114,6 +122,19 @@ def lean(stats: Stats, prior: Tensor | None) -> Stats:
     gram = (1 - share) * stats.gram.float() + extra
     cross = None if stats.cross is None else (1 - share) * stats.cross.float() + extra
     return replace(stats, gram=gram, cross=cross)
+
+
+def _with_silent_groups(stats: Stats, gram: Tensor) -> Stats:
+    scales = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    is_heard = (scales > 0) & gram.isfinite().all(-1).all(-1)
+    if stats.cross is not None:
+        is_heard &= stats.cross.isfinite().all(-1).all(-1)
+    if bool(is_heard.all()):
+        return stats
+    usual = float(scales[is_heard].mean()) if bool(is_heard.any()) else 1.0
+    eye, heard = usual * torch.eye(gram.shape[-1]), is_heard[..., None, None]
+    cross = None if stats.cross is None else torch.where(heard, stats.cross, eye)
+    return replace(stats, gram=torch.where(heard, gram, eye), cross=cross)
 
 
 def _fitting(gram: Tensor, size: int) -> Tensor:
@@ -148,7 +169,7 @@ def blended(tensors: Mapping[str, Knowledge], stats: Mapping[str, Stats]) -> dic
 
 def _project_squares(output: object, generator: torch.Generator) -> Tensor:
     """Whose squared gradient is, on average, that of :func:`squared` to second order."""
-    tensors = floats_of(output)
+    tensors = [_finite(tensor) for tensor in floats_of(output)]
     norm = torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt()
     noise = [_noise(t, generator) for t in tensors]
     return torch.stack([(n * t).sum() for n, t in zip(noise, tensors, strict=True)]).sum() / norm
@@ -160,7 +181,7 @@ def _project_logits(output: object, generator: torch.Generator) -> Tensor:
     for logits in floats_of(output):
         shares = logits.detach().softmax(-1)
         noise = shares.sqrt() * _noise(logits, generator)
-        terms.append(((noise - shares * noise.sum(-1, keepdim=True)) * logits).sum())
+        terms.append(((noise - shares * noise.sum(-1, keepdim=True)) * _finite(logits)).sum())
     return torch.stack(terms).sum()
 
 
@@ -168,6 +189,11 @@ _PROJECTIONS: dict[Distance, Callable[[object, torch.Generator], Tensor]] = {
     squared: _project_squares,
     divergence: _project_logits,
 }
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """The same without infinities, as masked scores have them: they do not move."""
+    return tensor.masked_fill(tensor.detach().isinf(), 0.0)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,8 @@ import math
 import re
 from fractions import Fraction
 
+import numpy as np
+
 from dither.core import BudgetError
 
 LEAST_SHARE = 0.985
@@ -30,7 +32,7 @@ _PATTERN = re.compile(
 )
 
 
-def parse_size(size: int | str, original_nbytes: int, values: int | None = None) -> int:
+def parse_size(size: float | str, original_nbytes: int, values: int | None = None) -> int:
     """Bytes that ``size`` allows.
 
     Args:
@@ -44,12 +46,18 @@ def parse_size(size: int | str, original_nbytes: int, values: int | None = None)
 
     >>> parse_size("9.5MB", 0), parse_size("2 KiB", 0), parse_size("25%", 4000)
     (9500000, 2048, 1000)
+    >>> parse_size(9e6, 0)
+    9000000
     >>> parse_size("12x", 4800), parse_size("3.2 bits", 4000, values=1000)
     (400, 400)
     """
-    if isinstance(size, bool) or not isinstance(size, int | str):
+    given: object = size.item() if isinstance(size, np.generic) else size
+    if isinstance(given, str):
+        nbytes = _parse(given, original_nbytes, values)
+    elif isinstance(given, int | float) and given is not bool(given) and given == given // 1:
+        nbytes = int(given)
+    else:
         raise BudgetError(f"a size is a number of bytes or a text, not {size!r}; {_EXAMPLES}")
-    nbytes = size if isinstance(size, int) else _parse(size, original_nbytes, values)
     if nbytes < 1:
         raise BudgetError(f"the size {size!r} leaves {nbytes} bytes; {_EXAMPLES}")
     return nbytes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dither.activations import Encodings, apply
 from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
-from dither.data import Data
+from dither.data import Data, has_nan
 from dither.model import duplicate, evaluating
 
 
@@ -84,6 +84,11 @@ class Bench:
         self.failure: Exception | None = None
         with evaluating(model), torch.no_grad():
             self._outputs = [self.data.forward(model, batch) for batch in self.data]
+        if broken := [n for n, output in enumerate(self._outputs) if has_nan(output)]:
+            raise SpecError(
+                f"the model's output of batch {broken[0]} is not a number (NaN), so nothing can be "
+                "compared with it; mend that batch or the model, or leave the batch out"
+            )
 
     def attempt(
         self, stage: str, make: Callable[[], Archive | None], *, keep: bool = False
