@@ -52,6 +52,16 @@ def test_training_reads_what_the_file_would_hold(fmt: Format, shape: tuple[int, 
         assert torch.equal(weight.grad, torch.ones(shape))
 
 
+@pytest.mark.parametrize("grid", ["symmetric", "asymmetric", "endpoint"])
+def test_between_two_codes_of_a_fine_grid_nothing_is_clipped(grid: str) -> None:
+    weight = weight_of(200, 200)
+    surrogate = StraightThrough(Affine(16, grid=grid)).begin(weight.detach())
+    draw(surrogate, weight)
+    surrogate(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(200, 200))
+
+
 def test_the_gradient_stops_where_a_stale_range_clips() -> None:
     weight = weight_of(40, 10)
     surrogate = StraightThrough(Affine(4, axis=0), refresh=100).begin(weight.detach())

@@ -209,9 +209,11 @@ def round_some(grid: Grid, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     if not where[0].numel():
         return values, None
     chosen, rest = _grid_at(grid, where, weight.shape), weight[where]
-    values[where] = chosen.values(chosen.nearest(rest, torch.float32))
+    codes = chosen.nearest(rest, torch.float32)
+    values[where] = found = chosen.values(codes)
     # Half a step beyond the first or the last code there is no clipping yet.
-    far = error[where] > chosen.scale.abs() * (_CLIPPED * grid.stride)
+    far = (found - rest).abs_() > chosen.scale.abs() * (_CLIPPED * grid.stride)
+    far &= (codes == grid.lowest) | (codes == grid.highest)
     if not bool(far.any()):
         return values, None
     clipped = torch.zeros_like(weight, dtype=torch.bool)
