@@ -50,7 +50,7 @@ lint: $(VENV)/.installed-dev
 pytest: $(VENV)/.installed-dev
 	$(PYTEST) --cov
 
-# Measures every test, to say which are slow. For a machine that does nothing else.
+# Measures every test, to say which are slow.
 durations: $(VENV)/.installed-dev
 	$(PYTEST) -q --update-durations
 

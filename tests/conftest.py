@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Generator
 from itertools import chain
 from pathlib import Path
 
@@ -19,10 +20,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 DATA = os.environ.get("DITHER_DATA", "")
 
 DURATIONS = Path(__file__).with_name("durations.json")
-"""Seconds that a case of each test function takes on average, by `make durations`."""
+"""Processor seconds that a case of each test function takes on average, by `make durations`."""
 SLOW = 0.1
 """Functions whose cases take so many seconds are marked `slow`. One that is not in the table is
 not: a new test is quick until it is measured."""
+LAST = pytest.StashKey[float]()
+"""Processor seconds until the last report."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,6 +70,21 @@ def data_dir() -> Path:
     return Path(DATA).resolve()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note processor time, with that of processes which the test has ended, in each report.
+
+    Unlike time by the clock it hardly depends on what else a machine does.
+    """
+    report = yield
+    now = sum(os.times()[:4])
+    report.user_properties.append(("seconds", now - item.config.stash.get(LAST, now)))
+    item.config.stash[LAST] = now
+    return report
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -75,7 +93,8 @@ def pytest_terminal_summary(
     for report in chain(*terminalreporter.stats.values()):
         if isinstance(report, pytest.TestReport):
             taken = cases.setdefault(function_of(report.nodeid), {})
-            taken[report.nodeid] = taken.get(report.nodeid, 0.0) + report.duration
+            seconds = dict(report.user_properties).get("seconds", 0.0)
+            taken[report.nodeid] = taken.get(report.nodeid, 0.0) + float(str(seconds))
     means = {
         name: round(sum(taken.values()) / len(taken), 2) for name, taken in sorted(cases.items())
     }
@@ -87,6 +106,5 @@ def pytest_terminal_summary(
     late = [name for name, mean in means.items() if mean > 10 * SLOW and name not in known]
     if late:
         terminalreporter.write_line(
-            f"not marked slow, and took over {10 * SLOW:g} s: {', '.join(late)}. "
-            "If they take it on an idle machine, too, run `make durations`"
+            f"over {10 * SLOW:g} s and not marked slow: {', '.join(late)}; run `make durations`"
         )
