@@ -191,8 +191,11 @@ def test_pt_takes_any_name() -> None:
 def test_a_disk_that_is_full_is_said(suffix: str) -> None:
     write("a.dither", {f"w{i}": Raw().encode(torch.zeros(50_000)) for i in range(3)})
     before = (
-        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+        "import atexit, resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "limit = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))\n"
+        # What is written at the end, as coverage does, has room again.
+        "atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, limit)"
     )
     done = process("decompress", "a.dither", "-o", f"b{suffix}", before=before)
     assert done.stderr == "dither: File too large\n"
