@@ -222,9 +222,9 @@ def outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return out
 
 
-def load_and_evaluate(folder: str) -> None:
+def load_and_evaluate(folder: str, threads: str) -> None:
     """In a fresh process: what every file of a folder computes in a model made anew."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(threads))
     results = {}
     for path in sorted(Path(folder).glob("*.dither")):
         model, inputs = build(path.stem.split("@")[0], seed=1)

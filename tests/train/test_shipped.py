@@ -36,9 +36,10 @@ def test_every_method_ships_what_it_evaluates_on_every_layer(tmp_path: Path) -> 
         run.finish()
         evaluated[f"{kind}@{number}"] = outputs(run.model, inputs)
         run.save(tmp_path / f"{kind}@{number}.dither")
-    program = "import sys; from tests.train.layers import load_and_evaluate as f; f(sys.argv[1])"
+    program = "import sys; from tests.train.layers import load_and_evaluate as f; f(*sys.argv[1:])"
+    threads = str(torch.get_num_threads())  # torch's last bits depend on how many there are
     subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, str(tmp_path)],
+        [sys.executable, "-W", "error", "-c", program, str(tmp_path), threads],
         check=True,
         cwd=Path(__file__).parents[2],
     )
