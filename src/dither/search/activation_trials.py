@@ -75,7 +75,7 @@ def try_plans(
 
     Args:
         bench: has a best file; it gets the better ones.
-        plans: to be tried; one is kept.
+        plans: to be tried, at least one; one is kept.
         metadata: of the file.
         budget: bytes for weights and grids.
 
@@ -94,5 +94,5 @@ def try_plans(
             return archive if archive.nbytes <= budget else None
 
         is_first = not bench.attempt(stage, make, keep=is_first) and is_first
-    if plans and is_first:
+    if is_first:
         raise BudgetError(f"encodings of activations do not fit into {budget} bytes beside weights")

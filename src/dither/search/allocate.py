@@ -9,7 +9,7 @@ from dither.search.ladder import Ladder
 
 
 def allocate(ladders: Mapping[str, Ladder], nbytes: float) -> dict[str, Choice]:
-    """Choose one choice for each tensor so that the predicted bytes stay within ``nbytes``.
+    """Choose one way for each tensor so that the predicted bytes stay within ``nbytes``.
 
     Every ladder is convex, so that taking the steps of all ladders in the order of loss saved
     for each byte is optimal (up to the last step): the Lagrangian of Shoham and Gersho 1988.

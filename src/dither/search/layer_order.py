@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -60,18 +59,13 @@ class LayerOrder:
         forecast: of all tensors; learns from what is encoded.
         ledger: full, as :class:`~dither.search.greedy.Greedy` leaves it; is filled anew.
         layers: of the model.
-        progress: called with a stage and the share of it that is done.
     """
 
     def __init__(self, forecast: Forecast, ledger: Ledger, layers: Layerwise) -> None:
         self._forecast, self._ledger, self._layers = forecast, ledger, layers
 
-    def spend(self, budget: int, aliases: Mapping[str, str]) -> None:
-        """Encode all layers, and fill the ledger with them.
-
-        Args:
-            budget: bytes.
-            aliases: further names of tied tensors, under which biases may be moved.
+    def spend(self, budget: int) -> None:
+        """Encode all layers, and fill the ledger with a file of at most ``budget`` bytes.
 
         Raises:
             BudgetError: the file came out larger each time.
@@ -81,7 +75,7 @@ class LayerOrder:
         for _ in range(_ATTEMPTS):
             moved, fed = self._round(aim, batches, steer=True)
             for name, value in moved.items():
-                self._move(aliases.get(name, name), value)
+                self._move(self._ledger.aliases.get(name, name), value)
             size = land(self._ledger, self._forecast.tensors, budget, frozen=set(fed))
             if size <= budget:
                 return

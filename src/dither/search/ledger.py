@@ -26,7 +26,7 @@ class Ledger:
     ) -> None:
         self.names = tuple(names)
         self.all_names = (*self.names, *aliases)
-        self._aliases, self._metadata = aliases, metadata
+        self.aliases, self._metadata = aliases, metadata
         self._rows: dict[str, tuple[Choice, CodedTensor]] = {}
 
     def put(self, name: str, choice: Choice, coded: CodedTensor) -> float:
@@ -60,7 +60,7 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """The exact size of the file."""
-        return packed_nbytes(self._ordered(), self._aliases, self._metadata)
+        return packed_nbytes(self._ordered(), self.aliases, self._metadata)
 
     @property
     def overhead(self) -> float:
@@ -74,7 +74,7 @@ class Ledger:
 
     def archive(self) -> Archive:
         """The file."""
-        return pack(self._ordered(), self._aliases, self._metadata)
+        return pack(self._ordered(), self.aliases, self._metadata)
 
     def _ordered(self) -> dict[str, CodedTensor]:
         return {name: self._rows[name][1] for name in self.names if name in self._rows}

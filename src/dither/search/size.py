@@ -54,7 +54,7 @@ def parse_size(size: float | str, original_nbytes: int, values: int | None = Non
     given: object = size.item() if isinstance(size, np.generic) else size
     if isinstance(given, str):
         nbytes = _parse(given, original_nbytes, values)
-    elif isinstance(given, int | float) and given is not bool(given) and given == given // 1:
+    elif isinstance(given, int | float) and not isinstance(given, bool) and given == given // 1:
         nbytes = int(given)
     else:
         raise BudgetError(f"a size is a number of bytes or a text, not {size!r}; {_EXAMPLES}")

@@ -34,8 +34,8 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     if equal is not None and bench.attempt("equalized", partial(job.archive, collect(equal))):
         model = equal
     _try_measured(bench, job, model)
-    bench.winner()
-    try_plans(bench, plans, job.metadata, room)
+    if plans:
+        try_plans(bench, plans, job.metadata, room)
     return bench.winner()
 
 
@@ -55,7 +55,7 @@ def _try_measured(bench: Bench, job: Job, model: nn.Module) -> None:
         if not layers.order.names:
             return None
         forecast, ledger = found[0]
-        LayerOrder(forecast, ledger, layers).spend(job.budget, tensors.aliases)
+        LayerOrder(forecast, ledger, layers).spend(job.budget)
         return ledger.archive()
 
     bench.attempt("calibrated", measured)
