@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dither
+from dither.calibrate.use_order import Keep
 from dither.core import Stats
 from dither.data import divergence, squared
 from dither.model import evaluating
@@ -189,6 +190,11 @@ class Catching(nn.Module):
         return found
 
 
-def test_a_model_that_catches_exceptions() -> None:
-    trials = dither.compress(Catching().eval(), "8x", data=MANY).trials
-    assert not any(trial.error for trial in trials if isinstance(trial, Trial))
+def test_a_model_that_catches_exceptions_does_not_run_on() -> None:
+    model, reached = Catching().eval(), []
+    model.body[-1].register_forward_hook(lambda *_: reached.append("last"))
+    model.register_forward_hook(lambda *_: reached.append("output"))
+    keep = Keep(model, ["body.0.weight"], most_calls=1)
+    keep.run(dither.Data(MANY).forward, model, MANY[0])
+    assert [name for name, _ in keep.kept] == ["body.0.weight"]
+    assert not reached
