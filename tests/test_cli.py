@@ -470,3 +470,28 @@ def test_compare_odd_numbers() -> None:
     assert all(found[name].sqnr == -inf for name in ("one nan", "infinite", "zero"))
     assert found["complex"].sqnr == pytest.approx(20)
     assert found["complex"].largest == 0.5
+
+
+def test_plan_predicts_what_compress_does(source: Path) -> None:
+    document = good("plan", "model.safetensors", "--sizes", "4x, 8x,300", "--plot", "new/plan.svg")
+    assert [row["size"] for row in document["sizes"]] == ["4x", "8x", "300"]
+    assert [row["is_reachable"] for row in document["sizes"]] == [True, True, False]
+    made = good("compress", "model.safetensors", "--size", "8x")
+    assert document["sizes"][1]["nbytes"] == pytest.approx(made["nbytes"], rel=0.03)
+    assert Path("new/plan.svg").read_text().count("<svg") == 1
+    text = dither_("plan", "model.safetensors")
+    assert text.exit_code == 0, text.stderr
+    assert "16x" in text.stdout
+    assert "kept exactly: steps (int64" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sizes", "4y"], "4y"),
+        (["--sizes", ","], "no sizes"),
+        (["--plot", "plan.gif"], ".svg, .png, .pdf"),
+    ],
+)
+def test_plan_refuses(source: Path, arguments: list[str], said: str) -> None:
+    assert said in refused("plan", str(source), *arguments)

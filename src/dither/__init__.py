@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
     from dither.report import diagnose
-    from dither.search import compress
+    from dither.search import compress, plan
     from dither.train import (
         LSQ,
         BayesianBits,
@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.
     "compress",
+    "plan",
     "Data",
     "load",
     "load_into",
@@ -107,7 +108,7 @@ _NAMES = {
     ),
     "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
     "report": "diagnose",
-    "search": "compress",
+    "search": "compress plan",
     "train": (
         "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes QuantNoise Run "
         "StraightThrough attach"

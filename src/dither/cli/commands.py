@@ -155,6 +155,27 @@ def compress(
 
 
 @app.command()
+def plan(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help=_SOURCE)],
+    *,
+    sizes: Annotated[
+        str, typer.Option(metavar="SIZES", help="With commas: 9MB,25%,12x.")
+    ] = "4x,8x,12x,16x",
+    key: Annotated[
+        str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it: .svg, .png or .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say in seconds what some sizes would do; nothing is compressed."""
+    wanted = [part.strip() for part in sizes.split(",") if part.strip()]
+    work.plan(Printer(as_json, quiet), source, wanted, key=key, picture=plot)
+
+
+@app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
     *,

@@ -11,7 +11,10 @@ from dither.archive import Archive, Entry, describe
 from dither.cli.compare import Comparison
 from dither.cli.console import Printer
 from dither.core import DTYPES, code_width
+from dither.search import Outlook
 from dither.terminal import some_names
+
+_MOST_EXACT = 5
 
 
 def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
@@ -110,6 +113,37 @@ def _sizes(nbytes: int, numel: int) -> tuple[str, str]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def print_outlook(printer: Printer, found: Outlook) -> None:
+    """What is predicted of several sizes, for people."""
+    kinds = list(dict.fromkeys(kind for row in found.sizes for kind in row.kinds))
+    first = max(found.sizes, key=lambda row: row.nbytes)
+    rows = [
+        (
+            row.size,
+            f"{row.nbytes:,}" if row.is_reachable else "out of reach",
+            f"{row.bits:.2f}",
+            f"{row.snr:.1f}",
+            f"{row.loss / first.loss:,.0f}x" if first.loss else "",
+            f"{len(row.erased)}",
+            *(f"{row.kinds.get(kind, 0):,}" for kind in kinds),
+        )
+        for row in found.sizes
+    ]
+    columns = ("size", "bytes", "bits/value", "SNR dB", "loss", "erased")
+    printer.table((*columns, *kinds), rows)
+    printer.text(
+        f"predicted, for {found.values:,} values in {found.original_nbytes:,} bytes; the smallest "
+        f"file takes about {found.smallest:,} bytes; compressing takes about {found.seconds:.0f} s"
+    )
+    lost = max(found.sizes, key=lambda row: len(row.erased)).erased
+    if lost:
+        printer.text(f"erased at the smallest size (nothing but error is left): {some_names(lost)}")
+    for name, why in list(found.exact.items())[:_MOST_EXACT]:
+        printer.text(f"kept exactly: {name} ({why})")
+    if len(found.exact) > _MOST_EXACT:
+        printer.text(f"and {len(found.exact) - _MOST_EXACT} more tensors")
 
 
 def comparison_document(found: Comparison, below: list[str]) -> dict[str, Any]:

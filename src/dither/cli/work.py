@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from dither.cli.files import (
 from dither.core import BudgetError
 from dither.demo.story import run
 from dither.model import collect
-from dither.report import save_page
+from dither.report import check_picture, draw_sizes, save_page
 from dither.search import Trial, parse_size
 from dither.search import compress as search
+from dither.search import plan as predict
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,23 @@ def compress(
         printer.text(str(trial))
     report.print_summary(printer, archive)
     printer.text(f"wrote {target}")
+
+
+def plan(
+    printer: Printer, source: Path, sizes: Sequence[str], *, key: str | None, picture: Path | None
+) -> None:
+    """Predict what sizes would do to a source."""
+    if picture is not None:
+        check_picture(picture)
+    with printer.progress(f"reading {source}") as advance:
+        found = predict(load_source(source, key), sizes, progress=advance)
+    if picture is not None:
+        make_folder(picture)
+        draw_sizes(found, picture)
+    printer.document({"source": str(source), **found.to_json()})
+    report.print_outlook(printer, found)
+    if picture is not None:
+        printer.text(f"wrote {picture}")
 
 
 def inspect(printer: Printer, file: Path, max_size: str | None) -> None:

@@ -1,9 +1,11 @@
 """What a model loses where: tables, plots and pages for people."""
 
+from dither.report.bars import check_picture
 from dither.report.contents import Contents, Histogram, Stored, contents
 from dither.report.diagnosis import Diagnosis, Overall, Row
 from dither.report.layer_costs import diagnose
 from dither.report.page import page, save_page
+from dither.report.sizes import draw_sizes
 
 __all__ = [
     "Contents",
@@ -12,8 +14,10 @@ __all__ = [
     "Overall",
     "Row",
     "Stored",
+    "check_picture",
     "contents",
     "diagnose",
+    "draw_sizes",
     "page",
     "save_page",
 ]

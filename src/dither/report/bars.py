@@ -1,10 +1,13 @@
-"""Panels of horizontal bars on one logarithmic axis, readable in grey."""
+"""Pictures, readable in grey: panels of horizontal bars on one logarithmic axis."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dither.core import DitherError, SpecError
 
@@ -29,19 +32,9 @@ def draw(panels: Sequence[Panel], axis: str, path: Path) -> None:
         DitherError: matplotlib is not installed.
         SpecError: a kind of picture that is not drawn.
     """
-    if path.suffix.lower() not in KINDS:
-        raise SpecError(f"{str(path)!r} is no picture that is drawn: end it in {', '.join(KINDS)}")
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure  # not pyplot: no window, nothing kept
-    except ImportError as error:
-        raise DitherError(
-            'plots are drawn with matplotlib; run: pip install "dither[plots]"'
-        ) from error
     counts = [len(bars) for _, bars, _ in panels]
     ends = [v for _, bars, line in panels for v in (*(b for _, b in bars), line) if _positive(v)]
-    with mpl.rc_context({"svg.hashsalt": "dither", "font.size": 9}):
-        figure = Figure(figsize=(7.5, _BAR * sum(counts) + 0.8 * len(panels)), layout="constrained")
+    with drawing(path, (7.5, _BAR * sum(counts) + 0.8 * len(panels))) as figure:
         found = figure.subplots(
             len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": counts}
         )
@@ -59,9 +52,38 @@ def draw(panels: Sequence[Panel], axis: str, path: Path) -> None:
             if _positive(line):
                 axes.axvline(line, color="black", linestyle="--", linewidth=1)
         found[-1, 0].set_xlabel(axis)
+
+
+@contextmanager
+def drawing(path: Path, inches: tuple[float, float]) -> Iterator[Any]:
+    """An empty figure, written to a file at the end.
+
+    Args:
+        path: its suffix says what kind of picture.
+        inches: width and height.
+
+    Raises:
+        DitherError: matplotlib is not installed.
+        SpecError: a kind of picture that is not drawn.
+    """
+    check_picture(path)
+    import matplotlib as mpl
+    from matplotlib.figure import Figure  # not pyplot: no window, nothing kept
+
+    with mpl.rc_context({"svg.hashsalt": "dither", "font.size": 9}):
+        figure = Figure(figsize=inches, layout="constrained")
+        yield figure
         # Without a date, the same results give the same file.
         dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         figure.savefig(path, dpi=160, metadata=dated.get(path.suffix.lower()))
+
+
+def check_picture(path: Path) -> None:
+    """Say early, before any work, that a picture cannot be drawn; raises as :func:`drawing`."""
+    if path.suffix.lower() not in KINDS:
+        raise SpecError(f"{str(path)!r} is no picture that is drawn: end it in {', '.join(KINDS)}")
+    if find_spec("matplotlib") is None:
+        raise DitherError('plots are drawn with matplotlib; run: pip install "dither[plots]"')
 
 
 def _positive(value: float) -> bool:

@@ -4,6 +4,7 @@ from dither.search.calibrated import calibrated
 from dither.search.compress import compress
 from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
 from dither.search.ledger import Ledger
+from dither.search.outlook import Outlook, SizeOutlook, plan
 from dither.search.predict import can_quantize
 from dither.search.proposers import PROPOSERS, Grid, RotatedGrid, Stored, TrellisGrid
 from dither.search.sensitivity import data_free, token_counts
@@ -18,9 +19,11 @@ __all__ = [
     "Grid",
     "Knowledge",
     "Ledger",
+    "Outlook",
     "Proposer",
     "RotatedGrid",
     "Sensitivity",
+    "SizeOutlook",
     "Stored",
     "TrellisGrid",
     "Trial",
@@ -30,5 +33,6 @@ __all__ = [
     "data_free",
     "fills",
     "parse_size",
+    "plan",
     "token_counts",
 ]

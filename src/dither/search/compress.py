@@ -13,7 +13,7 @@ from dither.core import SpecError
 from dither.data import Data
 from dither.model import collect, inner, refuse_attached
 from dither.search.activation_trials import Sites
-from dither.search.forecast import Progress
+from dither.search.forecast import Progress, silent
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
 from dither.search.sensitivity import data_free
@@ -74,14 +74,10 @@ def compress(
     tensors = collect(source)
     values = sum(value.numel() for value in tensors.values.values())
     budget = parse_size(size, tensors.nbytes, values)
-    job = Job(budget, sensitivity, dict(metadata or {}), progress or _silent)
+    job = Job(budget, sensitivity, dict(metadata or {}), progress or silent)
     if data is not None:
         return with_data(Bench(source, Data.of(data), evaluate), job, activations)
     if evaluate is not None or activations is not None:
         name = "evaluate" if activations is None else "activations"
         raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
     return job.archive(tensors)
-
-
-def _silent(stage: str, share: float) -> None:
-    """Show nothing."""

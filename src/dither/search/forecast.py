@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -22,11 +23,18 @@ Result = TypeVar("Result")
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
+
+def silent(stage: str, share: float) -> None:
+    """Show nothing."""
+
+
 AIM = 0.9985
 """Share of a budget that is allocated: predictions err."""
 
 _PROBED = 1 << 16
-_PROBE = 6
+PROBE = 6
+"""One row of so many of a large tensor is coded first."""
+
 _LARGE = 1 << 21
 
 
@@ -77,10 +85,14 @@ class Forecast:
         self._ladders |= self._map("predicting", Ladder.of, tensors)
         self._measured |= {name: {} for name in tensors}
 
-    def probe(self, chosen: Mapping[str, Choice]) -> None:
-        """Learn what large tensors take from a part of their rows, before any is coded whole."""
+    def probe(self, chosen: Mapping[str, Choice]) -> AbstractSet[str]:
+        """Learn what large tensors take from a part of their rows, before any is coded whole.
+
+        Returns:
+            their names.
+        """
         parts = {
-            name: (self.tensors[name].every(_PROBE), choice)
+            name: (self.tensors[name].every(PROBE), choice)
             for name, choice in chosen.items()
             if choice.step is not None and _can_probe(self.tensors[name])
         }
@@ -88,6 +100,7 @@ class Forecast:
         for name, (part, choice) in parts.items():
             share = part.value.numel() / self.tensors[name].value.numel()
             self.note(name, choice.step, coded[name].nbytes / share + GRID_INDEX_NBYTES)
+        return parts.keys()
 
     def encode(self, chosen: Mapping[str, Choice], ledger: Ledger, stage: str) -> None:
         """Put choices into a ledger and learn what they take; what is there already stays."""

@@ -60,7 +60,7 @@ class Greedy:
     def _meet(self, budget: int) -> int:
         """Code all tensors; the size of the file, at most the budget."""
         forecast, ledger = self._forecast, self._ledger
-        size, overhead = 0, self._guess_overhead()
+        size, overhead = 0, ledger.expected_overhead
         forecast.probe(forecast.plan(budget, overhead))
         for attempt in range(_PASSES):
             chosen = forecast.plan(budget, overhead)
@@ -147,7 +147,3 @@ class Greedy:
             f". Kept exactly: {'; '.join(said)}{more}. Repair or leave out such tensors, or store "
             "them as real floating-point numbers"
         )
-
-    def _guess_overhead(self) -> float:
-        """Bytes of the index before any tensor was coded."""
-        return 64 + sum(14 + len(name) / 4 for name in self._ledger.all_names)

@@ -67,6 +67,11 @@ class Ledger:
         """Bytes that depend on no choice."""
         return self.nbytes - sum(self.measured(name) for name in self._rows)
 
+    @property
+    def expected_overhead(self) -> float:
+        """The same before any tensor was coded, about."""
+        return 64 + sum(14 + len(name) / 4 for name in self.all_names)
+
     def decoded(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Values of some tensors as the file would hold them."""
         archive = pack({name: self.coded(name) for name in names})
