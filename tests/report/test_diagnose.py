@@ -257,7 +257,7 @@ def test_what_cannot_be_diagnosed() -> None:
     model, data = network(), batches()
     with pytest.raises(SpecError, match="no batch"):
         dither.diagnose(model, [])
-    with pytest.raises(SpecError, match="matches no weight"):
+    with pytest.raises(SpecError, match="match no parameter"):
         dither.diagnose(model, data, {"nothing*": Affine(4)})
     grids = observe(model, {"up@in": Activation(4)}, data)
     with pytest.raises(SpecError, match="no module for the sites"):

@@ -103,7 +103,7 @@ def test_every_method_copies_and_pickles_at_any_time(spec: Spec) -> None:
         surrogate.committed is not None
         for module in committed.modules()
         if is_shadowed(module)
-        for surrogate in module.get_submodule(SHADOWS).children()
+        for surrogate in getattr(module, SHADOWS, nn.ModuleDict()).children()
     )
 
 

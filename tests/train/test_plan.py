@@ -34,7 +34,7 @@ def test_the_first_rule_wins() -> None:
     [("*", False), ("1.*", False), ("*norm*", False), ("*.running_mean", True), ("*mean", True)],
 )
 def test_buffers_must_be_named(glob: str, is_named: bool) -> None:
-    found = Plan({glob: Affine(8)}).resolve(convolution())
+    found = Plan({glob: Affine(8), "0.weight": Raw()}).resolve(convolution())
     assert ("1.running_mean" in found) == is_named
     assert "1.num_batches_tracked" not in found
 

@@ -22,7 +22,8 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Rule, Spec, as_plan
 from dither.train.run import Run
 from dither.train.schedules import Schedule
-from dither.train.shadow import find_sites, is_shadowed, shadow, shadow_saving
+from dither.train.shadow import become_shadow, is_shadowed, shadow
+from dither.train.sites import find_sites
 from dither.train.surrogate import Surrogate, plain
 
 
@@ -60,7 +61,7 @@ def attach(
         BudgetError: the budget is not understood or impossible.
     """
     tensors = collect(model)
-    goal = Budget(budget) if isinstance(budget, int | str) else budget
+    goal = budget if budget is None or isinstance(budget, Budget) else Budget(budget)
     nbytes = None if goal is None else parse_size(goal.size, tensors.nbytes)
     _check(model, plan, nbytes, steps)
     rules = default_plan(model) if plan is None else as_plan(plan)
@@ -116,7 +117,7 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
     for name, surrogate in surrogates.items():
         for number, site in enumerate(sites[name]):
             shadow(site, surrogate, is_first=number == 0)
-    shadow_saving(model)
+    become_shadow(model)
 
 
 def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:

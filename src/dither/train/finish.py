@@ -12,7 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dither.archive import CodedTensor, code, packed_nbytes
 from dither.core import BudgetError, Encoded
 from dither.data import Data
+from dither.model import SHADOWS, weights_of
+from dither.rewrite import absorbed, norms
 from dither.search.size import fills
+from dither.train.method import AfterTraining
 from dither.train.surrogate import Surrogate, encode_now, plain
 
 _TRIES = 14
@@ -117,6 +120,34 @@ def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def values_of(
+    model: nn.Module, aliases: Mapping[str, str], absorbing: Mapping[str, Surrogate]
+) -> dict[str, Tensor]:
+    """Every tensor that the file holds, before it is encoded.
+
+    Args:
+        model: attached.
+        aliases: names that are left out.
+        absorbing: surrogates by name. A batch norm both of whose parameters are encoded at the end
+            keeps two numbers for each channel instead of four.
+    """
+    values = {
+        name: plain(value)
+        for name, value in weights_of(model.state_dict()).items()
+        if SHADOWS not in name.split(".") and name not in aliases
+    }
+    for path, norm in norms(model).items() if absorbing else ():
+        mean, variance, weight, bias = (
+            f"{path}.{local}" if path else local
+            for local in ("running_mean", "running_var", "weight", "bias")
+        )
+        if all(isinstance(absorbing.get(n), AfterTraining) for n in (weight, bias)):
+            values[weight], values[bias] = absorbed(norm)
+            values[mean] = torch.zeros_like(values[mean])
+            values[variance] = torch.ones_like(values[variance])
+    return values
 
 
 def first_changed(

@@ -50,6 +50,11 @@ class Plan:
         for glob, spec in self.rules.items():
             if "@" in glob and isinstance(spec, Activation | Gradient):
                 continue
+            if isinstance(spec, type):
+                raise SpecError(
+                    f"the rule {glob!r} has the class {spec.__name__} in place of an instance; "
+                    f"write {spec.__name__}(...) with its settings"
+                )
             if not isinstance(spec, Encoder | Method):
                 raise SpecError(
                     f"a plan maps globs to formats, encoders and training methods, and globs with "
@@ -142,13 +147,21 @@ class Plan:
                 )
 
     def _refuse_unused(self, used: set[str], tensors: Mapping[str, Tensor]) -> None:
-        for glob in self._of_weights():
-            is_general = set(glob) <= _WILD or any(fnmatchcase(name, glob) for name in tensors)
-            if glob not in used and not is_general and not set(glob) & _WILD:
+        own = ", ".join(list(tensors)[:6])
+        globs = self._of_weights()
+        for glob in globs:
+            if glob not in used and not set(glob) & _WILD:
+                if any(fnmatchcase(name, glob) for name in tensors):
+                    continue  # an earlier rule takes it
                 raise SpecError(
                     f"the rule {glob!r} names a tensor that the model does not have; its tensors "
-                    f"are {', '.join(list(tensors)[:6])}, ..."
+                    f"are {own}, ..."
                 )
+        if globs and not used:
+            raise SpecError(
+                f"the plan's rules {', '.join(map(repr, list(globs)[:6]))} match no parameter; the "
+                f"model's tensors are {own}, ... (buffers and integers are matched by no wildcard)"
+            )
 
 
 def _to_json(spec: Rule) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,14 +14,13 @@ from torch.optim import Optimizer
 from dither.activations import Quantizer, encodings_of, placed
 from dither.activations import step as step_sites
 from dither.archive import Archive, code, pack, packed_nbytes, write
-from dither.core import Encoded, SpecError
+from dither.core import BudgetError, Encoded, SpecError
 from dither.data import Data, moved
 from dither.formats import Raw
-from dither.model import SHADOWS, weights_of
-from dither.rewrite import absorbed, norms
 from dither.search.size import SLACK_NBYTES
 from dither.train.controller import Controller, looks_at, measures_at
-from dither.train.finish import first_changed, reestimate_batch_norm, trim_to
+from dither.train.finish import first_changed, reestimate_batch_norm, trim_to, values_of
+from dither.train.intact import Intact
 from dither.train.learned_extras import Extras
 from dither.train.method import AfterTraining, begin
 from dither.train.noise import Noise
@@ -29,6 +29,9 @@ from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import unshadow
 from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, whole
+
+_ATTEMPTS = 3
+"""To finish within the budget: batch norm's new statistics take other bytes than the old ones."""
 
 
 class Run:
@@ -58,6 +61,7 @@ class Run:
         self.model = model
         self.plan = plan
         self.surrogates = dict(surrogates)
+        self._intact = Intact.of(model, surrogates)
         self.steps = steps
         self.done = 0
         self.controller: Controller | None = None
@@ -110,11 +114,16 @@ class Run:
         return torch.stack(terms).sum()
 
     def step(self) -> None:
-        """Say that an optimizer step is done: schedules act, and new noise is drawn."""
+        """Say that an optimizer step is done: schedules act, and new noise is drawn.
+
+        Raises:
+            SpecError: a weight is no longer finite, or no longer the one that was attached.
+        """
         self._unfinish()
         self.extras.step()
         step_sites(self.model)
         self.done += 1
+        self._intact.check(self.model, self.surrogates, self.done)
         for schedule in self.schedules:
             schedule(self, self.done)
         self._draw()
@@ -183,22 +192,29 @@ class Run:
 
         Raises:
             BudgetError: the budget cannot be met.
-            SpecError: the loader gives no batch.
+            SpecError: the loader gives no batch; a weight is no longer finite, or no longer the
+                one that was attached.
         """
+        self._intact.check(self.model, self.surrogates, self.done)
         samples = None if data is None else Data.of(data).first(batches).held()
         self._unfinish()
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
-        for attempt in range(3):
+        goal = math.inf if self.controller is None else self.controller.nbytes
+        for attempt in range(_ATTEMPTS):
             self._unfinish()
             if self.controller is not None:
                 self._trim(self.controller.nbytes - attempt * SLACK_NBYTES)
             self._commit(samples)
             nbytes = packed_nbytes(self.encode(), self._aliases, sites=self._sites)
-            if self.controller is None or nbytes <= self.controller.nbytes:
-                break
-        return nbytes
+            if nbytes <= goal:
+                return nbytes
+        raise BudgetError(
+            f"a file of {goal} bytes was missed {_ATTEMPTS} times: with the new statistics of "
+            f"batch norm it takes {nbytes} bytes; ask for that or more, or finish without data",
+            smallest=nbytes,
+        )
 
     @property
     def archive(self) -> Archive:
@@ -326,22 +342,8 @@ class Run:
 
     def _values(self) -> dict[str, Tensor]:
         """Every tensor that the file holds, before it is encoded."""
-        values = {
-            name: plain(value)
-            for name, value in weights_of(self.model.state_dict()).items()
-            if SHADOWS not in name.split(".") and name not in self._aliases
-        }
-        for path, norm in norms(self.model).items() if self.controller else ():
-            mean, variance, weight, bias = (
-                f"{path}.{local}" if path else local
-                for local in ("running_mean", "running_var", "weight", "bias")
-            )
-            # Two numbers for each channel instead of four, where both are encoded at the end.
-            if all(isinstance(self.surrogates.get(n), AfterTraining) for n in (weight, bias)):
-                values[weight], values[bias] = absorbed(norm)
-                values[mean] = torch.zeros_like(values[mean])
-                values[variance] = torch.ones_like(values[variance])
-        return values
+        absorbing = self.surrogates if self.controller else {}
+        return values_of(self.model, self._aliases, absorbing)
 
     def _encode(self, name: str, value: Tensor) -> Encoded:
         surrogate = self.surrogates.get(name) or begin(self._buffers.get(name, Raw()), value)
