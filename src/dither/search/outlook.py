@@ -88,7 +88,7 @@ class Outlook:
 @torch.inference_mode(mode=False)
 def plan(
     source: nn.Module | Mapping[str, Tensor],
-    sizes: Iterable[int | str] = SIZES,
+    sizes: Iterable[float | str] | float | str = SIZES,
     *,
     sensitivity: Sensitivity = data_free,
     progress: Progress | None = None,
@@ -101,7 +101,7 @@ def plan(
 
     Args:
         source: as :func:`~dither.compress` takes it.
-        sizes: as it takes them.
+        sizes: as it takes them, one or more.
         sensitivity: the same.
         progress: the same.
 
@@ -118,7 +118,8 @@ def plan(
     refuse_attached(source, "plan")
     tensors = collect(inner(source) if isinstance(source, nn.Module) else source)
     values = sum(value.numel() for value in tensors.values.values())
-    budgets = {str(size): parse_size(size, tensors.nbytes, values) for size in sizes}
+    given = sizes if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
+    budgets = {str(size): parse_size(size, tensors.nbytes, values) for size in given}
     if not budgets:
         raise BudgetError(f"no sizes are given; write for example {list(SIZES)}")
     start = time.perf_counter()

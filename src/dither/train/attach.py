@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dither.activations import begin as begin_sites
+from dither.activations import placed
 from dither.core import SpecError
 from dither.model import collect
 from dither.search import Grid, Knowledge, Sensitivity, Stored, compress, parse_size
@@ -49,7 +51,8 @@ def attach(
             with a budget, learned steps on an entropy-coded grid for every tensor. Rules about
             activations begin from the first batch, unless ``dither.activations.apply`` went before.
         budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
-            bytes, or a :class:`Budget`. Training is steered there by :meth:`Run.penalty`.
+            bytes, ``"4 bits"`` for each value, or a :class:`Budget`. Training is steered there by
+            :meth:`Run.penalty`.
         steps: optimizer steps that training will take; needed for a budget.
         optimizer: the learned extras join it, see :meth:`Run.join`.
         penalties: further terms for :meth:`Run.penalty`.
@@ -57,12 +60,16 @@ def attach(
         noise: a seed, or more: see :class:`Noise`.
 
     Raises:
-        SpecError: the plan does not fit the model, or the model is attached already.
+        SpecError: the plan does not fit the model, the model is attached already, or an argument
+            is of a wrong kind.
         BudgetError: the budget is not understood or impossible.
     """
+    _check_kinds(model, steps, optimizer, noise)
+    penalties, schedules = list(penalties), list(schedules)
     tensors = collect(model)
+    values = sum(value.numel() for value in tensors.values.values())
     goal = budget if budget is None or isinstance(budget, Budget) else Budget(budget)
-    nbytes = None if goal is None else parse_size(goal.size, tensors.nbytes)
+    nbytes = None if goal is None else parse_size(goal.size, tensors.nbytes, values)
     _check(model, plan, nbytes, steps)
     rules = default_plan(model) if plan is None else as_plan(plan)
     specs = rules.resolve(model)
@@ -74,19 +81,43 @@ def attach(
         surrogates,
         {name: spec for name, spec in specs.items() if name not in surrogates},
         steps=steps,
-        noise=Noise(noise) if isinstance(noise, int) else noise,
+        noise=noise if isinstance(noise, Noise) else Noise(noise),
         aliases=tensors.aliases,
     )
     run.penalties += penalties
     run.schedules += schedules
-    for schedule in run.schedules:
-        schedule(run, 0)
-    if optimizer is not None:
-        run.join(optimizer)
-    if goal is not None and nbytes is not None:
-        run.controller = Controller(nbytes, goal.arrive, sum(w.numel() for *_, w in run.weights()))
-        run.measure()
+    _start(run, optimizer, nbytes, goal)
     return run
+
+
+def _start(
+    run: Run, optimizer: Optimizer | None, nbytes: int | None, budget: Budget | None
+) -> None:
+    """Step 0; what cannot begin leaves the model as it was."""
+    try:
+        for schedule in run.schedules:
+            schedule(run, 0)
+        if optimizer is not None:
+            run.join(optimizer)
+        if budget is not None and nbytes is not None:
+            count = sum(weight.numel() for *_, weight in run.weights())
+            run.controller = Controller(nbytes, budget.arrive, count)
+            run.measure()
+    except BaseException:
+        run.detach()
+        raise
+
+
+def _check_kinds(model: object, steps: object, optimizer: object, noise: object) -> None:
+    """Refuse arguments of a wrong kind before anything is done."""
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"attach takes a model, a torch.nn.Module, not a {type(model).__name__}")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral)):
+        raise SpecError(f"steps is a whole number of optimizer steps, not {steps!r}")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise SpecError(f"optimizer is one of torch.optim, not a {type(optimizer).__name__}")
+    if not isinstance(noise, Integral | Noise):
+        raise SpecError(f"noise is a seed, a whole number, or Noise(...), not {noise!r}")
 
 
 def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None) -> None:
@@ -103,6 +134,8 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
         raise SpecError(
             f"a budget needs the number of optimizer steps that will follow, not steps={steps}"
         )
+    if plan == {} and not placed(model):
+        raise SpecError('the plan has no rules: write {"*.weight": LSQ(4)}, for example')
     if plan is None and nbytes is None:
         raise SpecError('give a plan, such as {"*.weight": LSQ(4)}, or a budget such as "60KB"')
 

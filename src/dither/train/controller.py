@@ -44,8 +44,11 @@ class Budget:
     sensitivity: Sensitivity = data_free
 
     def __post_init__(self) -> None:
-        if not 0 < self.arrive <= 1:
-            raise SpecError(f"a Budget arrives after a share of the steps, not {self.arrive}")
+        share: object = self.arrive
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise SpecError(
+                f"a Budget arrives after a share of the steps, above 0 to 1, not {self.arrive!r}"
+            )
 
 
 MEASURES = 20

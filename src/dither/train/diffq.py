@@ -315,8 +315,9 @@ class _Noisy(torch.autograd.Function):
         unit, share, span, noise, places = ctx.saved_tensors
         group, param, ends = ctx.settings
         flat = gradient.reshape(-1)
-        to_step = sums(flat * noise, group)
-        to_span = torch.dot(to_step, unit)
+        with torch.autocast(flat.device.type, enabled=False):  # backward may be called within one
+            to_step = sums(flat * noise, group)
+            to_span = torch.dot(to_step, unit)
         to_weight = None
         if ctx.needs_input_grad[0]:
             to_weight = flat.index_add(0, places, torch.stack([-to_span, to_span]))

@@ -18,6 +18,10 @@ Spec = Encoder | Method
 Rule = Spec | Activation | Gradient
 
 _WILD = set("*?[]!")
+_WANTED = (
+    'a plan maps globs to formats, encoders and training methods, {"*.weight": LSQ(4)} say, '
+    "and globs with an @ to activations and gradients"
+)
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,7 @@ class Plan:
     owners: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for glob, spec in self.rules.items():
-            if "@" in glob and isinstance(spec, Activation | Gradient):
-                continue
-            if isinstance(spec, type):
-                raise SpecError(
-                    f"the rule {glob!r} has the class {spec.__name__} in place of an instance; "
-                    f"write {spec.__name__}(...) with its settings"
-                )
-            if not isinstance(spec, Encoder | Method):
-                raise SpecError(
-                    f"a plan maps globs to formats, encoders and training methods, and globs with "
-                    f"an @ to activations and gradients; not {glob!r} to {spec!r}"
-                )
+        _check_rules(self.rules, self.owners)
 
     def __iter__(self) -> Iterator[tuple[str, Rule]]:
         return iter(self.rules.items())
@@ -164,6 +156,32 @@ class Plan:
             )
 
 
+def _check_rules(rules: object, owners: object) -> None:
+    """Refuse what is no plan at all, whatever the model."""
+    if not isinstance(rules, Mapping) or not isinstance(owners, Mapping):
+        raise SpecError(f"{_WANTED}, and owners parameters to paths; not {rules!r}"[:400])
+    for glob, spec in rules.items():
+        if isinstance(spec, type):
+            raise SpecError(
+                f"the rule {glob!r} has the class {spec.__name__} in place of an instance; "
+                f"write {spec.__name__}(...) with its settings"
+            )
+        is_site, is_about_sites = isinstance(glob, str) and "@" in glob, _is_about_sites(spec)
+        if is_site and not is_about_sites:
+            raise SpecError(
+                f"the glob {glob!r} is about activations, and takes Activation(...) or "
+                f"Gradient(...), not {spec!r}"
+            )
+        # A text has a method `encode` too.
+        is_spec = isinstance(spec, Encoder | Method) and not isinstance(spec, str | bytes)
+        if not isinstance(glob, str) or is_site != is_about_sites or not (is_spec or is_site):
+            raise SpecError(f"{_WANTED}; not {glob!r} to {spec!r}"[:400])
+
+
+def _is_about_sites(spec: object) -> bool:
+    return isinstance(spec, Activation | Gradient)
+
+
 def _to_json(spec: Rule) -> dict[str, Any]:
     return spec.to_json() if isinstance(spec, Activation | Gradient) else spec_to_json(spec)
 
@@ -188,5 +206,16 @@ def literal(name: str) -> str:
 
 
 def as_plan(plan: Plan | Mapping[str, Rule]) -> Plan:
-    """A plan, from the dict that users write."""
-    return plan if isinstance(plan, Plan) else Plan(dict(plan))
+    """A plan, from the dict that users write.
+
+    Raises:
+        SpecError: it is none.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    try:
+        return Plan(dict(plan))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"{_WANTED}; not {plan!r}"[:400]) from error
