@@ -26,6 +26,10 @@ SHADOWS = "dither_shadows"
 """Reserved likewise: what a model in training learns besides, `<module>.dither_shadows.*`."""
 
 
+SHADOW_OF = "_dither_base"
+"""Where the class of a module in training keeps the module's own."""
+
+
 def is_weight(name: str) -> bool:
     """Whether a name in a state dict is one of the model's own, and not of its sites."""
     return SITES not in name.split(".")
@@ -107,6 +111,12 @@ def inner(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without a run that it may be attached to."""
+    found: type[nn.Module] = getattr(type(module), SHADOW_OF, type(module))
+    return found
 
 
 def duplicate(model: nn.Module) -> nn.Module:

@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dither.calibrate.inputs import (
     attention_vectors,
+    cell_vectors,
+    fits,
     has_vectors,
     input_vectors,
     outputs_axis,
@@ -21,7 +23,7 @@ from dither.calibrate.inputs import (
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.core import SpecError, Stats
 from dither.data import Data, Forward
-from dither.model import evaluating, parameters_of
+from dither.model import evaluating, own_class, parameters_of
 
 Loss = Callable[[Any, Any], Tensor]
 """A model's output and the batch to a scalar."""
@@ -37,12 +39,12 @@ def collect(
     """What data says about each weight of a model.
 
     Second and first moments and the range of inputs for Linear, convolutions (also transposed),
-    GPT-2's Conv1D, MultiheadAttention, RNN, LSTM and GRU; token counts for Embedding and
-    EmbeddingBag; with a loss, the mean squared gradient of every parameter. The model runs in
+    GPT-2's Conv1D, MultiheadAttention, RNN, LSTM, GRU and their cells; token counts for Embedding
+    and EmbeddingBag; with a loss, the mean squared gradient of every parameter. The model runs in
     evaluation mode and is left as it was: modes, running statistics, gradients, no hooks.
 
-    Weights are seen where modules of these kinds are called. An RNN is taken to start from zeros,
-    and packed sequences are passed over. Padding counts as input: batches of like length are best.
+    Weights are seen where modules of these kinds are called; packed sequences are passed over.
+    Positions that ``Data.mask`` hides do not count in layers that have these positions.
 
     Args:
         model: runs on its own device; attached models run as they are.
@@ -57,7 +59,7 @@ def collect(
         Without a loss, token counts are the importance of a table's rows.
 
     Raises:
-        SpecError: the loader is empty.
+        SpecError: the loader is empty, or the loss has no gradient.
 
     >>> layer = nn.Linear(2, 3)
     >>> stats = collect(layer, [torch.tensor([[1.0, 2.0]])])
@@ -71,6 +73,7 @@ def collect(
     with evaluating(model), watch.hooks():
         for batch in samples:
             count += 1
+            watch.mask = samples.shown(batch)
             if loss is None:
                 with torch.no_grad():
                     samples.forward(model, batch)
@@ -91,11 +94,16 @@ class Watch:
         model: the model.
         most_inputs: of one Gram matrix.
         only: names of the weights to watch, or all.
+
+    Attributes:
+        mask: positions that count, bool ``(batch, positions)``, or None for all; for the batch at
+            hand.
     """
 
     def __init__(
         self, model: nn.Module, most_inputs: int = MOST_INPUTS, only: Iterable[str] | None = None
     ) -> None:
+        self.mask: Tensor | None = None
         self.moments: dict[str, Moments] = {}
         self.counts: dict[str, Tensor] = {}
         self.outputs: dict[str, int] = {}
@@ -109,11 +117,12 @@ class Watch:
         """Watch for a while; the hooks go, whatever happens."""
         handles: list[RemovableHandle] = []
         try:
-            handles += [
-                module.register_forward_pre_hook(self._see, with_kwargs=True)
-                for module in self._model.modules()
-                if any(self._name(module, path) for path, _ in module.named_parameters())
-            ]
+            for module in self._model.modules():
+                if any(self._name(module, path) for path, _ in module.named_parameters()):
+                    see = module.register_forward_pre_hook(self._see, with_kwargs=True)
+                    handles.append(see)
+                if isinstance(module, nn.Embedding) and not _is_plain(module):
+                    handles.append(module.register_forward_hook(self._look_back, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -165,33 +174,78 @@ class Watch:
             given = _by_name(module, args, kwargs)
             first = next(iter(given.values()), None)
             if isinstance(module, nn.MultiheadAttention):
-                for path, groups in attention_vectors(module, given):
+                for path, groups in attention_vectors(module, given, self.mask):
                     self._add(module, path, groups)
             elif not isinstance(first, Tensor):
                 return  # a packed sequence, or nothing
             elif isinstance(module, nn.RNNBase):
-                for path, vectors in recurrent_vectors(module, first):
+                state = given.get("hx")
+                for path, vectors in recurrent_vectors(module, first, state, self.mask):
+                    self._add(module, path, vectors)
+            elif isinstance(module, nn.RNNCellBase):
+                for path, vectors in cell_vectors(module, first, given.get("hx")):
                     self._add(module, path, vectors)
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                self._count(module, first)
-            elif has_vectors(module) and self._name(module, "weight"):
-                for vectors in input_vectors(module, first):
+                if _is_plain(module):
+                    self._count(module, first)
+            elif has_vectors(module) and self._name(module, "weight") and fits(module, first):
+                for vectors in input_vectors(module, first, self.mask):
                     self._add(module, "weight", vectors, outputs_axis(module))
+
+    def _look_back(
+        self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
+        """Count the rows of a table whose class has a forward of its own, if that read them."""
+        first = next(iter(_by_name(module, args, kwargs).values()), None)
+        if (
+            isinstance(first, Tensor)
+            and isinstance(output, Tensor)
+            and _reads(module, first, output)
+        ):
+            self._count(module, first)
 
     def _count(self, module: nn.Embedding | nn.EmbeddingBag, indices: Tensor) -> None:
         name = self._name(module, "weight")
         if name is None:
             return
-        size = module.num_embeddings
+        size, mask = module.num_embeddings, self.mask
+        if mask is not None and indices.shape in (mask.shape, mask.T.shape):
+            indices = indices[(mask if indices.shape == mask.shape else mask.T).to(indices.device)]
         counts = torch.bincount(indices.reshape(-1), minlength=size)[:size]  # torch refuses others
         if module.padding_idx is not None and isinstance(module, nn.EmbeddingBag):
             counts[module.padding_idx] = 0  # a bag leaves padding out
         self.counts[name] = self.counts[name] + counts if name in self.counts else counts
 
 
+def _is_plain(module: nn.Embedding | nn.EmbeddingBag) -> bool:
+    """Whether a table is read by torch's own forward, so that what goes into it are rows."""
+    return own_class(module).forward in (nn.Embedding.forward, nn.EmbeddingBag.forward)
+
+
+def _reads(module: nn.Embedding, indices: Tensor, output: Tensor) -> bool:
+    """Whether an output is the rows at some indices, but for a factor.
+
+    Tables of positions in OPT, BART or Whisper are given masks, shapes or tokens, not positions.
+    """
+    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if not whole or output.shape != (*indices.shape, module.embedding_dim) or not output.numel():
+        return False
+    if not 0 <= int(indices.min()) <= int(indices.max()) < module.num_embeddings:
+        return False
+    rows = module.weight.detach()[indices].double()
+    found = output.detach().double()
+    factor = (rows * found).sum() / rows.square().sum().clamp(min=1e-30)
+    return float((found - factor * rows).square().sum()) <= 1e-3 * float(found.square().sum())
+
+
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if not kwargs:
         names = ["query", "key", "value"] if isinstance(module, nn.MultiheadAttention) else []
+        names = (
+            ["input", "hx"][: len(args)]
+            if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+            else names
+        )
         if len(args) == len(names) or not names:
             return dict(zip(names or ["input"], args, strict=False))
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
@@ -210,6 +264,11 @@ def _add_gradients(
             value = loss(forward(model, batch), batch)
             if value.ndim:
                 raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
+            if not value.requires_grad:
+                raise SpecError(
+                    "the loss has no gradient: the model runs under torch.no_grad, or detaches its "
+                    "output; give a forward that does not"
+                )
             parameters = [parameter for _, parameter in named]
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     finally:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dither.data import arranged
+
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTransposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -34,26 +36,58 @@ def has_vectors(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv | ConvTransposed) or is_conv1d_of_gpt2(module)
 
 
-def input_vectors(module: nn.Module, values: Tensor) -> Iterator[Tensor]:
+def fits(module: nn.Module, values: Tensor) -> bool:
+    """Whether the module's weight can multiply these values: a subclass may be called otherwise."""
+    if not values.is_floating_point():
+        return False
+    if isinstance(module, Conv | ConvTransposed):
+        dims = len(module.kernel_size)
+        is_image = dims < values.ndim < dims + 3
+        return is_image and values.shape[-dims - 1] == module.in_channels
+    weight = module.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - as has_vectors asks
+    return values.ndim > 0 and values.shape[-1] == weight.shape[1 - outputs_axis(module)]
+
+
+def input_vectors(
+    module: nn.Module, values: Tensor, mask: Tensor | None = None
+) -> Iterator[Tensor]:
     """Input vectors of a linear layer or a convolution, in parts that fit into memory.
 
     Args:
         module: a Linear, a convolution of one to three dimensions (transposed or not), a Conv1D.
         values: what the module was called with.
+        mask: bool ``(batch, positions)``: the positions that count, where values, or the outputs
+            of a convolution, have these.
 
     Yields:
         ``(groups, vectors, inputs)`` float32, inputs in the order of the weight's other axes.
     """
     values = values.detach().float()
     if not isinstance(module, Conv | ConvTransposed):
-        yield values.reshape(1, -1, values.shape[-1])
+        yield shown_rows(values, mask).unsqueeze(0)
         return
     dims = len(module.kernel_size)
     values = values.unsqueeze(0) if values.ndim == dims + 1 else values
     unfolded = _size_unfolded(module, values)
-    for some in values.split(max(1, _CHUNK // max(unfolded, 1))):
+    size = max(1, _CHUNK // max(unfolded, 1))
+    has_mask = mask is not None and len(mask) == len(values)
+    for start in range(0, len(values), size):
+        some = values[start : start + size]
         padded = _spread(module, some) if isinstance(module, ConvTransposed) else _pad(module, some)
-        yield _windows(module, padded)
+        vectors = _windows(module, padded)
+        shown = mask[start : start + size].flatten() if mask is not None and has_mask else None
+        yield vectors if shown is None or len(shown) != vectors.shape[1] else vectors[:, shown]
+
+
+def shown_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Vectors along the last axis, ``(vectors, inputs)``, at the positions that a mask shows."""
+    places = None if mask is None else arranged(mask, values.shape)
+    rows = values.reshape(-1, values.shape[-1])
+    if places is None:
+        return rows
+    places = places.reshape(*places.shape, *[1] * (values.ndim - 1 - places.ndim))
+    return rows[places.expand(values.shape[:-1]).reshape(-1)]
 
 
 def _size_unfolded(module: Conv | ConvTransposed, values: Tensor) -> int:
@@ -110,28 +144,30 @@ def _windows(module: Conv | ConvTransposed, padded: Tensor) -> Tensor:
 
 
 def attention_vectors(
-    module: nn.MultiheadAttention, call: dict[str, Any]
+    module: nn.MultiheadAttention, call: dict[str, Any], mask: Tensor | None = None
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Input vectors of an attention's projections.
 
     Args:
         module: a MultiheadAttention.
         call: its arguments by name.
+        mask: bool ``(batch, positions)``: those that count.
 
     Yields:
         Name of the weight and, for each group of its outputs, ``(vectors, inputs)``; those of
         queries, keys and values share ``in_proj_weight``, and need not be equally many.
     """
-    rows = [
-        call[name].detach().float().reshape(-1, call[name].shape[-1])
-        for name in ("query", "key", "value")
-    ]
+    rows = [shown_rows(call[name].detach().float(), mask) for name in ("query", "key", "value")]
     if not module._qkv_same_embed_dim:  # noqa: SLF001 - as its own forward asks
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         yield from ((name, [some]) for name, some in zip(names, rows, strict=True))
     else:
         yield "in_proj_weight", rows
-    yield "out_proj.weight", [_attended(module, call)]
+    attended = _attended(module, call)
+    if mask is not None and (places := arranged(mask, call["query"].shape)) is not None:
+        is_first = module.batch_first and places.ndim > 1
+        attended = attended[(places.T if is_first else places).reshape(-1)]
+    yield "out_proj.weight", [attended]
 
 
 def _attended(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
@@ -169,46 +205,74 @@ def _attended(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
     return attended.detach().float().reshape(-1, module.embed_dim)
 
 
-def recurrent_vectors(module: nn.RNNBase, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Input vectors of every weight of an RNN, LSTM or GRU that starts from zeros.
+def recurrent_vectors(
+    module: nn.RNNBase, values: Tensor, state: object = None, mask: Tensor | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Input vectors of every weight of an RNN, LSTM or GRU.
 
     Args:
         module: as it was called.
         values: its input, ``(time, batch, inputs)``, or with batch and time swapped if
             ``batch_first``; or without a batch.
+        state: that it starts from, as the module takes it; zeros without.
+        mask: bool ``(batch, positions)``: those that count.
 
     Yields:
         Name of the weight and ``(1, vectors, inputs)``.
     """
     values = values.detach().float()
+    places = None if mask is None or values.ndim == 2 else arranged(mask, values.shape)
     if values.ndim == 2:
         values = values.unsqueeze(1)
     elif module.batch_first:
         values = values.transpose(0, 1)
+        places = None if places is None else places.T
+    given = state if isinstance(state, list | tuple) else [state]
+    states = [part.detach().float() for part in given if isinstance(part, Tensor)]
+    states = [part.unsqueeze(1) if part.ndim == 2 else part for part in states]
     directions = ("", "_reverse") if module.bidirectional else ("",)
     for layer in range(module.num_layers):
         made = []
-        for direction in directions:
+        for number, direction in enumerate(directions):
             ordered = values.flip(0) if direction else values
             suffix = f"l{layer}{direction}"
-            output = _one_layer(module, suffix, ordered)
+            own = len(directions) * layer + number
+            start = [part[own : own + 1] for part in states]
+            output = _one_layer(module, suffix, ordered, start)
             before = functional.pad(output[:-1], (0, 0, 0, 0, 1, 0))
-            yield f"weight_ih_{suffix}", values.reshape(1, -1, values.shape[-1])
-            yield f"weight_hh_{suffix}", before.reshape(1, -1, before.shape[-1])
+            if start:
+                before[0] = start[0][0]
+            shown = places.flip(0) if direction and places is not None else places
+            yield f"weight_ih_{suffix}", shown_rows(values, places).unsqueeze(0)
+            yield f"weight_hh_{suffix}", shown_rows(before, shown).unsqueeze(0)
             made.append(output.flip(0) if direction else output)
         values = torch.cat(made, -1)
 
 
-def _one_layer(module: nn.RNNBase, suffix: str, values: Tensor) -> Tensor:
+def cell_vectors(
+    module: nn.RNNCellBase, values: Tensor, state: object
+) -> Iterator[tuple[str, Tensor]]:
+    """The same of an RNNCell, LSTMCell or GRUCell, which takes one step."""
+    hidden = state[0] if isinstance(state, list | tuple) else state
+    rows = values.detach().float().reshape(-1, values.shape[-1])
+    zeros = rows.new_zeros(len(rows), module.hidden_size)
+    before = hidden.detach().float().reshape(zeros.shape) if isinstance(hidden, Tensor) else zeros
+    yield "weight_ih", rows.unsqueeze(0)
+    yield "weight_hh", before.unsqueeze(0)
+
+
+def _one_layer(module: nn.RNNBase, suffix: str, values: Tensor, start: list[Tensor]) -> Tensor:
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
     projected = int(getattr(module, "proj_size", 0))
     if projected:
         names.append("weight_hr")
     weights = [getattr(module, f"{name}_{suffix}") for name in names]
-    state = values.new_zeros(1, values.shape[1], module.hidden_size)
+    zeros = values.new_zeros(1, values.shape[1], module.hidden_size)
+    state = start[-1] if start else zeros
     options: tuple[Any, ...] = (weights, module.bias, 1, 0.0, False, False, False)
     if isinstance(module, nn.LSTM):
-        first = values.new_zeros(1, values.shape[1], projected or module.hidden_size)
+        none = values.new_zeros(1, values.shape[1], projected or module.hidden_size)
+        first = start[0] if start else none
         output: Tensor = torch.lstm(values, (first, state), *options)[0]
         return output
     if isinstance(module, nn.GRU):

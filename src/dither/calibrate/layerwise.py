@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
-from dither.calibrate.moments import MOST_INPUTS, Moments
+from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError, Stats, on_cpu
 from dither.data import Data
@@ -168,7 +168,10 @@ class Walk:
             if wanted:
                 moments, watch = self._measure(group)
                 for name in wanted:
-                    watch.moments[name] = moments.get(name) or moments[group[0]]
+                    # None where the encoded model does not come to use it
+                    seen = moments.get(name) or moments.get(group[0])
+                    if seen is not None:
+                        watch.moments[name] = seen
                     yield self._layer(name, watch)
 
     def move(self, receiver: Receiver, shift: Tensor) -> None:
@@ -179,8 +182,12 @@ class Walk:
 
     def _layer(self, name: str, watch: Keep) -> Layer:
         weight, _ = on_cpu(self.places[name].detach().clone())
+        if name not in watch.moments:
+            return Layer(name, weight, Stats(), self, None)
         stats = watch.stats(name).to("cpu")
         receiver, aim = self._receivers.get(name), watch.moments[name].wanted()
+        if aim is None and len(self._models) > 1:  # it made other calls: the weight is its own aim
+            stats, aim = replace(stats, cross=stats.gram), stats.mean
         if receiver is None or stats.mean is None or aim is None:
             return Layer(name, weight, stats, self, None)
         aim = aim.cpu()
@@ -194,13 +201,33 @@ class Walk:
         moments: dict[str, Moments] = {}
         for batch in self._data:
             for model, watch in zip(self._models, watches, strict=True):
+                watch.mask = self._data.shown(batch)
                 watch.run(forward, model, batch)
-            for parts in zip(*(watch.kept for watch in watches), strict=True):
-                name = parts[0][0]
+            for name, vectors, wanted in _paired(*(watch.kept for watch in watches)):
                 if name == group[0] or not order.shared[group]:
                     seen = moments.setdefault(name, Moments(self._layers.most_inputs))
-                    seen.add(*(vectors for _, vectors in parts))
+                    seen.add(vectors, wanted)
         return moments, watches[0]
+
+
+def _paired(
+    kept: list[tuple[str, Vectors]], *originals: list[tuple[str, Vectors]]
+) -> Iterator[tuple[str, Vectors, Vectors | None]]:
+    """Names, vectors, and what these should be; None where the original made other calls.
+
+    The number of steps, or the tokens that an expert gets, may depend on values.
+    """
+    original = originals[0] if originals else []
+    is_same = len(original) == len(kept) and all(
+        one[0] == other[0] and _sizes(one[1]) == _sizes(other[1])
+        for one, other in zip(kept, original, strict=True)
+    )
+    for number, (name, vectors) in enumerate(kept):
+        yield name, vectors, original[number][1] if is_same else None
+
+
+def _sizes(vectors: Vectors) -> list[int]:
+    return [len(some) for some in vectors]
 
 
 @contextmanager

@@ -38,6 +38,7 @@ class Moments:
         self._sums: Tensor | None = None
         self._wanted: Tensor | None = None
         self._counts: Tensor | None = None
+        self._is_paired = True
         self.low = torch.inf
         self.high = -torch.inf
 
@@ -51,8 +52,10 @@ class Moments:
 
         Args:
             vectors: ``(groups, vectors, inputs)``, or for each group ``(vectors, inputs)``.
-            original: what they should be, of the same shape, for the cross moments.
+            original: what they should be, of the same shape, for the cross moments. Once they are
+                not known, there are no cross moments.
         """
+        self._is_paired = self._is_paired and original is not None
         for group, some in enumerate(vectors):
             self._prepare(len(vectors), some.shape[1], some.device)
             assert self._squares is not None  # noqa: S101 - for the type checker
@@ -81,7 +84,7 @@ class Moments:
 
     def cross(self) -> Tensor | None:
         """Mean products of original and actual inputs, as :meth:`gram`."""
-        return self._mean_of(self._crossed)
+        return self._mean_of(self._crossed) if self._is_paired else None
 
     def mean(self) -> Tensor | None:
         """Mean inputs, ``(inputs,)`` or ``(groups, inputs)``, float32."""
@@ -89,7 +92,7 @@ class Moments:
 
     def wanted(self) -> Tensor | None:
         """The same of what the inputs should be."""
-        return self._mean_vector(self._wanted)
+        return self._mean_vector(self._wanted) if self._is_paired else None
 
     def _mean_vector(self, sums: Tensor | None) -> Tensor | None:
         if sums is None or self._counts is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from dither.calibrate import collect
 from dither.core import Stats
 from dither.data import Data, Distance, divergence, floats_of, squared
+from dither.model import evaluating
 from dither.search.knowledge import Knowledge, Sensitivity
 from dither.search.row_steps import frequencies, steps_of
 from dither.search.sensitivity import data_free
+
+Projection = Callable[[object, torch.Generator], Tensor]
+"""An output to a random number, whose squared gradient says what errors cost."""
 
 PRIOR_SAMPLES = 256.0
 """Input vectors that the prior moments of inputs count as, for each input."""
@@ -25,6 +29,11 @@ ROW_EXPONENT = 0.375
 
 At high rates it would be 1/2; where rare rows round to nothing, less is better.
 """
+
+_NOISE = 1 / 32
+"""Of a weight, as a share of its root mean square, where noise says what an error costs."""
+
+_NOISY_BATCHES = 4
 
 TABLES = 2.0
 """What an error in a token table costs, in that of the data-free rule.
@@ -52,7 +61,9 @@ def calibrated(
     * How often rows of token tables are read, joined with the prior's frequencies.
     * How much a small error in each matrix changes the output: squared gradients of random
       projections of the output (Gauss-Newton; with :func:`divergence` its Fisher information),
-      which count for :data:`TRUST`. With a distance of one's own, the prior's are kept.
+      which count for :data:`TRUST`. With a distance of one's own, the prior's are kept. Where
+      gradients do not reach, since a part of the model runs without them or outside torch, the
+      distance that noise in each matrix makes says it: a forward pass for each.
 
     Args:
         model: in floating point; is left as it was.
@@ -63,14 +74,10 @@ def calibrated(
         SpecError: the loader is empty.
     """
     samples = Data.of(data)
-    generator = torch.Generator().manual_seed(0)
+    samples = samples.held() if isinstance(samples.loader, Iterator) else samples
     project = _PROJECTIONS.get(samples.distance)
 
-    def loss(output: object, batch: object) -> Tensor:
-        del batch
-        return project(output, generator) if project is not None else torch.zeros(())
-
-    stats = collect(model, samples, loss=None if project is None else loss)
+    stats = collect(model, samples) if project is None else _measured(model, samples, project)
 
     def sensitivity(tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
         found = {
@@ -79,6 +86,51 @@ def calibrated(
         return blended(found, {} if project is None else stats)
 
     return sensitivity
+
+
+def _measured(model: nn.Module, samples: Data, project: Projection) -> dict[str, Stats]:
+    """Statistics with what errors cost as importance, by gradients or else by noise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(output: object, batch: object) -> Tensor:
+        return project(samples.counted(output, batch), generator)
+
+    try:
+        stats = collect(model, samples, loss=loss)
+    except Exception:  # noqa: BLE001 - whatever a model raises that cannot run with gradients
+        stats = collect(model, samples)  # what else is wrong is raised here
+    fed = [name for name, found in stats.items() if found.gram is not None]
+    silent = [name for name in fed if stats[name].importance is None]
+    if silent and any(_by_noise(model, samples, silent).values()):
+        for name, cost in _by_noise(model, samples, fed).items():
+            stats[name] = replace(stats[name], importance=torch.tensor([cost]))
+    return stats
+
+
+def _by_noise(model: nn.Module, samples: Data, names: Iterable[str]) -> dict[str, float]:
+    """Distance for each unit of squared error that noise in each of some weights makes."""
+    generator, some = torch.Generator().manual_seed(0), samples.first(_NOISY_BATCHES)
+    weights, costs = dict(model.named_parameters()), {}
+
+    def outputs() -> Iterator[object]:
+        return (some.counted(some.forward(model, batch), batch) for batch in some)
+
+    with evaluating(model), torch.no_grad():
+        plain = list(outputs())
+        for name in names:
+            weight = weights[name]
+            kept = weight.detach().clone()
+            size = _NOISE * kept.float().square().mean().sqrt()
+            try:
+                weight.add_((size * _noise(kept, generator)).to(kept.dtype))
+                error = float((weight.double() - kept.double()).square().sum())
+                pairs = zip(outputs(), plain, strict=True)
+                made = [float(some.distance(noisy, wanted)) for noisy, wanted in pairs]
+            finally:
+                weight.copy_(kept)
+            cost = sum(made) / len(made) / max(error, 1e-30)
+            costs[name] = cost if math.isfinite(cost) else 0.0
+    return costs
 
 
 def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
@@ -185,7 +237,7 @@ def _project_logits(output: object, generator: torch.Generator) -> Tensor:
     return torch.stack(terms).sum()
 
 
-_PROJECTIONS: dict[Distance, Callable[[object, torch.Generator], Tensor]] = {
+_PROJECTIONS: dict[Distance, Projection] = {
     squared: _project_squares,
     divergence: _project_logits,
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dither.activations import Encodings, apply
 from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
-from dither.data import Data, has_nan
+from dither.data import Data, described, divergence, floats_of, has_nan, squared
 from dither.model import duplicate, evaluating
 
 
@@ -83,12 +83,31 @@ class Bench:
         self.best: Archive | None = None
         self.failure: Exception | None = None
         with evaluating(model), torch.no_grad():
-            self._outputs = [self.data.forward(model, batch) for batch in self.data]
-        if broken := [n for n, output in enumerate(self._outputs) if has_nan(output)]:
+            self._outputs = [self._output(n, batch) for n, batch in enumerate(self.data)]
+
+    def _output(self, number: int, batch: object) -> object:
+        """What of the model's output is compared; a batch that gives none is named.
+
+        Raises:
+            SpecError: the model does not run on the batch, or what it gives is not a number.
+        """
+        try:
+            output = self.data.counted(self.data.forward(self.model, batch), batch)
+            if self.data.distance in (squared, divergence):
+                floats_of(output)
+        except Exception as error:
+            said = (
+                str(error) if isinstance(error, SpecError) else f"{type(error).__name__}: {error}"
+            )
             raise SpecError(
-                f"the model's output of batch {broken[0]} is not a number (NaN), so nothing can be "
+                f"the model does not run on batch {number}, {described(batch)}: {said}"
+            ) from error
+        if has_nan(output):
+            raise SpecError(
+                f"the model's output of batch {number} is not a number (NaN), so nothing can be "
                 "compared with it; mend that batch or the model, or leave the batch out"
             )
+        return output
 
     def attempt(
         self, stage: str, make: Callable[[], Archive | None], *, keep: bool = False
@@ -147,7 +166,9 @@ class Bench:
         load_into(model, archive)
         with evaluating(model), torch.no_grad():
             distances = [
-                self.data.distance(self.data.forward(model, batch), output)
+                self.data.distance(
+                    self.data.counted(self.data.forward(model, batch), batch), output
+                )
                 for batch, output in zip(self.data, self._outputs, strict=True)
             ]
             score = None if self._evaluate is None else self._score(model)

@@ -58,6 +58,7 @@ def input_metrics(
     inner = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)]
     with torch.no_grad(), _quiet(model, surrogates), in_place(inner), watch.hooks():
         for batch in samples:
+            watch.mask = samples.shown(batch)
             samples.forward(model, batch)
     return {name: m for name, m in watch.found.items() if not _across(watch, model, name)}
 

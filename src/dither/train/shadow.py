@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dither.activations.functions import apart
 from dither.core import SpecError
-from dither.model import SHADOWS
+from dither.model import SHADOW_OF, SHADOWS, own_class
 from dither.train.sites import Site
 from dither.train.surrogate import Surrogate
 
@@ -212,7 +212,7 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "_dither_base": base,
+            SHADOW_OF: base,
             **({"save_pretrained": save_pretrained} if saves else {}),
         },
     )
@@ -270,7 +270,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 def is_shadowed(module: nn.Module) -> bool:
     """Whether a module's forward reads surrogates."""
-    return hasattr(type(module), "_dither_base")
+    return hasattr(type(module), SHADOW_OF)
 
 
 def become_shadow(owner: nn.Module) -> None:
@@ -305,7 +305,7 @@ def unshadow(owner: nn.Module) -> None:
     """Give a module its plain class back."""
     if not is_shadowed(owner):
         return
-    owner.__class__ = type(owner)._dither_base  # type: ignore[attr-defined]
+    owner.__class__ = own_class(owner)
     owner._modules.pop(SHADOWS, None)
     del owner.__dict__[_PATHS], owner.__dict__[_FUSED]
     owner.__dict__.pop(_VISITORS, None)
