@@ -176,8 +176,8 @@ def test_steps_for_other_rows_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("gram", "message"),
     [
-        (torch.ones(3, 3), "not positive definite; raise the damping"),
-        (torch.full((3, 3), torch.nan), "not positive definite"),
+        (-torch.eye(3), "not one of second moments"),
+        (torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), "negative eigenvalue"),
         (torch.ones(3), r"\(inputs, inputs\)"),
         (torch.ones(3, 2), r"\(inputs, inputs\)"),
         (torch.ones(0, 0), r"\(inputs, inputs\)"),

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 import dither
 from dither.calibrate.use_order import Keep
-from dither.core import Stats
 from dither.data import divergence, squared
 from dither.model import evaluating
 from dither.search import Trial
-from dither.search.calibrated import lean
 from dither.search.size import parse_size
 
 
@@ -48,7 +46,7 @@ class Query(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.query, self.project = nn.Parameter(normal(3, 64)), nn.Linear(64, 80)
+        self.query, self.project = nn.Parameter(normal(1, 64)), nn.Linear(64, 80)
         self.attention = nn.MultiheadAttention(80, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,28 +55,57 @@ class Query(nn.Module):
         return found
 
 
-class Grouped(nn.Module):
-    """A grouped convolution of which one group sees zeros."""
+class Pooled(nn.Module):
+    """A linear layer that sees one vector for each image."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 64) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.head = nn.Conv1d(40, 160, 3, groups=2), nn.Linear(160, 5)
+        self.conv, self.out = nn.Conv2d(3, channels, 3), nn.Linear(channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.reshape(-1, 40, 2).repeat(1, 1, 4)
-        mask = torch.cat([torch.ones(20, 1), torch.zeros(20, 1)])
-        found: Tensor = self.head(self.conv(x * mask).mean(2))
+        found: Tensor = self.out(self.conv(x).relu().mean((2, 3)))
         return found
 
 
+class Experts(nn.Module):
+    """Two experts, of which the second is called only for inputs that no sample has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.out = mlp(), mlp(), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.idle if bool((x > 100).all()) else self.first
+        found: Tensor = self.out(chosen(x))
+        return found
+
+
+def zero_layer() -> nn.Module:
+    """A branch that begins as 0, as in ControlNet, and a layer that sees nothing else."""
+    model = mlp()
+    for value in model[0].parameters():
+        nn.init.zeros_(value)
+    return model
+
+
+def sentence() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    return nn.Sequential(nn.Embedding(50, 32), layer, nn.Linear(32, 50)).eval()
+
+
 MANY = [normal(32, 80, seed=i) for i in range(4)]
+# All but "idle expert" and "one sentence" once ended a way of using data; these two are controls.
 CASES = {
     "dead relu": (dead_relu(), MANY),
     "dead norm": (dead_norm(), MANY),
     "learned query": (Query().eval(), MANY),
-    "a group of zeros": (Grouped().eval(), MANY),
+    "idle expert": (Experts().eval(), MANY),
+    "zero layer": (zero_layer(), MANY),
     "one sample": (mlp(), [normal(1, 80)]),
+    "one image": (Pooled().eval(), [normal(1, 3, 8, 8)]),
+    "one sentence": (sentence(), [torch.arange(7)[None]]),
     "constant": (mlp(), [torch.ones(32, 80)]),
     "zeros": (mlp(), [torch.zeros(32, 80)]),
     "small": (mlp(), [1e-6 * batch for batch in MANY]),
@@ -99,16 +126,6 @@ def test_every_way_of_using_data_ends_with_a_file(name: str) -> None:
         dither.load_into(copy.deepcopy(model), archive)
     assert all(bool(output.isfinite().all()) for output in wanted)
     assert min(trial.distance for trial in trials) < 0.5
-
-
-def test_groups_without_information_have_nothing_in_common() -> None:
-    gram = torch.stack([torch.zeros(4, 4), 2 * torch.eye(4), torch.full((4, 4), torch.nan)])
-    found = lean(Stats(gram=gram, cross=torch.zeros_like(gram), samples=9), None)
-    assert found.gram is not None
-    assert torch.equal(found.gram, 2 * torch.eye(4).expand(3, 4, 4))
-    assert found.cross is not None
-    assert torch.equal(found.cross[0], 2 * torch.eye(4))
-    assert torch.equal(found.cross[1], torch.zeros(4, 4))
 
 
 def test_masked_scores_are_compared_where_they_are_finite() -> None:

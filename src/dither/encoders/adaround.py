@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats, on_cpu
+from dither.core import Encoded, SpecError, Stats
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
-from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
+from dither.encoders.outputs import gram_groups, matrix_of, prepared, retargeted, tensor_of
 from dither.encoders.sequential_mse import RANGES, params_by
 from dither.formats import Affine
 from dither.formats.grid_rounding import require_floating
@@ -96,7 +96,7 @@ class AdaRound:
         Raises:
             SpecError: a weight is not finite, or moments do not fit.
         """
-        weight, stats = on_cpu(weight, stats)
+        weight, stats = prepared(weight, stats)
         weight = require_floating(weight, self.format.name)
         held = self._held(weight, stats)
         if stats is None or stats.gram is None or not weight.numel() or not weight.ndim:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, SpecError, Stats, on_cpu
+from dither.core import Encoded, SpecError, Stats
 from dither.encoders.coded_grid import (
     BySettings,
     code_range,
@@ -21,7 +21,14 @@ from dither.encoders.coded_grid import (
     refitted,
 )
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
-from dither.encoders.outputs import gram_groups, matrix_of, retargeted, tensor_of
+from dither.encoders.outputs import (
+    cholesky,
+    gram_groups,
+    matrix_of,
+    prepared,
+    retargeted,
+    tensor_of,
+)
 from dither.encoders.sequential_mse import RANGES, params_by
 from dither.formats import Affine
 from dither.formats.grid_rounding import require_floating
@@ -109,13 +116,13 @@ class GPTQ(BySettings):
 
         Args:
             weight: floating point, finite; with a Gram matrix, at least one axis.
-            stats: ``gram``, positive definite once damped, ``(inputs, inputs)``, or of a group
-                of inputs or outputs as :class:`~dither.core.Stats` says; ``cross``, ``outputs``.
+            stats: ``gram``, ``(inputs, inputs)``, or of a group of inputs or outputs as
+                :class:`~dither.core.Stats` says; ``cross``, ``outputs``.
 
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
-        weight, stats = on_cpu(weight, stats)
+        weight, stats = prepared(weight, stats)
         if self.format is not None:
             return self._bounded(self.format, weight, stats)
         assert self.step is not None  # noqa: S101 - one of the two is given
@@ -247,13 +254,11 @@ def factors(gram: Tensor, damping: float = 0.0) -> tuple[Tensor, Tensor]:
         error of each input costs when those behind make up for it as well as they can.
 
     Raises:
-        SpecError: the matrix is not positive definite.
+        SpecError: the matrix is not one of second moments.
     """
     moments = gram.to(torch.float64).flip(0, 1)
     moments.diagonal().add_(damping * moments.diagonal().mean())
-    factor, fault = torch.linalg.cholesky_ex(moments)
-    if int(fault) != 0:
-        raise SpecError("the Gram matrix is not positive definite; raise the damping")
+    factor, _ = cholesky(moments)
     # With H = U U', U upper: the inverse of the Cholesky factor that GPTQ takes from H's inverse.
     upper = factor.flip(0, 1)
     del moments, factor  # wide layers: each copy takes megabytes

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dither.core import SpecError, Stats
+from dither.core import SpecError, Stats, on_cpu
+
+
+def prepared(weight: Tensor, stats: Stats | None) -> tuple[Tensor, Stats | None]:
+    """The door of encoders that read moments: on the CPU, and see :func:`with_silent_groups`."""
+    weight, stats = on_cpu(weight, stats)
+    return weight, None if stats is None else with_silent_groups(stats)
+
+
+def with_silent_groups(stats: Stats) -> Stats:
+    """The same, with groups of inputs that say nothing taken for inputs without a common direction.
+
+    No vector was seen, all were 0, or some were not finite: then every error counts alike (an
+    identity, of the mean scale of the other groups), and the weight is its own aim. What says
+    something is not copied; moments of a wrong shape are left to whom they do not fit.
+    """
+    gram, cross = stats.gram, stats.cross
+    if gram is None or gram.ndim < 2 or gram.shape[-1] != gram.shape[-2]:
+        return stats
+    scales = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    says = (scales != 0) & gram.isfinite().all(-1).all(-1)
+    if cross is not None and cross.shape == gram.shape:
+        says &= cross.isfinite().all(-1).all(-1)
+    if bool(says.all()):
+        return stats
+    usual = float(scales[says].mean()) if bool(says.any()) else 1.0
+    eye = usual * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    filled = [
+        None if moments is None else torch.where(says[..., None, None], moments, eye)
+        for moments in (gram, cross)
+    ]
+    return replace(stats, gram=filled[0], cross=filled[1])
 
 
 def matrix_of(weight: Tensor, outputs: int = 0) -> Tensor:
@@ -32,6 +64,41 @@ def tensor_of(matrix: Tensor, shape: tuple[int, ...], outputs: int = 0) -> Tenso
     """The inverse of :func:`matrix_of`."""
     moved = [shape[outputs], *shape[:outputs], *shape[outputs + 1 :]]
     return matrix.reshape(moved).movedim(0, outputs).contiguous()
+
+
+ROUNDING = 2.0**-22
+"""Share of the mean moment, for each input, that sums in float32 may be off by."""
+
+
+def cholesky(moments: Tensor) -> tuple[Tensor, float]:
+    """The lower factor of second moments, which need not be of full rank, and what was added.
+
+    Inputs that are constant, few or copies of each other span few directions. What should be 0 in
+    all others is what rounding left, on either side: as much (:data:`ROUNDING`) is added to the
+    diagonal where there is no factor without. Moments of 0 say nothing and count as an identity.
+
+    Args:
+        moments: ``(inputs, inputs)``, float64.
+
+    Returns:
+        ``(inputs, inputs)``, and the number added to the diagonal.
+
+    Raises:
+        SpecError: they are no second moments.
+    """
+    if not bool(moments.any()):
+        return torch.eye(len(moments), dtype=moments.dtype), 1.0
+    mean = float(moments.diagonal().mean())
+    least = ROUNDING * len(moments) * mean
+    for floor in (0.0, least, 32 * least) if mean > 0 else ():
+        raised = moments + floor * torch.eye(len(moments)) if floor else moments
+        factor, fault = torch.linalg.cholesky_ex(raised)
+        if int(fault) == 0:
+            return factor, floor
+    raise SpecError(
+        "the Gram matrix is not one of second moments, which are finite and have no negative "
+        f"eigenvalue (its diagonal has a mean of {mean:g}); give X' X / n of the input vectors X"
+    )
 
 
 def gram_groups(matrix: Tensor, gram: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -97,8 +164,9 @@ def retargeted(weight: Tensor, stats: Stats, damping: float = 0.0) -> Tensor:
         damping: as for GPTQ; it also draws the result towards the weight.
 
     Raises:
-        SpecError: moments that do not fit, or are not positive definite.
+        SpecError: moments that do not fit, or are no second moments.
     """
+    stats = with_silent_groups(stats)
     if stats.gram is None or stats.cross is None or stats.gram.shape != stats.cross.shape:
         raise SpecError("cross moments come with a Gram matrix of the same shape")
     matrix = matrix_of(weight.detach(), stats.outputs).double()
@@ -110,8 +178,7 @@ def retargeted(weight: Tensor, stats: Stats, damping: float = 0.0) -> Tensor:
         extra = damping * damped.diagonal().mean()
         damped.diagonal().add_(extra)
         crossed.diagonal().add_(extra)
-        factor, fault = torch.linalg.cholesky_ex(damped)
-        if int(fault) != 0:
-            raise SpecError("the Gram matrix is not positive definite; raise the damping")
+        factor, floor = cholesky(damped)
+        crossed.diagonal().add_(floor)
         found[rows, columns] = torch.cholesky_solve((matrix[rows, columns] @ crossed).T, factor).T
     return tensor_of(found, tuple(weight.shape), stats.outputs).to(weight.dtype)

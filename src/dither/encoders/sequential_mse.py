@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats, on_cpu
-from dither.encoders.outputs import matrix_of, output_errors, retargeted
+from dither.core import Encoded, SpecError, Stats
+from dither.encoders.outputs import matrix_of, output_errors, prepared, retargeted
 from dither.encoders.ranges import Ranges
 from dither.formats import Affine
 from dither.formats.grid_rounding import require_floating
@@ -61,7 +61,7 @@ class SequentialMSE:
         Raises:
             SpecError: an axis of scales that is not that of the outputs; moments that do not fit.
         """
-        weight, stats = on_cpu(weight, stats)
+        weight, stats = prepared(weight, stats)
         return self.format.assign(weight, self.params(weight, stats))
 
     def params(self, weight: Tensor, stats: Stats | None = None) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, SpecError, Stats, on_cpu
+from dither.core import Encoded, SpecError, Stats
 from dither.encoders.coded_grid import BySettings, grid_steps, in_steps, refitted
 from dither.encoders.gptq import feedback
+from dither.encoders.outputs import prepared
 from dither.formats import Trellis
 from dither.formats.grouping import rows_of
 from dither.formats.parity_machine import predecessors
@@ -69,13 +70,13 @@ class Viterbi(BySettings):
 
         Args:
             weight: floating point, finite.
-            stats: ``gram``, ``(inputs, inputs)``, positive definite once damped; a smaller one
-                holds for each group of as many consecutive inputs.
+            stats: ``gram``, ``(inputs, inputs)``; a smaller one holds for each group of as many
+                consecutive inputs.
 
         Raises:
             SpecError: the step or the Gram matrix does not fit, or a weight is not finite.
         """
-        weight, stats = on_cpu(weight, stats)
+        weight, stats = prepared(weight, stats)
         steps = grid_steps(self.step)
         shape = tuple(weight.shape)
         fmt = Trellis(self.states, 0 if len(steps) > 1 else None, steps.dtype)
@@ -151,7 +152,7 @@ def _spread(gram: Tensor, version: int, damping: float) -> tuple[Tensor, Tensor]
     damped = gram.float() + damping * gram.diagonal().float().mean() * torch.eye(
         len(gram), dtype=torch.float32
     )
-    worth = (unit * damped.T).sum(1)
+    worth = (unit * damped.T).sum(1).clamp_(min=0.0)  # 0, but for rounding, in no direction
     return spread, worth / worth.mean()
 
 

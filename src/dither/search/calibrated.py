@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dither.calibrate import collect
 from dither.core import Stats
 from dither.data import Data, Distance, divergence, floats_of, squared
+from dither.encoders.outputs import with_silent_groups
 from dither.model import evaluating
 from dither.search.knowledge import Knowledge, Sensitivity
 from dither.search.row_steps import frequencies, steps_of
@@ -159,12 +160,9 @@ def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
 def lean(stats: Stats, prior: Tensor | None) -> Stats:
     """Moments that lean towards the prior's, more so the fewer samples there were.
 
-    Groups of inputs that say nothing, since they are constant, 0 or not finite, count as inputs
-    that have nothing in common: an identity, and the weight is its own aim.
+    Of groups of inputs that say nothing, see :func:`~dither.encoders.outputs.with_silent_groups`.
     """
-    if stats.gram is None:
-        return stats
-    stats = _with_silent_groups(stats, stats.gram)
+    stats = with_silent_groups(stats)
     if prior is None or stats.gram is None:
         return stats
     size = stats.gram.shape[-1]
@@ -174,19 +172,6 @@ def lean(stats: Stats, prior: Tensor | None) -> Stats:
     gram = (1 - share) * stats.gram.float() + extra
     cross = None if stats.cross is None else (1 - share) * stats.cross.float() + extra
     return replace(stats, gram=gram, cross=cross)
-
-
-def _with_silent_groups(stats: Stats, gram: Tensor) -> Stats:
-    scales = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    is_heard = (scales > 0) & gram.isfinite().all(-1).all(-1)
-    if stats.cross is not None:
-        is_heard &= stats.cross.isfinite().all(-1).all(-1)
-    if bool(is_heard.all()):
-        return stats
-    usual = float(scales[is_heard].mean()) if bool(is_heard.any()) else 1.0
-    eye, heard = usual * torch.eye(gram.shape[-1]), is_heard[..., None, None]
-    cross = None if stats.cross is None else torch.where(heard, stats.cross, eye)
-    return replace(stats, gram=torch.where(heard, gram, eye), cross=cross)
 
 
 def _fitting(gram: Tensor, size: int) -> Tensor:
