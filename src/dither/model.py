@@ -174,6 +174,8 @@ def refuse_attached(source: nn.Module | Mapping[str, Any], what: str) -> None:
 
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """What two names of one tied tensor have in common: the same memory, shown in the same way."""
+    if tensor.is_meta:
+        return (tensor.device, id(tensor))
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 

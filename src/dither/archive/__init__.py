@@ -2,7 +2,7 @@
 
 from dither.archive.atomic import atomic_write
 from dither.archive.layout import Entry, Part
-from dither.archive.load import Loaded, load, load_into
+from dither.archive.load import Loaded, is_archive, load, load_into, load_weights
 from dither.archive.reader import Archive
 from dither.archive.table import describe
 from dither.archive.verify import verify
@@ -27,8 +27,10 @@ __all__ = [
     "atomic_write",
     "code",
     "describe",
+    "is_archive",
     "load",
     "load_into",
+    "load_weights",
     "pack",
     "packed_nbytes",
     "verify",

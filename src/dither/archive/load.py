@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dither.archive.layout import MAGIC
 from dither.archive.reader import Archive
-from dither.checkpoint import plain_names
+from dither.checkpoint import converted, plain_names, read_checkpoint
 from dither.core import CheckpointError
-from dither.model import SITES, memory_of, refuse_attached, weights_of
+from dither.model import SITES, inner, memory_of, refuse_attached, weights_of
 from dither.terminal import some_names
 
 Value = TypeVar("Value")
@@ -71,6 +74,33 @@ def load(path: str | os.PathLike[str], max_nbytes: int | None = None) -> dict[st
         return archive.state_dict()
 
 
+def load_weights(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
+    """All tensors of an archive or of any other checkpoint, by name; tied ones share memory.
+
+    Args:
+        path: the file or folder.
+        key: see :func:`~dither.checkpoint.read_checkpoint`.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or of a kind not understood.
+        ArchiveError: an archive is damaged.
+    """
+    if not is_archive(path):
+        return read_checkpoint(path, key)
+    with Archive.open(path) as archive:
+        archive.check_total()
+        return archive.state_dict()
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive by its name or its first bytes."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".dither" or file.read(len(MAGIC)) == MAGIC
+
+
 def load_into(
     model: nn.Module,
     source: Archive | str | os.PathLike[str],
@@ -80,11 +110,14 @@ def load_into(
 ) -> Loaded:
     """Copy an archive's tensors into a model's parameters and buffers, in place.
 
-    A name that the archive lacks is not missing if the model ties it to one that is there. Either
-    may have the names of a wrapper: torch.compile, data parallelism, an average of weights.
+    Those on the meta device are without memory, and replaced by tensors on the CPU; buffers there
+    that are in no state dict are missing, since no file has their values. A name that the archive
+    lacks is not missing if the model ties it to one that is there. Either may have the names of a
+    wrapper: torch.compile, data parallelism, an average of weights; and the archive those that a
+    Hugging Face folder has on disk.
 
     Args:
-        model: its own types and devices are kept.
+        model: its own types are kept, and devices but for the meta device.
         source: an archive or the path of one.
         strict: refuse, before anything is changed, where names or shapes differ, or activations
             are quantized in the archive only.
@@ -103,33 +136,58 @@ def load_into(
             return load_into(model, archive, strict=strict)
     refuse_attached(model, "load_into")
     state = _plain(weights_of(model.state_dict(keep_vars=True)))
-    held = _plain({name: name for name in source})
     entries, aliases = source.entries, source.aliases
-    shapes = {plain: entries[aliases.get(name, name)].shape for plain, name in held.items()}
-    mismatched = {
-        name: f"{name} (archive {shapes[name]}, model {tuple(state[name].shape)})"
-        for name in held
-        if name in state and shapes[name] != tuple(state[name].shape)
+    held = {
+        plain: _Held(entries[aliases.get(name, name)].shape, partial(source.__getitem__, name))
+        for plain, name in _plain({name: name for name in source}).items()
     }
-    fitting = [name for name in held if name in state and name not in mismatched]
-    covered = {memory_of(state[name]) for name in fitting}
-    found = Loaded(
-        missing=tuple(
-            name for name in state if name not in held and memory_of(state[name]) not in covered
-        ),
-        unexpected=tuple(name for name in held if name not in state),
-        mismatched=tuple(mismatched.values()),
-        sites=tuple(site for site in source.sites if not _is_quantized(model, site)),
-    )
+    found = _differences(model, source, state, held)
+    if found.missing or found.unexpected:
+        other = converted(inner(model), {name: part.read() for name, part in held.items()})
+        if other is not None:
+            held = {
+                n: _Held(tuple(v.shape), partial(other.__getitem__, n)) for n, v in other.items()
+            }
+            found = _differences(model, source, state, held)
     if strict and not found.exact:
         raise CheckpointError(
             f"the archive does not fit the model, nothing was loaded\n{found}\n"
             "pass strict=False to load what fits"
         )
-    tensors = {name: source[held[name]] for name in fitting}
+    tensors = {name: held[name].read() for name in _fitting(state, held)}
     _copy(tensors, state)
-    cast = tuple(name for name in fitting if tensors[name].dtype != state[name].dtype)
+    _materialize(model, {id(state[n]): value for n, value in tensors.items() if state[n].is_meta})
+    cast = tuple(name for name, value in tensors.items() if value.dtype != state[name].dtype)
     return replace(found, cast=cast)
+
+
+class _Held(NamedTuple):
+    """A tensor of an archive: its shape, and what reads it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def _fitting(state: Mapping[str, Tensor], held: Mapping[str, _Held]) -> list[str]:
+    return [n for n, part in held.items() if n in state and part.shape == tuple(state[n].shape)]
+
+
+def _differences(
+    model: nn.Module, source: Archive, state: Mapping[str, Tensor], held: Mapping[str, _Held]
+) -> Loaded:
+    fitting = _fitting(state, held)
+    covered = {memory_of(state[name]) for name in fitting}
+    absent = [n for n in state if n not in held and memory_of(state[n]) not in covered]
+    return Loaded(
+        missing=(*absent, *_unheld(model, state)),
+        unexpected=tuple(name for name in held if name not in state),
+        mismatched=tuple(
+            f"{name} (archive {part.shape}, model {tuple(state[name].shape)})"
+            for name, part in held.items()
+            if name in state and part.shape != tuple(state[name].shape)
+        ),
+        sites=tuple(site for site in source.sites if not _is_quantized(model, site)),
+    )
 
 
 def _copy(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -137,7 +195,33 @@ def _copy(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     is_special = any(value.is_inference() for value in state.values())
     with torch.inference_mode() if is_special else torch.no_grad():
         for name, value in tensors.items():
-            state[name].copy_(value)
+            state[name].copy_(value)  # which does nothing on the meta device
+
+
+def _unheld(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Buffers on the meta device that are in no state dict."""
+    held = {id(value) for value in state.values()}
+    return tuple(n for n, value in model.named_buffers() if value.is_meta and id(value) not in held)
+
+
+def _materialize(model: nn.Module, values: Mapping[int, Tensor]) -> None:
+    """Put values in the place of tensors on the meta device, by identity, so that ties stay."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules() if values else ():
+        for places in (module._parameters, module._buffers):  # noqa: SLF001 - names as placed
+            for name, old in places.items():
+                if old is None or id(old) not in values:
+                    continue
+                if id(old) not in made:
+                    value = values[id(old)].to(old.dtype, copy=True)
+                    made[id(old)] = _like(old, value)
+                places[name] = made[id(old)]  # type: ignore[assignment,unused-ignore]
+
+
+def _like(old: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(old, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=old.requires_grad)
 
 
 def _plain(values: Mapping[str, Value]) -> dict[str, Value]:

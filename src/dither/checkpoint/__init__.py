@@ -4,9 +4,10 @@ Nothing in a file is executed: PyTorch files are read with ``weights_only=True``
 without pickle. Tied weights, where a file records them, share memory in the result.
 """
 
+from dither.checkpoint.conversion import converted
 from dither.checkpoint.kinds import TORCH_SUFFIXES
 from dither.checkpoint.reading import read_checkpoint
 from dither.checkpoint.safetensors_files import ALIASES_KEY
 from dither.checkpoint.wrappers import plain_names
 
-__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "plain_names", "read_checkpoint"]
+__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "converted", "plain_names", "read_checkpoint"]

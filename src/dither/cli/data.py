@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dither.core import CheckpointError, DitherError, SpecError
+from dither.cli.folders import folder_model, scored, tokenized
+from dither.core import CheckpointError, SpecError
+from dither.data import Data
 from dither.model import weights_of
-
-_ROWS = 32
-_MOST_TOKENS = 256
 
 
 def named(text: str, option: str) -> Any:  # noqa: ANN401 - whatever the user wrote
@@ -53,12 +50,11 @@ def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.
         SpecError: there is no such model.
     """
     if text is None:
-        model = _from_folder(source)
-    else:
-        made = named(text, "--model")
-        model = made if isinstance(made, nn.Module) else made()
-        if not isinstance(model, nn.Module):
-            raise SpecError(f"--model {text!r} gives {type(model).__name__}, not a torch module")
+        return folder_model(source)
+    made = named(text, "--model")
+    model = made if isinstance(made, nn.Module) else made()
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"--model {text!r} gives {type(model).__name__}, not a torch module")
     wanted = {name: value.shape for name, value in weights_of(model.state_dict()).items()}
     missing = [n for n in dict(model.named_parameters()) if n not in state]
     wrong = [n for n, shape in wanted.items() if n in state and state[n].shape != shape]
@@ -71,13 +67,14 @@ def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.
     return model.eval()
 
 
-def data_of(text: str, source: Path) -> Iterable[Any]:
-    """The batches that ``--data`` names.
+def data_of(text: str, source: Path, model: nn.Module) -> Data:
+    """The batches that ``--data`` names, and how the model runs on them.
 
     Args:
         text: ``module:name`` of a loader or of a function that makes one; or a text file, one
             sample in each line, for a model folder with a ``tokenizer.json``.
         source: that folder.
+        model: if it is one of transformers, its scores or last hidden states are what counts.
 
     Raises:
         SpecError: there are none.
@@ -85,12 +82,12 @@ def data_of(text: str, source: Path) -> Iterable[Any]:
     if ":" in text and not Path(text).exists():
         made = named(text, "--data")
         loader: Iterable[Any] = made if isinstance(made, Iterable) else made()
-        return loader
+        return loader if isinstance(loader, Data) else scored(model, loader)
     path = Path(text)
     if not path.is_file():
         raise SpecError(f"--data {text!r}: there is no such file; or write MODULE:NAME")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return list(_tokenized([line for line in lines if line], source))
+    return scored(model, list(tokenized([line for line in lines if line], source)))
 
 
 def evaluate_of(text: str | None) -> Callable[[nn.Module], float] | None:
@@ -101,40 +98,3 @@ def evaluate_of(text: str | None) -> Callable[[nn.Module], float] | None:
     if not callable(found):
         raise SpecError(f"--evaluate {text!r} is {type(found).__name__}, not a function")
     return found
-
-
-def _from_folder(source: Path) -> nn.Module:
-    if not (source / "config.json").is_file():
-        raise SpecError(
-            f"data run through a model, and {str(source)!r} is not a model folder with a "
-            "config.json; name the model: --model MODULE:FUNCTION"
-        )
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError as error:
-        raise DitherError(
-            'a model folder is built by transformers; run: pip install "dither[hf]"'
-        ) from error
-    config = AutoConfig.from_pretrained(str(source))  # type: ignore[no-untyped-call,unused-ignore]
-    model: nn.Module = AutoModel.from_config(config)
-    return model.float()
-
-
-def _tokenized(lines: list[str], source: Path) -> Iterable[dict[str, Tensor]]:
-    """Batches of sentences of one length, so that none is padded."""
-    vocabulary = source / "tokenizer.json"
-    if not vocabulary.is_file():
-        raise SpecError(f"a text file as --data needs {str(vocabulary)!r}; or write MODULE:NAME")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise DitherError('text is cut by tokenizers; run: pip install "dither[hf]"') from error
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(_MOST_TOKENS)
-    rows = sorted((row.ids for row in tokenizer.encode_batch(lines)), key=len)
-    for _, same in groupby(rows, key=len):
-        alike = list(same)
-        for start in range(0, len(alike), _ROWS):
-            ids = torch.tensor(alike[start : start + _ROWS])
-            yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

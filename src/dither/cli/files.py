@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dither.archive import Archive, atomic_write
+from dither.archive import Archive, atomic_write, is_archive
 from dither.archive.layout import MAGIC
 from dither.checkpoint import ALIASES_KEY, TORCH_SUFFIXES, read_checkpoint
 from dither.cli.console import Advance
@@ -56,20 +56,6 @@ def open_source(
     with Archive.open(path, max_nbytes) as archive:
         archive.check_total()
         yield archive
-
-
-def load_source(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a source; tied ones share memory."""
-    with open_source(path, key=key) as tensors:
-        return tensors.state_dict() if isinstance(tensors, Archive) else dict(tensors)
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is an archive by its name or its first bytes."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return path.suffix.lower() == ".dither" or file.read(len(MAGIC)) == MAGIC
 
 
 def check_archive_output(output: Path, source: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dither.archive import Archive
+from dither.archive import Archive, load_weights
 from dither.archive import verify as find_faults
 from dither.cli import report
 from dither.cli.compare import compare as compare_tensors
@@ -17,7 +17,6 @@ from dither.cli.files import (
     check_archive_output,
     check_page_output,
     check_tensor_output,
-    load_source,
     make_folder,
     open_source,
     write_tensors,
@@ -54,17 +53,18 @@ def compress(
     target = output or Path(f"{_stem(source)}.dither")
     check_archive_output(target, source)
     with printer.progress(f"reading {source}") as advance:
-        state = load_source(source, key)
+        state = load_weights(source, key)
         tensors = collect(state)
         values = sum(value.numel() for value in tensors.values.values())
         budget = parse_size(size, tensors.nbytes, values)
         if given is None:
             archive = search(state, budget, progress=advance)
         else:
+            model = model_of(given.model, source, state)
             archive = search(
-                model_of(given.model, source, state),
+                model,
                 budget,
-                data=data_of(given.data, source),
+                data=data_of(given.data, source, model),
                 evaluate=evaluate_of(given.evaluate),
                 activations=given.activations,
                 progress=advance,
@@ -88,7 +88,7 @@ def plan(
     if picture is not None:
         check_picture(picture)
     with printer.progress(f"reading {source}") as advance:
-        found = predict(load_source(source, key), sizes, progress=advance)
+        found = predict(load_weights(source, key), sizes, progress=advance)
     if picture is not None:
         make_folder(picture)
         draw_sizes(found, picture)

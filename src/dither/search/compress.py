@@ -6,25 +6,26 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dither.archive import Archive
 from dither.core import SpecError
 from dither.data import Data
-from dither.model import collect, inner, refuse_attached
+from dither.model import collect
 from dither.search.activation_trials import Sites
 from dither.search.forecast import Progress, silent
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
+from dither.search.source import Source, weights_in
 from dither.search.trials import Bench
 from dither.search.with_data import with_data
 
 
 @torch.inference_mode(mode=False)  # under which nothing can be measured
 def compress(
-    source: nn.Module | Mapping[str, Tensor],
+    source: Source,
     size: int | str,
     *,
     data: Data | Iterable[Any] | None = None,
@@ -46,7 +47,8 @@ def compress(
     before.
 
     Args:
-        source: a model, in its wrappers or not, or a dict of tensors by name.
+        source: a model, in its wrappers or not; a dict of tensors by name; or the path of an
+            archive, or of what :func:`~dither.checkpoint.read_checkpoint` reads.
         size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
             ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
             all but 64 bytes, unless everything is already as accurate as float16.
@@ -61,7 +63,7 @@ def compress(
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
-        CheckpointError: the source holds something else than plain tensors.
+        CheckpointError: the source holds something else than plain tensors, or cannot be read.
         SpecError: something needs data or the model, and there is none; the model is attached.
 
     >>> import torch
@@ -69,8 +71,7 @@ def compress(
     >>> 4925 <= compress(weights, size="8x").nbytes <= 5000
     True
     """
-    refuse_attached(source, "compress")
-    source = inner(source) if isinstance(source, nn.Module) else source
+    source = weights_in(source, "compress", run=data is not None)
     tensors = collect(source)
     values = sum(value.numel() for value in tensors.values.values())
     budget = parse_size(size, tensors.nbytes, values)

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dither.archive import code
 from dither.core import BudgetError, on_cpu
-from dither.model import collect, inner, refuse_attached
+from dither.model import collect
 from dither.search.forecast import PROBE, Forecast, Progress, silent
 from dither.search.knowledge import Choice, Knowledge, Sensitivity
 from dither.search.ledger import Ledger
 from dither.search.predict import can_quantize, why_exact
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
+from dither.search.source import Source, weights_in
 
 SIZES = ("4x", "8x", "12x", "16x")
 
@@ -87,7 +87,7 @@ class Outlook:
 
 @torch.inference_mode(mode=False)
 def plan(
-    source: nn.Module | Mapping[str, Tensor],
+    source: Source,
     sizes: Iterable[float | str] | float | str = SIZES,
     *,
     sensitivity: Sensitivity = data_free,
@@ -107,6 +107,7 @@ def plan(
 
     Raises:
         BudgetError: a size is not understood, or there is none.
+        CheckpointError: the source holds something else than plain tensors, or cannot be read.
         SpecError: the model is attached.
 
     >>> import torch
@@ -115,8 +116,7 @@ def plan(
     >>> [4900 < row.nbytes * ratio / 8 <= 5000 for ratio, row in zip([8, 16], found.sizes)]
     [True, True]
     """
-    refuse_attached(source, "plan")
-    tensors = collect(inner(source) if isinstance(source, nn.Module) else source)
+    tensors = collect(weights_in(source, "plan"))
     values = sum(value.numel() for value in tensors.values.values())
     given = sizes if isinstance(sizes, Iterable) and not isinstance(sizes, str) else [sizes]
     budgets = {str(size): parse_size(size, tensors.nbytes, values) for size in given}
