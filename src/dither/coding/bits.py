@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dither.coding import bits_twin
 from dither.coding.errors import CodingError
 
 MAX_WIDTH = 24
@@ -68,6 +69,9 @@ def pack_bits(values: NDArray[Any], width: int) -> bytes:
         return flat.astype(np.uint8).tobytes()
     if width == 16:
         return flat.astype("<u2").tobytes()
+    found = bits_twin.packed(flat, width, packed_nbytes(len(flat), width))
+    if found is not None:
+        return found.tobytes()
     spans = _spans(width)
     pieces = []
     for begin in range(0, len(flat), CHUNK):
@@ -115,6 +119,8 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
         raise CodingError("unused bits of the last byte are not zero")
     if width in (8, 16):
         out[:] = np.frombuffer(payload, "u1" if width == 8 else "<u2")
+        return out
+    if bits_twin.unpacked(source, width, out):
         return out
     spans = _spans(width)
     mask = (1 << width) - 1

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dither.coding import lanes_twin
 from dither.coding.errors import CodingError
 from dither.coding.tables import Table
 
@@ -85,6 +86,18 @@ class Steering:
         self._contexts = contexts
         self._tables, self._half = tables, len(tables) // 2
         self._machines = np.zeros(stride, np.uint8)
+
+    def compiled(
+        self,
+        states: NDArray[np.uint32],
+        words: NDArray[np.uint8],
+        out: NDArray[Any],
+        precision: int,
+    ) -> NDArray[np.uint32] | None:
+        """All of ``out``, compiled, and the states at the end; None where that is not worth it."""
+        settings, machines = (precision, self._odd), self._machines
+        held = self._contexts, self._tables
+        return lanes_twin.steered(states, words, *held, out, machines, self._following, settings)
 
     def scalar(
         self, current: list[int], source: list[int], coded: int, precision: int

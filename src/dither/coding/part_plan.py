@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dither.coding import lanes_twin
 from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
 from dither.coding.parity_contexts import Machine
@@ -23,6 +24,9 @@ LANES_SHARE = 0.006
 
 ONE_LANE = 40_000
 """Up to so many symbols one lane is decoded fast enough."""
+
+COUNTED = 1 << 18
+"""Bytes beyond which counting them in a way of their own is worth it."""
 
 _SAMPLE = 1 << 20
 """About so many symbols of a part are looked at to compare contexts."""
@@ -57,7 +61,10 @@ def pairs_of(values: NDArray[Any], alphabet: int) -> tuple[Ints, Ints]:
 
 def histogram(values: NDArray[Any], alphabet: int) -> Ints:
     """How often each code occurs, ``(alphabet,)``."""
-    if values.dtype == np.uint8 and len(values) > 1 << 18:
+    if values.dtype == np.uint8 and len(values) > COUNTED:
+        found = lanes_twin.counted(values)
+        if found is not None:
+            return found[:alphabet]
         # Two codes at a time halve the work of the conversion inside bincount.
         even = len(values) // 2 * 2
         both = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)

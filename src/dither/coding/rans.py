@@ -15,15 +15,14 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits, width_of
+from dither.coding import lanes_twin
+from dither.coding.bits import width_of
 from dither.coding.errors import CodingError
+from dither.coding.lane_states import LOW, pack_states, unpack_states
 from dither.coding.parity_contexts import Steering
 from dither.coding.tables import Ints, Table
 
 Symbols = NDArray[Any]
-
-LOW = 1 << 16
-"""A state below this takes in the next word."""
 
 MAX_LANES_LOG2 = 15
 MAX_ROWS = 1 << 16
@@ -145,44 +144,6 @@ def _encode_rows(
     return state.astype(np.uint32), np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
 
 
-def _pack_states(states: NDArray[np.uint32]) -> bytes:
-    """One state: 3 or 4 bytes. More: low halves, 4-bit lengths, and the rest of the high halves."""
-    if len(states) == 1:
-        state = int(states[0])
-        return state.to_bytes(3 + (state >> 24 > 0), "little")
-    high = (states >> np.uint32(16)).astype(np.int64)
-    lengths = np.frexp(high.astype(np.float64))[1] - 1
-    bits = (high[:, None] >> np.arange(16)) & 1
-    used = np.arange(16) < lengths[:, None]
-    rest = np.packbits(bits[used].astype(np.uint8), bitorder="little").tobytes()
-    return (states & 0xFFFF).astype("<u2").tobytes() + pack_bits(lengths, 4) + rest
-
-
-def _unpack_states(payload: memoryview, lanes: int) -> tuple[NDArray[np.uint32], memoryview]:
-    """The inverse of :func:`_pack_states`, and what follows."""
-    if lanes == 1:
-        size = 3 + (len(payload) + 1) % 2
-        state = int.from_bytes(payload[:size], "little")
-        if len(payload) < size or state < (LOW if size == 3 else 1 << 24):
-            raise CodingError("the state is missing or out of range")
-        return np.array([state], np.uint32), payload[size:]
-    begin = 2 * lanes + packed_nbytes(lanes, 4)
-    if len(payload) < begin:
-        raise CodingError("the payload ends within its states")
-    low = np.frombuffer(payload[: 2 * lanes], "<u2").astype(np.uint32)
-    lengths = unpack_bits(payload[2 * lanes : begin], lanes, 4)
-    total = int(lengths.sum(dtype=np.int64))
-    end = begin + packed_nbytes(total, 1)
-    if len(payload) < end:
-        raise CodingError("the payload ends within its states")
-    rest = unpack_bits(payload[begin:end], total, 1)
-    bits = np.zeros((lanes, 16), np.uint32)
-    bits[np.arange(16) < lengths[:, None]] = rest
-    high = (bits << np.arange(16, dtype=np.uint32)).sum(axis=1, dtype=np.uint32)
-    high |= np.uint32(1) << lengths.astype(np.uint32)
-    return (high << np.uint32(16)) | low, payload[end:]
-
-
 def _rank_tables(tables: Sequence[Table], size: int) -> tuple[Ints, Ints, Ints]:
     """Rank, frequency and start of every symbol in every table, each ``(tables * size,)``."""
     rank, frequency, start = np.zeros((3, len(tables), size), np.int64)
@@ -217,12 +178,25 @@ def encode_lanes(
         tables = [Table(ranks, tables[0].frequencies)]
     size = 1 + max(int(table.symbols[-1]) for table in tables)
     rank, frequency, start = _rank_tables(tables, size)
-    if contexts is not None:
-        symbols = symbols.astype(np.int32) + contexts.astype(np.int32) * np.int32(size)
-    states = _pack_tail(rank.take(symbols[geometry.coded :]), geometry)
-    code = _encode_scalar if lanes <= SCALAR_LANES else _encode_rows
-    states, words = code(symbols[: geometry.coded], states, frequency, start, precision)
-    return _pack_states(states) + words.astype("<u2").tobytes()
+    coded = geometry.coded
+    tail = _joined(symbols[coded:], None if contexts is None else contexts[coded:], size)
+    states = _pack_tail(rank.take(tail), geometry)
+    done = lanes_twin.encoded(
+        symbols[:coded], contexts, (frequency, start, size), states, precision
+    )
+    if done is None:
+        code = _encode_scalar if lanes <= SCALAR_LANES else _encode_rows
+        whole = _joined(symbols, contexts, size)[:coded]
+        done = code(whole, states, frequency, start, precision)
+    states, words = done
+    return pack_states(states) + words.astype("<u2").tobytes()
+
+
+def _joined(symbols: Symbols, contexts: NDArray[np.uint8] | None, size: int) -> Symbols:
+    """One number for symbol and table."""
+    if contexts is None:
+        return symbols
+    return symbols.astype(np.int32) + contexts.astype(np.int32) * np.int32(size)
 
 
 def _decode_scalar(
@@ -331,6 +305,9 @@ def _decode_steered(
     steering: Steering,
 ) -> NDArray[Any]:
     """The same where the table of a symbol depends on those before."""
+    found = steering.compiled(states, words.view(np.uint8), out, precision)
+    if found is not None:
+        return found
     if len(states) <= SCALAR_LANES:
         current = states.tolist()
         out[:] = steering.scalar(current, words.tolist(), len(out), precision)
@@ -369,7 +346,7 @@ def decode_lanes(
         raise CodingError(f"{len(out)} symbols in only {lanes} lanes")
     if lanes > len(out):
         raise CodingError(f"{lanes} lanes for only {len(out)} symbols")
-    states, rest = _unpack_states(payload, lanes)
+    states, rest = unpack_states(payload, lanes)
     if len(rest) % 2:
         raise CodingError("the words have an odd number of bytes")
     words = np.frombuffer(rest, "<u2")
@@ -380,10 +357,14 @@ def decode_lanes(
         ends = _decode_steered(states, words, tables, out[:coded], precision, steering)
         steering.tail(_unpack_tail(ends, geometry), out)
         return
-    if lanes <= SCALAR_LANES:
-        out[:coded], ends = _decode_scalar(states, words, contexts, tables, coded, precision)
+    whole = out[:coded]
+    found = lanes_twin.decoded(states, words.view(np.uint8), contexts, tables, whole, precision)
+    if found is not None:
+        ends = found
+    elif lanes <= SCALAR_LANES:
+        whole[:], ends = _decode_scalar(states, words, contexts, tables, coded, precision)
     else:
-        ends = _decode_rows(states, words, contexts, tables, out[:coded], precision)
+        ends = _decode_rows(states, words, contexts, tables, whole, precision)
     ranks = _unpack_tail(ends, geometry)
     tail = out[coded:]
     for index, table in enumerate(tables):

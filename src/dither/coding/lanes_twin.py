@@ -1,0 +1,302 @@
+"""Compiled twins of the loops of :mod:`dither.coding.rans`, one symbol after another.
+
+Sixteen bits of an entry of a table of slots are the frequency, sixteen the place within the symbol,
+and 32 the symbol. All numbers are unsigned and of a stated width: numba would otherwise look for
+negative indices, and compute with 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dither.coding.errors import CodingError
+from dither.coding.tables import Ints, Table
+from dither.compiled import Twin
+
+U16, U32, U64 = np.uint16, np.uint32, np.uint64
+NONE = np.zeros(0, np.uint8)
+BLOCK = 1 << 20
+"""Symbols that are encoded at a time; it bounds the temporary memory."""
+
+
+def seconds(count: int, lanes: int) -> float:
+    """About what plain code takes for so many symbols."""
+    return count * 4e-7 if lanes <= 8 else count * 3e-9 + count / lanes * 8e-6
+
+
+def _slots(tables: Sequence[Table]) -> NDArray[np.uint64]:
+    """What every slot stands for, table after table."""
+    found = []
+    for table in tables:
+        shares = table.frequencies
+        starts = np.repeat(np.cumsum(shares) - shares, shares)
+        entries = np.repeat((table.symbols << 32) | shares, shares)
+        found.append(entries | ((np.arange(len(starts)) - starts) << 16))
+    return np.concatenate(found).astype(np.uint64)
+
+
+def decode_loop(
+    state: NDArray[np.uint32],
+    words: NDArray[np.uint8],
+    contexts: NDArray[np.uint8],
+    slots: NDArray[np.uint64],
+    out: NDArray[Any],
+    precision: int,
+) -> int:
+    """Whole turns of symbols into ``out``; how many words were taken, one too many if they end.
+
+    Words are read without a look at their number only in turns for which enough are left.
+    """
+    lanes, mask, shift, wide = len(state), U32((1 << precision) - 1), U32(precision), U64(precision)
+    at, count = U64(0), U64(len(words) // 2)
+    for begin in range(0, len(out), lanes):
+        row = out[begin : begin + lanes]
+        if at + U64(lanes) > count:
+            for lane in range(lanes):
+                old = state[lane]
+                slot = U64(old & mask)
+                if len(contexts):
+                    slot += U64(contexts[begin + lane]) << wide
+                entry = slots[slot]
+                row[lane] = entry >> U64(32)
+                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                if new < U32(65536):
+                    if at >= count:
+                        return int(count) + 1
+                    word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
+                    new = U32(U32(new << U32(16)) | word)
+                    at += U64(1)
+                state[lane] = new
+        elif len(contexts):
+            chosen = contexts[begin : begin + lanes]
+            for lane in range(lanes):
+                old = state[lane]
+                entry = slots[(U64(chosen[lane]) << wide) + U64(old & mask)]
+                row[lane] = entry >> U64(32)
+                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
+                is_low = new < U32(65536)
+                state[lane] = U32(U32(new << U32(16)) | word) if is_low else new
+                at += U64(is_low)
+        else:
+            for lane in range(lanes):
+                old = state[lane]
+                entry = slots[U64(old & mask)]
+                row[lane] = entry >> U64(32)
+                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
+                is_low = new < U32(65536)
+                state[lane] = U32(U32(new << U32(16)) | word) if is_low else new
+                at += U64(is_low)
+    return int(at)
+
+
+def steered_loop(
+    state: NDArray[np.uint32],
+    words: NDArray[np.uint8],
+    contexts: NDArray[np.uint8],
+    slots: NDArray[np.uint64],
+    out: NDArray[Any],
+    machines: NDArray[np.uint8],
+    following: NDArray[np.uint8],
+    settings: NDArray[np.uint32],
+) -> int:
+    """The same where machines choose between two halves of the tables; they are told on the way.
+
+    ``settings`` are precision, 1 where symbol 0 is odd, and tables in a half. A state of a machine
+    is one of ``following``, which has two entries for every state there is.
+    """
+    shift, odd, half = settings[0], U64(settings[1]), U64(settings[2])
+    mask, wide, lanes = U32((U32(1) << shift) - U32(1)), U64(shift), U64(len(state))
+    at, count, stride = U64(0), U64(len(words) // 2), U64(len(machines))
+    place, lane = U64(0), U64(0)
+    for index in range(len(out)):
+        machine = U64(machines[place])
+        chosen = half * (machine & U64(1))
+        if len(contexts):
+            chosen += U64(contexts[index])
+        old = state[lane]
+        entry = slots[(chosen << wide) + U64(old & mask)]
+        symbol = entry >> U64(32)
+        out[index] = symbol
+        machines[place] = following[U64(2) * machine + ((symbol ^ odd) & U64(1))]
+        new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+        if new < U32(65536):
+            if at >= count:
+                return int(count) + 1
+            word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
+            new = U32(U32(new << U32(16)) | word)
+            at += U64(1)
+        state[lane] = new
+        place = place + U64(1) if place + U64(1) < stride else U64(0)
+        lane = lane + U64(1) if lane + U64(1) < lanes else U64(0)
+    return int(at)
+
+
+def encode_loop(
+    symbols: NDArray[Any],
+    contexts: NDArray[np.uint8],
+    entries: NDArray[np.uint64],
+    inverses: NDArray[np.uint64],
+    state: NDArray[np.uint32],
+    words: NDArray[np.uint16],
+    settings: NDArray[np.uint32],
+) -> int:
+    """Whole turns of symbols, last first, into the end of ``words``; where they begin there.
+
+    Sixteen bits of an entry are the frequency ``f``, sixteen the start, 32 ``2**precision - f``.
+    With ``inverses``, ``ceil(2**(32 + precision) / f)``, division is a multiplication (Granlund,
+    Montgomery 1994), exact for all states that are divided. Entries are those of one table after
+    another; settings are precision and symbols in a table. ``words`` has room for one more than
+    there are symbols: every symbol writes one, and keeps its place only where the state was too
+    large. Minus 1 where a symbol is of no table.
+    """
+    lanes, limit, size = U64(len(state)), U32(U32(32) - settings[0]), U64(settings[1])
+    wide, count = U64(settings[0]) + U64(32), U64(len(entries))
+    at, begin = U64(len(words) - 1), U64(len(symbols))
+    while begin >= lanes:
+        begin -= lanes
+        lane = lanes
+        while lane > U64(0):
+            lane -= U64(1)
+            which = U64(symbols[begin + lane])
+            if len(contexts):
+                which += U64(contexts[begin + lane]) * size
+            if which >= count:
+                return -1
+            entry, old = entries[which], state[lane]
+            words[at] = U16(old)
+            is_full = U32(old >> limit) >= U32(U16(entry))
+            at -= U64(is_full)
+            rest = U32(old >> U32(16)) if is_full else old
+            quotient = U32((U64(rest) * inverses[which]) >> wide)
+            more = U32(quotient * U32(entry >> U64(32)))
+            state[lane] = U32(more + U32(rest + U32(U16(entry >> U64(16)))))
+    return int(at) + 1
+
+
+def count_loop(values: NDArray[np.uint64], counts: NDArray[np.uint32]) -> None:
+    """How often each byte occurs at each of the eight places in a number, ``(8 * 256,)``."""
+    for index in range(len(values)):
+        value = values[index]
+        for place in range(8):
+            counts[(U64(place) << U64(8)) + (value & U64(255))] += U32(1)
+            value >>= U64(8)
+
+
+DECODE, STEERED = Twin(decode_loop), Twin(steered_loop)
+ENCODE, COUNT = Twin(encode_loop), Twin(count_loop)
+
+
+def _checked(taken: int, words: NDArray[np.uint8]) -> None:
+    if 2 * taken != len(words):
+        raise CodingError(
+            f"the payload has too {'few' if 2 * taken > len(words) else 'many'} words"
+        )
+
+
+def decoded(
+    states: NDArray[np.uint32],
+    words: NDArray[np.uint8],
+    contexts: NDArray[np.uint8] | None,
+    tables: Sequence[Table],
+    out: NDArray[Any],
+    precision: int,
+) -> NDArray[np.uint32] | None:
+    """Decode whole turns into ``out``; the states at the end. None where plain code is to do it.
+
+    Raises:
+        CodingError: too few words, or too many.
+    """
+    run = DECODE.chosen(seconds(len(out), len(states)))
+    if run is None:
+        return None
+    state, chosen = states.copy(), NONE if contexts is None else contexts[: len(out)]
+    _checked(run(state, words, chosen, _slots(tables), out, precision), words)
+    return state
+
+
+def steered(
+    states: NDArray[np.uint32],
+    words: NDArray[np.uint8],
+    contexts: NDArray[np.uint8] | None,
+    tables: Sequence[Table],
+    out: NDArray[Any],
+    machines: NDArray[np.uint8],
+    following: Ints,
+    settings: tuple[int, int],
+) -> NDArray[np.uint32] | None:
+    """As :func:`decoded` with machines, which are run on; settings are precision and oddness.
+
+    Raises:
+        CodingError: too few words, or too many.
+    """
+    run = STEERED.chosen(4 * seconds(len(out), len(states)))
+    if run is None:
+        return None
+    state, chosen = states.copy(), NONE if contexts is None else contexts[: len(out)]
+    numbers = np.array([*settings, len(tables) // 2], np.uint32)
+    next_states, slots = following.astype(np.uint8), _slots(tables)
+    _checked(run(state, words, chosen, slots, out, machines, next_states, numbers), words)
+    return state
+
+
+def encoded(
+    symbols: NDArray[Any],
+    contexts: NDArray[np.uint8] | None,
+    entries: tuple[Ints, Ints, int],
+    states: NDArray[np.uint32],
+    precision: int,
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
+    """Code whole turns: states and words. None where plain code is to do it.
+
+    Args:
+        symbols: whole turns of them.
+        contexts: the table of each, None for the first one.
+        entries: frequency and start by table and symbol, and symbols in a table.
+        states: what lanes begin with.
+        precision: frequencies sum to ``2**precision``.
+
+    Raises:
+        IndexError: a symbol that is of no table.
+    """
+    run = ENCODE.chosen(seconds(len(symbols), len(states)))
+    if run is None:
+        return None
+    frequency, start, size = entries
+    wide = np.int64(1) << (32 + precision)
+    rest = (1 << precision) - frequency
+    table = ((rest << 32) | (start << 16) | frequency).astype(np.uint64)
+    inverses = -(-wide // np.maximum(frequency, 1))
+    kept, state = (table, inverses.astype(np.uint64)), states.copy()
+    settings = np.array([precision, size], np.uint32)
+    symbols = symbols if symbols.dtype == np.uint8 else symbols.astype(np.uint32, copy=False)
+    block = max(BLOCK // len(states), 1) * len(states)
+    room, pieces = np.empty(min(block, len(symbols)) + 1, np.uint16), [np.zeros(0, np.uint16)]
+    for begin in range((len(symbols) - 1) // block * block, -1, -block):
+        part = slice(begin, begin + block)
+        chosen = NONE if contexts is None else contexts[: len(symbols)][part]
+        first = run(symbols[part], chosen, *kept, state, room, settings)
+        if first < 0:
+            raise IndexError("a symbol is of no table")
+        pieces.append(room[first:].copy())
+    return state, np.concatenate(pieces[::-1])
+
+
+def counted(values: NDArray[np.uint8]) -> Ints | None:
+    """How often each byte occurs, ``(256,)``. None where plain code is to count.
+
+    Args:
+        values: contiguous, less than 2**35 of them.
+    """
+    run = COUNT.chosen(len(values) * 2e-9)
+    if run is None:
+        return None
+    even, counts = len(values) // 8 * 8, np.zeros(8 * 256, np.uint32)
+    run(values[:even].view(np.uint64), counts)
+    rest = np.bincount(values[even:], minlength=256)
+    return np.asarray(counts.reshape(8, 256).sum(axis=0, dtype=np.int64) + rest)
