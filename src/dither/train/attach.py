@@ -24,7 +24,7 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Rule, Spec, as_plan
 from dither.train.run import Run
 from dither.train.schedules import Schedule
-from dither.train.shadow import become_shadow, is_shadowed, shadow
+from dither.train.shadow import become_root, is_shadowed, shadow
 from dither.train.sites import find_sites
 from dither.train.surrogate import Surrogate, plain
 
@@ -150,7 +150,7 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
     for name, surrogate in surrogates.items():
         for number, site in enumerate(sites[name]):
             shadow(site, surrogate, is_first=number == 0)
-    become_shadow(model)
+    become_root(model)
 
 
 def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:

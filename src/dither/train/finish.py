@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.archive import CodedTensor, code, packed_nbytes
-from dither.core import BudgetError, Encoded
+from dither.core import BudgetError, DitherError, Encoded, SpecError
 from dither.data import Data
 from dither.model import SHADOWS, weights_of
 from dither.rewrite import absorbed, norms
 from dither.search.size import fills
 from dither.train.method import AfterTraining
 from dither.train.surrogate import Surrogate, encode_now, plain
+
+STATISTICS = ("running_mean", "running_var")
+"""What batch and instance norm call theirs."""
 
 _TRIES = 14
 _FARTHEST = 6.0
@@ -98,13 +101,18 @@ def _bisect(measure: Callable[[float], int], budget: int, low: float, high: floa
 def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:
     """Batch norm's statistics, anew, with the weights as they are evaluated (Nagel et al. 2022).
 
-    Everything else is in evaluation mode; modes and momenta are restored.
+    Everything else is in evaluation mode; modes and momenta are restored, and the statistics of
+    before too where a batch cannot be read.
+
+    Raises:
+        SpecError: the model cannot read a batch, or statistics are not finite after it.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms}
     model.eval()
     try:
         for norm in norms:
@@ -113,13 +121,38 @@ def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:
             norm.training = True  # its surrogates stay in evaluation mode
         with torch.no_grad():
             samples = Data.of(data)
-            for batch in samples:
-                samples.forward(model, batch)
+            for number, batch in enumerate(samples):
+                _show(model, samples, batch, number)
+    except BaseException:
+        for norm, buffers in before.items():
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        raise
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _show(model: nn.Module, samples: Data, batch: object, number: int) -> None:
+    """Let batch norm see one batch."""
+    try:
+        samples.forward(model, batch)
+    except DitherError:
+        raise
+    except Exception as error:  # whatever the parts of a model raise
+        raise SpecError(
+            f"the model cannot read batch {number} of the samples, a {type(batch).__name__} "
+            f"({error}); give batches as in training, or Data(loader, forward=...), which says how "
+            "it is called"
+        ) from error
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in STATISTICS and not bool(buffer.isfinite().all()):
+            raise SpecError(
+                f"{name} is not finite after batch {number} of the samples: a value in it, or in "
+                "what the model makes of it, is NaN or infinite; leave that batch out"
+            )
 
 
 def values_of(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dither.core import SpecError
+from dither.train.finish import STATISTICS
 from dither.train.shadow import is_shadowed
-from dither.train.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,23 @@ class Intact:
 
     Attributes:
         shapes: by name.
+        finite: every tensor that training changes, of those that were finite.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    finite: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module, names: Iterable[str]) -> Intact:
         """Some parameters of a model, as they are now."""
-        return cls({name: tuple(model.get_parameter(name).shape) for name in names})
+        finite = {name for name, value in _changing(model).items() if _is_finite([value])}
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
+        return cls(shapes, frozenset(finite))
 
-    def check(self, model: nn.Module, surrogates: Mapping[str, Surrogate], step: int) -> None:
+    def check(self, model: nn.Module, step: int) -> None:
         """Both of the following."""
         self.refuse_changed(model)
-        self.refuse_not_finite(model, surrogates, step)
+        self.refuse_not_finite(model, step)
 
     def refuse_changed(self, model: nn.Module) -> None:
         """Refuse a model whose weights were replaced, resized or taken away.
@@ -58,32 +62,38 @@ class Intact:
                     f"attached, which knows nothing of the run; {_ANEW}"
                 )
 
-    def refuse_not_finite(
-        self, model: nn.Module, surrogates: Mapping[str, Surrogate], step: int
-    ) -> None:
-        """Refuse weights, or what is learned beside them, that are NaN or infinite.
+    def refuse_not_finite(self, model: nn.Module, step: int) -> None:
+        """Refuse NaN and infinities in what is trained: weights, and what is learned beside them.
 
         Raises:
             SpecError: it names the tensor, the step and the cause.
         """
-        tensors = {name: model.get_parameter(name) for name in self.shapes}
-        for name, surrogate in surrogates.items():
-            tensors |= {f"{name} ({key})": p for key, p in surrogate.named_parameters()}
-        looked = {n: v for n, v in tensors.items() if v.numel() and not hasattr(v, "full_tensor")}
-        if not looked:
+        looked = {name: v for name, v in _changing(model).items() if name in self.finite}
+        if not looked or _is_finite(list(looked.values())):
             return
-        with torch.no_grad():
-            sums = [value.sum(dtype=torch.float32) for value in looked.values()]
-            if bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):
-                return
         for name, value in looked.items():
-            if bad := int((~value.detach().isfinite()).sum()):
+            if bad := int((~value.isfinite()).sum()):
                 raise SpecError(
                     f"after optimizer step {step}, {bad} of {value.numel()} values of {name} are "
-                    "NaN or infinite: a loss or a gradient was not finite. Go back to the last "
-                    "checkpoint; then lower the learning rate or clip gradients, and leave out "
-                    "steps whose loss is not finite"
+                    "NaN or infinite: a batch, a loss or a gradient was not finite. Go back to the "
+                    "last checkpoint; then lower the learning rate or clip gradients, and leave "
+                    "out batches and steps whose loss is not finite"
                 )
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train, and statistics of norms; of those that are sharded, this rank's."""
+    named: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named |= {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in STATISTICS}
+    local = {name: getattr(v, "to_local", lambda v=v: v)().detach() for name, v in named.items()}
+    return {name: v for name, v in local.items() if v.numel() and not v.is_complex()}
+
+
+def _is_finite(values: Sequence[Tensor]) -> bool:
+    """Whether all values are finite, by their sums: one pass, and one wait for the device."""
+    halves = (torch.float16, torch.bfloat16)  # whose sums overflow
+    sums = [v.sum(dtype=torch.float32 if v.dtype in halves else v.dtype) for v in values]
+    return bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all())
 
 
 _ANEW = "call run.detach() before such a change, and dither.attach() after it"

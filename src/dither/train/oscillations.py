@@ -217,7 +217,7 @@ class Dampening:
         for _, surrogate, weight in run.weights():
             if not isinstance(surrogate, Watchable) or not weight.numel():
                 continue
-            with whole(surrogate):
+            with whole(surrogate, weight.device):
                 low, high = surrogate.ends()
                 rounded = surrogate.noisy(plain(weight).float()).detach()
             distance = rounded - torch.clamp(gathered(weight).float(), low, high)
@@ -263,7 +263,7 @@ def _look(
             continue
         if max_bits is not None and (surrogate.bits is None or surrogate.bits > max_bits):
             continue
-        with whole(surrogate):
+        with whole(surrogate, weight.device):
             integers = surrogate.integers(plain(weight).float())
         if surrogate.watch is None:
             surrogate.watch = Watch(integers)

@@ -123,7 +123,7 @@ class Run:
         self.extras.step()
         step_sites(self.model)
         self.done += 1
-        self._intact.check(self.model, self.surrogates, self.done)
+        self._intact.check(self.model, self.done)
         for schedule in self.schedules:
             schedule(self, self.done)
         self._draw()
@@ -195,7 +195,7 @@ class Run:
             SpecError: the loader gives no batch; a weight is no longer finite, or no longer the
                 one that was attached.
         """
-        self._intact.check(self.model, self.surrogates, self.done)
+        self._intact.check(self.model, self.done)
         samples = None if data is None else Data.of(data).first(batches).held()
         self._unfinish()
         for name, surrogate in self.surrogates.items():
@@ -337,7 +337,7 @@ class Run:
             for name, surrogate, weight in self.weights():
                 generator = self._noise.generator(self.done, name, weight.device)
                 surrogate.progress = self.progress
-                with whole(surrogate):
+                with whole(surrogate, weight.device):
                     surrogate.draw(plain(weight), generator, self.done)
 
     def _values(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from dither.activations.functions import apart
@@ -30,6 +31,7 @@ _PATHS = "dither_paths"
 _FUSED = "dither_fused"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _VISITORS = "dither_visitors"
+_ROOT = "dither_root"
 _LOCK = threading.Lock()
 
 
@@ -208,6 +210,7 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
         {
             "forward": forward,
             "__getattr__": getattribute,
+            **_added_last(base),
             "__reduce_ex__": reduce,
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
@@ -220,6 +223,29 @@ def _shadow_class(base: type[nn.Module]) -> type[nn.Module]:
     return shadow
 
 
+def _added_last(base: type[nn.Module]) -> dict[str, Any]:
+    """Methods by which what was added to an attached model comes last in its lists."""
+
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        named = base.named_modules(self, *args, **kwargs)
+        if _ROOT not in self.__dict__:
+            return iter(named)
+        return iter(sorted(named, key=lambda item: _is_added(item[0])))
+
+    def state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = base.state_dict(self, *args, **kwargs)
+        if _ROOT in self.__dict__:
+            for name in filter(_is_added, list(state)):
+                state.move_to_end(name)
+        return state
+
+    return {"named_modules": named_modules, "state_dict": state_dict}
+
+
+def _is_added(name: str) -> bool:
+    return SHADOWS in name.split(".")
+
+
 def _read(owner: nn.Module, name: str, value: object) -> object:
     """A parameter that is asked for by its name: its surrogate's values, where a forward asks.
 
@@ -227,7 +253,7 @@ def _read(owner: nn.Module, name: str, value: object) -> object:
     owner's own, values stand in the instance dict, and nothing is asked for.
     """
     # What compilers trace is a forward pass.
-    if not isinstance(value, nn.Parameter) or not (is_compiling() or _CALLS.depth):
+    if not isinstance(value, nn.Parameter) or not (is_compiling() or _CALLS.depth or _recomputes()):
         return value
     if owner.__dict__.get(_PATHS, {}).get(name) != name:
         return value
@@ -235,6 +261,14 @@ def _read(owner: nn.Module, name: str, value: object) -> object:
     if any(hasattr(v, "full_tensor") for v in (value, *shadows[name].parameters())):
         return value  # sharded: FSDP asks, while it gathers the unit
     return apart(shadows[name], value)
+
+
+def _recomputes() -> bool:
+    """Whether checkpointing runs a part of a forward pass again, for its gradients.
+
+    Backward is under way then, and gradients are asked for within it.
+    """
+    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
 def evaluated_state(model: nn.Module) -> dict[str, Tensor]:
@@ -273,6 +307,28 @@ def is_shadowed(module: nn.Module) -> bool:
     return hasattr(type(module), SHADOW_OF)
 
 
+def become_root(model: nn.Module) -> None:
+    """Mark the model that was attached: what was added to it comes last in its lists.
+
+    Averages of weights that were copied before, like all who pair tensors by their order, go on.
+    """
+    if isinstance(model, GraphModule) and not is_shadowed(model):
+        # It writes its forward into its class, and would do so into ours.
+        model.register_forward_pre_hook(_goes_in)
+        model.register_forward_hook(_comes_out, always_call=True)
+        return
+    become_shadow(model)
+    model.__dict__[_ROOT] = True
+
+
+def _goes_in(*_: object) -> None:
+    _CALLS.depth += 0 if is_compiling() else 1
+
+
+def _comes_out(*_: object) -> None:
+    _CALLS.depth -= 0 if is_compiling() else 1
+
+
 def become_shadow(owner: nn.Module) -> None:
     """Swap a module's class: its forward is known as such, and it saves what is evaluated."""
     if not is_shadowed(owner):
@@ -303,9 +359,14 @@ def shadow(site: Site, surrogate: Surrogate, *, is_first: bool) -> None:
 
 def unshadow(owner: nn.Module) -> None:
     """Give a module its plain class back."""
+    for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
+        for key in [k for k, hook in hooks.items() if hook in (_goes_in, _comes_out)]:
+            del hooks[key]
+            owner._forward_hooks_always_called.pop(key, None)
     if not is_shadowed(owner):
         return
     owner.__class__ = own_class(owner)
     owner._modules.pop(SHADOWS, None)
     del owner.__dict__[_PATHS], owner.__dict__[_FUSED]
-    owner.__dict__.pop(_VISITORS, None)
+    for name in (_VISITORS, _ROOT):
+        owner.__dict__.pop(name, None)

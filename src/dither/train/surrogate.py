@@ -35,10 +35,11 @@ def gathered(weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def whole(surrogate: nn.Module) -> Iterator[None]:
-    """What a surrogate learns, gathered from all ranks while this lasts.
+def whole(surrogate: nn.Module, device: torch.device) -> Iterator[None]:
+    """What a surrogate learns, gathered from all ranks while this lasts, and no autocast.
 
-    In a model's `forward` FSDP2 does this itself; outside, parameters are sharded.
+    In a model's `forward` FSDP2 does this itself; outside, parameters are sharded. A loop may be
+    within autocast as a whole.
     """
     placed: list[tuple[nn.Module, str]] = []
     try:
@@ -47,7 +48,8 @@ def whole(surrogate: nn.Module) -> Iterator[None]:
                 if value is not None and hasattr(value, "full_tensor"):
                     module.__dict__[name] = gathered(value)
                     placed.append((module, name))
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for module, name in placed:
             module.__dict__.pop(name, None)
@@ -55,13 +57,13 @@ def whole(surrogate: nn.Module) -> Iterator[None]:
 
 def estimated_bits(surrogate: Surrogate, weight: Tensor) -> Tensor:
     """:meth:`Surrogate.soft_bits` outside the model's `forward`: gathered, and in float32."""
-    with whole(surrogate), torch.autocast(weight.device.type, enabled=False):
+    with whole(surrogate, weight.device):
         return surrogate.soft_bits(gathered(weight))
 
 
 def encode_now(surrogate: Surrogate, weight: Tensor) -> Encoded:
     """:meth:`Surrogate.encode` outside the model's `forward`: gathered, and without a graph."""
-    with whole(surrogate), torch.no_grad():
+    with whole(surrogate, weight.device), torch.no_grad():
         return surrogate.encode(weight)
 
 
