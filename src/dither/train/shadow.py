@@ -313,12 +313,17 @@ def become_root(model: nn.Module) -> None:
     Averages of weights that were copied before, like all who pair tensors by their order, go on.
     """
     if isinstance(model, GraphModule) and not is_shadowed(model):
-        # It writes its forward into its class, and would do so into ours.
-        model.register_forward_pre_hook(_goes_in)
-        model.register_forward_hook(_comes_out, always_call=True)
+        _count_calls(model)  # it writes its forward into its class, and would do so into ours
+        getattr(model, "_deepcopy_hooks", []).append(_count_calls)
         return
     become_shadow(model)
     model.__dict__[_ROOT] = True
+
+
+def _count_calls(model: nn.Module) -> None:
+    """By hooks, which copies of traced models lose."""
+    model.register_forward_pre_hook(_goes_in)
+    model.register_forward_hook(_comes_out, always_call=True)
 
 
 def _goes_in(*_: object) -> None:
@@ -363,6 +368,9 @@ def unshadow(owner: nn.Module) -> None:
         for key in [k for k, hook in hooks.items() if hook in (_goes_in, _comes_out)]:
             del hooks[key]
             owner._forward_hooks_always_called.pop(key, None)
+    copying = getattr(owner, "_deepcopy_hooks", []) if isinstance(owner, GraphModule) else []
+    if _count_calls in copying:
+        copying.remove(_count_calls)
     if not is_shadowed(owner):
         return
     owner.__class__ = own_class(owner)
