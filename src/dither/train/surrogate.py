@@ -220,9 +220,11 @@ class Surrogate(Added):
         # It must also serve outside inference mode. Whether it asks for a gradient must be as for
         # the weight: even under no_grad, torch chooses kernels by that, and they round differently.
         with torch.inference_mode(mode=False):
-            values = values.clone() if values.is_inference() else values.detach()
-            values = values.to(weight.device, weight.dtype)
-            shown = (state, values.requires_grad_(weight.requires_grad))
+            # And its layout must be the weight's (channels last, transposed), for the same reason.
+            is_sharded = hasattr(weight, "full_tensor")
+            alike = torch.empty_like(values if is_sharded else weight, requires_grad=False)
+            alike = alike.to(weight.device, weight.dtype).copy_(values.detach())
+            shown = (state, alike.requires_grad_(weight.requires_grad))
         self._shown = shown
         return shown
 
