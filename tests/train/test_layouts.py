@@ -20,11 +20,11 @@ def channels_last() -> nn.Module:
 
 
 def transposed() -> nn.Module:
-    model = nn.Sequential(nn.Conv1d(8, 12, 3), nn.Tanh(), nn.ConvTranspose1d(12, 5, 4))
-    for layer in (model[0], model[2]):
-        layer.weight = nn.Parameter(layer.weight.detach().transpose(0, 1).contiguous().mT.mT)
-        layer.weight = nn.Parameter(layer.weight.detach().transpose(0, 1))
-    return model
+    convolution, other = nn.Conv1d(8, 12, 3), nn.ConvTranspose1d(12, 5, 4)
+    for layer in (convolution, other):
+        turned = layer.weight.detach().transpose(0, 1).contiguous()
+        layer.weight = nn.Parameter(turned.transpose(0, 1))
+    return nn.Sequential(convolution, nn.Tanh(), other)
 
 
 CASES: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
