@@ -108,6 +108,9 @@ def test_tensors_of_an_output_are_found_wherever_they_are() -> None:
     assert [t.tolist() for t in floats_of(output)] == [a.tolist(), b.tolist(), c.tolist()]
     assert floats_of(torch.complex(a, a))[0].shape == (2, 3, 2)
     assert has_nan({"x": [Output(a, {"y": torch.full((1,), torch.nan).numpy()})]})
+    ragged = torch.nested.nested_tensor([a, a[:1]], layout=torch.jagged)
+    assert [t.tolist() for t in floats_of([ragged])] == [a.tolist(), a[:1].tolist()]
+    assert torch.equal(floats_of(a.relu().to_sparse())[0], a.relu())
     empty: list[object] = [torch.arange(3), [], Output, None, {"x": "y"}]
     for nothing in empty:
         with pytest.raises(SpecError, match="no floating-point tensor"):
@@ -177,3 +180,13 @@ def test_a_batch_that_a_model_cannot_read_is_named() -> None:
     with pytest.raises(SpecError, match=r"batch 1, \{input: \(3, 4\), labels: \(3,\)\}: TypeError"):
         dither.compress(model, "4x", data=[good, bad])
     assert described([normal(2), {"a": None}]) == "[(2,), {a: NoneType}]"
+
+
+@pytest.mark.parametrize(("given", "said"), [(None, "None"), (torch.ones(3), r"of shape \(3,\)")])
+def test_a_distance_is_one_number(given: object, said: str) -> None:
+    answer: Any = given
+    data = Data([normal(3, 40)], distance=lambda *_: answer)
+    with pytest.raises(SpecError, match=f"distance gave something {said}"):
+        dither.compress(nn.Linear(40, 40), "4x", data=data)
+    data = Data([normal(3, 40)], distance=lambda a, b: float((a - b).abs().max()))  # type: ignore[arg-type,return-value]
+    assert dither.compress(nn.Linear(40, 40), "2x", data=data).trials

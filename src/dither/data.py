@@ -203,8 +203,12 @@ class Data:
         shown: Tensor | None = None if bool(mask.all()) else mask
         return shown
 
+    def output(self, model: nn.Module, batch: object) -> object:
+        """What :attr:`distance` gets of a model: ours, only positions that the mask shows."""
+        return self.counted(self.forward(model, batch), batch)
+
     def counted(self, output: object, batch: object) -> object:
-        """What :attr:`distance` gets of an output: ours, only positions that the mask shows."""
+        """The same of an output."""
         mask = self.shown(batch) if self.distance in (squared, divergence) else None
         return output if mask is None else _at(output, mask)
 
@@ -288,8 +292,9 @@ def _float(output: object) -> Tensor | None:
     """A tensor or an array of floating-point numbers, as a tensor; complex ones as two planes."""
     if isinstance(output, np.ndarray) and output.dtype.kind in "fc":
         output = torch.tensor(output)
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or output.is_nested:
         return None
+    output = output if output.layout == torch.strided else output.to_dense()
     if output.is_complex():
         return torch.view_as_real(output.resolve_conj())
     return output if output.is_floating_point() else None
@@ -299,6 +304,8 @@ def _parts(output: object) -> Mapping[Any, object] | None:
     """What an output is made of: tuples, lists, dicts, output objects and data classes."""
     if isinstance(output, Mapping):
         return output
+    if isinstance(output, Tensor) and output.is_nested:
+        return dict(enumerate(output.unbind()))
     if isinstance(output, list | tuple):
         return dict(enumerate(output))
     if is_dataclass(output) and not isinstance(output, type):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 import dither
 from dither.calibrate import collect
@@ -48,6 +49,37 @@ def test_layers_start_from_their_state(kind: type[nn.LSTM], by_name: bool, batch
         found = stats[name].gram
         assert found is not None
         assert torch.allclose(found, gram_of(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_packed_sequences_are_their_sequences(kind: type[nn.LSTM], batch_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = kind(4, 5, num_layers=2, bidirectional=True, batch_first=batch_first)
+    rows = [normal(length, 4, seed=length) for length in (3, 6, 2)]
+    starts = [normal(2, 4, 3, 5, seed=9)[i] for i in range(2 if kind is nn.LSTM else 1)]
+
+    def forward(model: nn.Module, batch: list[int]) -> object:
+        packed = pack_sequence([rows[i] for i in batch], enforce_sorted=False)
+        state = tuple(start[:, batch].contiguous() for start in starts)
+        return model(packed, state if kind is nn.LSTM else state[0])
+
+    whole, single = (collect(layer, Data(data, forward)) for data in ([[0, 1, 2]], [[0], [1], [2]]))
+    alone = [
+        (rows[i].unsqueeze(0 if batch_first else 1), [start[:, i : i + 1] for start in starts])
+        for i in range(3)
+    ]
+
+    def plain(model: nn.Module, batch: tuple[Tensor, list[Tensor]]) -> object:
+        return model(batch[0], tuple(batch[1]) if kind is nn.LSTM else batch[1][0])
+
+    wanted = collect(layer, Data(alone, plain))
+    for name, stats in wanted.items():
+        for found in (whole[name], single[name]):
+            assert found.samples == stats.samples == 11
+            assert found.gram is not None
+            assert stats.gram is not None
+            assert torch.allclose(found.gram, stats.gram, atol=1e-5)
 
 
 CELLS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]

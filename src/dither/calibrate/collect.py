@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from dither.calibrate.inputs import (
@@ -43,8 +44,8 @@ def collect(
     and EmbeddingBag; with a loss, the mean squared gradient of every parameter. The model runs in
     evaluation mode and is left as it was: modes, running statistics, gradients, no hooks.
 
-    Weights are seen where modules of these kinds are called; packed sequences are passed over.
-    Positions that ``Data.mask`` hides do not count in layers that have these positions.
+    Weights are seen where modules of these kinds are called. Positions that ``Data.mask`` hides do
+    not count in layers that have these positions.
 
     Args:
         model: runs on its own device; attached models run as they are.
@@ -176,12 +177,12 @@ class Watch:
             if isinstance(module, nn.MultiheadAttention):
                 for path, groups in attention_vectors(module, given, self.mask):
                     self._add(module, path, groups)
-            elif not isinstance(first, Tensor):
-                return  # a packed sequence, or nothing
-            elif isinstance(module, nn.RNNBase):
+            elif isinstance(module, nn.RNNBase) and isinstance(first, Tensor | PackedSequence):
                 state = given.get("hx")
                 for path, vectors in recurrent_vectors(module, first, state, self.mask):
                     self._add(module, path, vectors)
+            elif not isinstance(first, Tensor):
+                return
             elif isinstance(module, nn.RNNCellBase):
                 for path, vectors in cell_vectors(module, first, given.get("hx")):
                     self._add(module, path, vectors)

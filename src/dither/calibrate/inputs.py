@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from dither.data import arranged
 
@@ -206,35 +207,32 @@ def _attended(module: nn.MultiheadAttention, call: dict[str, Any]) -> Tensor:
 
 
 def recurrent_vectors(
-    module: nn.RNNBase, values: Tensor, state: object = None, mask: Tensor | None = None
+    module: nn.RNNBase,
+    given: Tensor | PackedSequence,
+    state: object = None,
+    mask: Tensor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Input vectors of every weight of an RNN, LSTM or GRU.
 
     Args:
         module: as it was called.
-        values: its input, ``(time, batch, inputs)``, or with batch and time swapped if
-            ``batch_first``; or without a batch.
+        given: its input, ``(time, batch, inputs)``, or with batch and time swapped if
+            ``batch_first``; or without a batch; or packed.
         state: that it starts from, as the module takes it; zeros without.
         mask: bool ``(batch, positions)``: those that count.
 
     Yields:
         Name of the weight and ``(1, vectors, inputs)``.
     """
-    values = values.detach().float()
-    places = None if mask is None or values.ndim == 2 else arranged(mask, values.shape)
-    if values.ndim == 2:
-        values = values.unsqueeze(1)
-    elif module.batch_first:
-        values = values.transpose(0, 1)
-        places = None if places is None else places.T
-    given = state if isinstance(state, list | tuple) else [state]
-    states = [part.detach().float() for part in given if isinstance(part, Tensor)]
+    values, places, lengths = _unrolled(module, given, mask)
+    parts = state if isinstance(state, list | tuple) else [state]
+    states = [part.detach().float() for part in parts if isinstance(part, Tensor)]
     states = [part.unsqueeze(1) if part.ndim == 2 else part for part in states]
     directions = ("", "_reverse") if module.bidirectional else ("",)
     for layer in range(module.num_layers):
         made = []
         for number, direction in enumerate(directions):
-            ordered = values.flip(0) if direction else values
+            ordered = _backwards(values, lengths) if direction else values
             suffix = f"l{layer}{direction}"
             own = len(directions) * layer + number
             start = [part[own : own + 1] for part in states]
@@ -242,11 +240,39 @@ def recurrent_vectors(
             before = functional.pad(output[:-1], (0, 0, 0, 0, 1, 0))
             if start:
                 before[0] = start[0][0]
-            shown = places.flip(0) if direction and places is not None else places
+            shown = places
+            if direction and places is not None:
+                shown = _backwards(places[..., None], lengths)[..., 0]
             yield f"weight_ih_{suffix}", shown_rows(values, places).unsqueeze(0)
             yield f"weight_hh_{suffix}", shown_rows(before, shown).unsqueeze(0)
-            made.append(output.flip(0) if direction else output)
+            made.append(_backwards(output, lengths) if direction else output)
         values = torch.cat(made, -1)
+
+
+def _unrolled(
+    module: nn.RNNBase, given: Tensor | PackedSequence, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Inputs ``(time, batch, inputs)``, which of them count, and the lengths of packed ones."""
+    if isinstance(given, PackedSequence):
+        values, lengths = pad_packed_sequence(given)
+        values, lengths = values.detach().float(), lengths.to(values.device)
+        return values, torch.arange(len(values)).to(lengths)[:, None] < lengths, lengths
+    values = given.detach().float()
+    if values.ndim == 2:
+        return values.unsqueeze(1), None, None
+    places = None if mask is None else arranged(mask, values.shape)
+    if module.batch_first:
+        return values.transpose(0, 1), None if places is None else places.T, None
+    return values, places, None
+
+
+def _backwards(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Steps ``(time, batch, n)`` in reverse, each sequence from its own end; its own inverse."""
+    if lengths is None:
+        return values.flip(0)
+    steps = torch.arange(len(values)).to(lengths)[:, None]
+    order = (lengths - 1 - steps) % len(values)
+    return values.gather(0, order[..., None].expand_as(values))
 
 
 def cell_vectors(

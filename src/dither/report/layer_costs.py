@@ -93,7 +93,7 @@ class _Bench:
 
     def __init__(self, model: nn.Module, samples: Data, evaluate: Evaluate | None) -> None:
         self.model, self.samples, self._evaluate = model, samples, evaluate
-        self._originals = [samples.forward(model, batch) for batch in samples]
+        self._originals = [samples.output(model, batch) for batch in samples]
         self.count, self.scores = len(self._originals), evaluate is not None
         self.name = getattr(samples.distance, "__name__", type(samples.distance).__name__)
 
@@ -105,7 +105,7 @@ class _Bench:
         """
         distance = self.samples.distance
         costs = [float(distance(output, output)) for output in self._originals]
-        again = self.samples.forward(self.model, next(iter(self.samples)))
+        again = self.samples.output(self.model, next(iter(self.samples)))
         score = self.score()
         if not all(map(math.isfinite, costs)):
             raise SpecError(
@@ -119,7 +119,7 @@ class _Bench:
     def distance(self) -> float:
         """Of the model as it now is, mean of the batches."""
         costs = [
-            self.samples.distance(self.samples.forward(self.model, batch), original)
+            self.samples.distance(self.samples.output(self.model, batch), original)
             for batch, original in zip(self.samples, self._originals, strict=True)
         ]
         return float(torch.stack(costs).double().mean())

@@ -110,11 +110,11 @@ def _measured(model: nn.Module, samples: Data, project: Projection) -> dict[str,
 
 def _by_noise(model: nn.Module, samples: Data, names: Iterable[str]) -> dict[str, float]:
     """Distance for each unit of squared error that noise in each of some weights makes."""
-    generator, some = torch.Generator().manual_seed(0), samples.first(_NOISY_BATCHES)
+    generator, some = torch.Generator().manual_seed(0), samples.first(_NOISY_BATCHES).held()
     weights, costs = dict(model.named_parameters()), {}
 
     def outputs() -> Iterator[object]:
-        return (some.counted(some.forward(model, batch), batch) for batch in some)
+        return (some.output(model, batch) for batch in some)
 
     with evaluating(model), torch.no_grad():
         plain = list(outputs())

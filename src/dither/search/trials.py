@@ -92,7 +92,7 @@ class Bench:
             SpecError: the model does not run on the batch, or what it gives is not a number.
         """
         try:
-            output = self.data.counted(self.data.forward(self.model, batch), batch)
+            output = self.data.output(self.model, batch)
             if self.data.distance in (squared, divergence):
                 floats_of(output)
         except Exception as error:
@@ -166,13 +166,22 @@ class Bench:
         load_into(model, archive)
         with evaluating(model), torch.no_grad():
             distances = [
-                self.data.distance(
-                    self.data.counted(self.data.forward(model, batch), batch), output
-                )
+                self._distance(self.data.output(model, batch), output)
                 for batch, output in zip(self.data, self._outputs, strict=True)
             ]
             score = None if self._evaluate is None else self._score(model)
-        return float(torch.stack([d.detach().double() for d in distances]).mean()), score
+        return float(torch.tensor(distances, dtype=torch.float64).mean()), score
+
+    def _distance(self, output: object, original: object) -> float:
+        found: object = self.data.distance(output, original)
+        try:
+            return float(found)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError) as error:
+            said = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+            raise SpecError(
+                f"distance gave something {said}; it must return one number for two outputs, such "
+                "as a mean"
+            ) from error
 
     def _score(self, model: nn.Module) -> float:
         assert self._evaluate is not None  # noqa: S101 - asked before
