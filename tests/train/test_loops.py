@@ -330,6 +330,25 @@ def test_a_parameter_that_was_never_finite_is_no_fault_of_training() -> None:
     assert run.finish()
 
 
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("spec", SPECS, ids=repr)
+def test_a_weight_resized_in_place_is_named_when_it_is_read(spec: Spec, mode: bool) -> None:
+    for name in ("table.weight", "out.weight"):
+        model = nn.Sequential()
+        model.add_module("table", nn.Embedding(20, 16))
+        model.add_module("out", nn.Linear(16, 20))
+        run = attach(model, {"*.weight": spec})
+        train(model, run, inputs=TOKENS)
+        weight = model.get_parameter(name)
+        weight.data = torch.randn(28, 16)  # as `resize_token_embeddings` does
+        model.get_parameter("out.bias").data = torch.zeros(28 if name == "out.weight" else 20)
+        with pytest.raises(SpecError, match=rf"{name}.*\(20, 16\) to \(28, 16\).*attach\(\)"):
+            model.train(mode)(TOKENS)
+        weight.data = torch.randn(20, 16)  # other values are no other shape
+        model.get_parameter("out.bias").data = torch.zeros(20)
+        model(TOKENS)
+
+
 def exhausted() -> Iterator[Tensor]:
     loader = iter([INPUTS])
     next(loader)

@@ -172,6 +172,7 @@ def _begin(
     for name, spec in specs.items():
         if name in parameters:
             surrogate = begin(spec, plain(parameters[name])).to(parameters[name].device)
+            surrogate.weight_name, surrogate.weight_shape = name, tuple(parameters[name].shape)
             if start is not None:
                 surrogate.start(start.encoded(name))
             surrogates[name] = surrogate

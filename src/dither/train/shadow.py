@@ -94,6 +94,7 @@ def _look_up(owner: Any, input: Tensor) -> Tensor | None:  # noqa: A002 - torch'
         surrogate = surrogate.__dict__["surrogate"]
     if not owner.training or owner.sparse or not surrogate.reads_rows():
         return None
+    surrogate.expect(owner._parameters["weight"])
     rows = _rows(owner, input)
     values: Tensor | None = surrogate.look_up(rows, input)
     if values is not None and owner.padding_idx is not None:  # it has no gradient

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dither.core import Encoded, Stats
+from dither.core import Encoded, SpecError, Stats
 from dither.data import moved
 from dither.model import Added
 
@@ -95,6 +95,8 @@ class Surrogate(Added):
         can_trim: whether ``trim`` has an effect.
         is_still: whether weights always train as they are, without noise.
         lr: learning rate that suits the learned parameters (Adam).
+        weight_name: of the weight in the model that was attached.
+        weight_shape: its shape then; None outside a model.
     """
 
     can_trim: bool = False
@@ -106,6 +108,8 @@ class Surrogate(Added):
         self.active = True
         self.trim = 0.0
         self.progress = 1.0
+        self.weight_name = ""
+        self.weight_shape: tuple[int, ...] | None = None
         self._committed: Encoded | None = None
         self._shown: tuple[object, Tensor] | None = None
 
@@ -157,7 +161,12 @@ class Surrogate(Added):
         """Take back what :meth:`aside` gave."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """What the model's own `forward` is to read in place of the weight."""
+        """What the model's own `forward` is to read in place of the weight.
+
+        Raises:
+            SpecError: the weight has another shape than when it was attached.
+        """
+        self.expect(weight)
         if not self.training:
             return self._preview(weight)
         if self._committed is not None and torch.is_grad_enabled():
@@ -170,6 +179,15 @@ class Surrogate(Added):
             # As when it is computed again with gradients: torch chooses kernels by this.
             values = values.detach().requires_grad_(weight.requires_grad)
         return values
+
+    def expect(self, weight: Tensor) -> None:
+        """Refuse a weight that was resized since the model was attached."""
+        if self.weight_shape is not None and weight.shape != self.weight_shape:
+            raise SpecError(
+                f"the shape of {self.weight_name!r} changed from {self.weight_shape} to "
+                f"{tuple(weight.shape)}; call run.detach() before such a change, and "
+                "dither.attach() after it"
+            )
 
     def look_up(self, rows: Tensor, index: Tensor) -> Tensor | None:
         """What :meth:`forward` would give for rows of an embedding, or None: ask that instead."""
