@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dither import LSQ, Affine, Data, Run, SpecError, attach, load_into
 from dither.testing import same_bits
+from dither.train import LayerDrop
 from tests.train.layers import SPECS, Recurrent, Spec, outputs
 
 
@@ -275,6 +276,33 @@ def test_two_runs_train_against_each_other(tmp_path: Any) -> None:  # noqa: ANN4
         assert all(not torch.equal(now[name], v) for name, v in state.items() if "weight" in name)
         fresh: nn.Module = copy.deepcopy(run).detach(commit=False)
         assert shipped(run, fresh, noise, tmp_path / "model.dither")
+
+
+@pytest.mark.parametrize("attaches_first", [True, False])
+@pytest.mark.parametrize("detaches_first", [True, False])
+def test_layers_of_the_model_itself_may_be_dropped_in_any_order(
+    attaches_first: bool, detaches_first: bool
+) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+
+    model = make()
+    before = set(vars(model))
+    drop = None if attaches_first else LayerDrop(model, 0.5)
+    run = attach(model, {"*.weight": LSQ(4)})
+    drop = drop or LayerDrop(model, 0.5)
+    run.schedules.append(drop)
+    train(model, run)
+    run.finish()
+    plain = make()
+    plain.load_state_dict({name: e.decode() for name, e in run.encode().items()})
+    wanted = outputs(plain, INPUTS)
+    assert same_bits(outputs(model, INPUTS), wanted)
+    for undo in (run, drop) if detaches_first else (drop, run):
+        undo.detach()
+        assert same_bits(outputs(model, INPUTS), wanted)
+    assert type(model) is nn.Sequential
+    assert set(vars(model)) == before
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=repr)

@@ -342,6 +342,18 @@ def become_shadow(owner: nn.Module) -> None:
         owner.__dict__[_PATHS], owner.__dict__[_FUSED] = {}, set()
 
 
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, attached or not."""
+    kind = type(module)
+    base: type[nn.Module] = getattr(kind, "_dither_base", kind)
+    return base
+
+
+def rebase(module: nn.Module, base: type[nn.Module]) -> None:
+    """Give a module another class; if it is attached, it stays so."""
+    module.__class__ = _shadow_class(base) if is_shadowed(module) else base
+
+
 def shadow(site: Site, surrogate: Surrogate, *, is_first: bool) -> None:
     """Let ``site.owner.forward`` read ``surrogate(parameter)`` for the parameter at ``site.path``.
 

@@ -13,7 +13,7 @@ from dither.formats.settings import check_count
 from dither.train.attached import Attached
 from dither.train.noise import Noise
 from dither.train.ramp import Ramp, value_at
-from dither.train.shadow import is_shadowed
+from dither.train.shadow import base_of, is_shadowed, rebase
 
 _STATE = "dither_dropped"
 
@@ -81,7 +81,7 @@ class LayerDrop:
         self, layers: nn.Module, rate: float | Ramp, *, chunk: int = 1, seed: int = 0
     ) -> None:
         kinds: dict[type, type] = {nn.ModuleList: DroppingList, nn.Sequential: DroppingSequential}
-        kind = kinds.get(type(layers), type(layers))
+        kind = kinds.get(base_of(layers), base_of(layers))
         if kind not in kinds.values():
             raise SpecError(
                 "LayerDrop takes a ModuleList or a Sequential of layers, not a "
@@ -91,7 +91,7 @@ class LayerDrop:
         if not all(0 <= end <= 1 for end in ends):
             raise SpecError(f"LayerDrop drops with a probability of 0 to 1, not {rate}")
         check_count("LayerDrop", "chunk", chunk, 1, 1 << 20)
-        layers.__class__ = kind
+        rebase(layers, kind)
         self.layers = layers
         self.rate = rate
         self.chunk = chunk
@@ -110,7 +110,7 @@ class LayerDrop:
     def detach(self) -> None:
         """Give the layers their plain class back."""
         is_list = isinstance(self.layers, nn.ModuleList)
-        self.layers.__class__ = nn.ModuleList if is_list else nn.Sequential
+        rebase(self.layers, nn.ModuleList if is_list else nn.Sequential)
         self.layers.__dict__.pop(_STATE, None)
 
     def _draw(self, step: int, progress: float) -> None:
