@@ -167,7 +167,7 @@ def test_without_a_mask_everything_counts(batch: object) -> None:
 
 
 def test_a_mask_that_is_none_is_refused() -> None:
-    for mask in (torch.ones(2, 3), torch.tensor(data=True), "all"):
+    for mask in (torch.ones(2, 3), torch.tensor(data=True), "all", torch.ones(1, 2, 3).bool()):
         with pytest.raises(SpecError, match="a mask is bool"):
             Data([1], mask=lambda _, mask=mask: mask).shown(1)  # type: ignore[misc]
     with pytest.raises(SpecError, match="hides all"):

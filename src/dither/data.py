@@ -196,7 +196,7 @@ class Data:
         if mask is None:
             return None
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        if found != torch.bool or not mask.ndim:
+        if found != torch.bool or mask.ndim not in (1, 2):
             raise SpecError(f"a mask is bool (batch, positions), True where no padding is: {found}")
         if not bool(mask.any()):
             raise SpecError("the mask of a batch hides all its positions; leave that batch out")
