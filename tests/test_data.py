@@ -190,3 +190,24 @@ def test_a_distance_is_one_number(given: object, said: str) -> None:
         dither.compress(nn.Linear(40, 40), "4x", data=data)
     data = Data([normal(3, 40)], distance=lambda a, b: float((a - b).abs().max()))  # type: ignore[arg-type,return-value]
     assert dither.compress(nn.Linear(40, 40), "2x", data=data).trials
+
+
+class Noisy(nn.Linear):
+    """As generative models are: noise goes in at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(len(x), self.out_features)
+
+
+def test_models_that_draw_noise_are_compared_with_the_same_noise() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    trials = dither.compress(Noisy(40, 40), "2x", data=[normal(30, 40)]).trials
+    assert [trial.error for trial in trials] == [""] * 3  # type: ignore[attr-defined]
+    assert all(trial.distance < 1e-4 for trial in trials)  # type: ignore[attr-defined]
+    torch.set_rng_state(state)
+    Data([normal(3, 4)]).output(nn.Linear(4, 4).eval(), normal(3, 4))
+    drawn = torch.rand(1)
+    torch.set_rng_state(state)
+    nn.Linear(4, 4)
+    assert torch.equal(drawn, torch.rand(1))

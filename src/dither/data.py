@@ -204,8 +204,14 @@ class Data:
         return shown
 
     def output(self, model: nn.Module, batch: object) -> object:
-        """What :attr:`distance` gets of a model: ours, only positions that the mask shows."""
-        return self.counted(self.forward(model, batch), batch)
+        """What :attr:`distance` gets of a model: ours, only positions that the mask shows.
+
+        A model that draws random numbers draws the same ones each time.
+        """
+        device = device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return self.counted(self.forward(model, batch), batch)
 
     def counted(self, output: object, batch: object) -> object:
         """The same of an output."""

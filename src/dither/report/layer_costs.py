@@ -93,9 +93,13 @@ class _Bench:
 
     def __init__(self, model: nn.Module, samples: Data, evaluate: Evaluate | None) -> None:
         self.model, self.samples, self._evaluate = model, samples, evaluate
-        self._originals = [samples.output(model, batch) for batch in samples]
+        self._originals = [self._output(batch) for batch in samples]
         self.count, self.scores = len(self._originals), evaluate is not None
         self.name = getattr(samples.distance, "__name__", type(samples.distance).__name__)
+
+    def _output(self, batch: object) -> object:
+        """What counts of the model's output, with what noise it may draw: that is to be seen."""
+        return self.samples.counted(self.samples.forward(self.model, batch), batch)
 
     def original(self) -> Overall:
         """The original against itself, and its score.
@@ -105,7 +109,7 @@ class _Bench:
         """
         distance = self.samples.distance
         costs = [float(distance(output, output)) for output in self._originals]
-        again = self.samples.output(self.model, next(iter(self.samples)))
+        again = self._output(next(iter(self.samples)))
         score = self.score()
         if not all(map(math.isfinite, costs)):
             raise SpecError(
@@ -119,7 +123,7 @@ class _Bench:
     def distance(self) -> float:
         """Of the model as it now is, mean of the batches."""
         costs = [
-            self.samples.distance(self.samples.output(self.model, batch), original)
+            self.samples.distance(self._output(batch), original)
             for batch, original in zip(self.samples, self._originals, strict=True)
         ]
         return float(torch.stack(costs).double().mean())
