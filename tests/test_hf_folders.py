@@ -98,7 +98,7 @@ def run(*arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", [case for case in HEADS if case != "bart"])
+@pytest.mark.parametrize("case", HEADS)
 def test_text_for_a_folder_with_a_head(case: str, place: Path) -> None:
     model = build(*HEADS[case])
     model.save_pretrained(place / "m")  # type: ignore[operator]

@@ -30,6 +30,13 @@ SHADOW_OF = "_dither_base"
 """Where the class of a module in training keeps the module's own."""
 
 
+_LEAST_SIDE = 8
+"""Rows and columns of a matrix in a stack, at least: kernels are narrower."""
+
+_WIDE = 32
+"""No kernel of a convolution is as wide, about."""
+
+
 def is_weight(name: str) -> bool:
     """Whether a name in a state dict is one of the model's own, and not of its sites."""
     return SITES not in name.split(".")
@@ -55,10 +62,12 @@ class Tensors:
     Attributes:
         values: each tensor once, under the first of its names.
         aliases: further names of tied tensors, ``{alias: name}``.
+        stacks: names of tensors that hold several matrices, see :func:`stacks_of`.
     """
 
     values: Mapping[str, Tensor]
     aliases: Mapping[str, str]
+    stacks: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +104,55 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
         else:
             seen[place] = name
             values[name] = tensor
-    return Tensors(values, aliases)
+    return Tensors(values, aliases, stacks_of(values, source))
+
+
+def stacks_of(
+    values: Mapping[str, Tensor], source: nn.Module | Mapping[str, Tensor]
+) -> frozenset[str]:
+    """Names of tensors ``(matrices, outputs, inputs)``: all experts of a layer, for one.
+
+    So are the parameters of three axes of a model that belong to no convolution; where modules are
+    not known, those that are called experts. Those that are ``(matrices, inputs, outputs)`` are
+    left out.
+
+    >>> weights = {"mlp.experts.up": torch.ones(4, 16, 8), "conv.weight": torch.ones(4, 16, 8)}
+    >>> sorted(stacks_of(weights, weights))
+    ['mlp.experts.up']
+    """
+    found, held = set(), set()
+    if isinstance(source, nn.Module):
+        held = {name for name, _ in source.named_parameters(remove_duplicate=False)}
+    for name, value in values.items():
+        if value.ndim != 3 or value.shape[0] < 2 or min(value.shape[1:]) < _LEAST_SIDE:
+            continue
+        if isinstance(source, nn.Module):
+            owner = _owner(source, name)
+            is_conv = isinstance(owner, nn.Conv1d | nn.ConvTranspose1d)
+            is_stack = name in held and not is_conv and "conv" not in type(owner).__name__.lower()
+            is_turned = bool(getattr(owner, "is_transposed", False))
+        else:
+            path, _, leaf = name.rpartition(".")
+            is_stack = "expert" in path.lower() and (leaf != "weight" or value.shape[2] >= _WIDE)
+            is_turned = False
+        if is_stack and not is_turned and not _is_turned(name, values):
+            found.add(name)
+    return frozenset(found)
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that a parameter belongs to, behind its parametrizations."""
+    path, _, behind = name.partition(".parametrizations.")
+    return model.get_submodule(path if behind else name.rpartition(".")[0])
+
+
+def _is_turned(name: str, values: Mapping[str, Tensor]) -> bool:
+    """Whether two projections fit each other only as ``(matrices, inputs, outputs)``."""
+    path = name.rpartition(".")[0]
+    up, down = (values.get(f"{path}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or up.ndim != down.ndim or up.ndim != 3:
+        return False
+    return up.shape[2] != down.shape[1] and up.shape[1] == down.shape[2]
 
 
 def inner(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from dither.core import SpecError, on_cpu
 from dither.model import Tensors
 from dither.search.forecast import Forecast, Progress
 from dither.search.greedy import Greedy
-from dither.search.knowledge import Sensitivity
+from dither.search.knowledge import Sensitivity, Weights
 from dither.search.ledger import Ledger
 
 
@@ -41,7 +41,7 @@ class Job:
             SpecError: a tensor is without a sensitivity.
         """
         values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
-        found = (sensitivity or self.sensitivity)(values)
+        found = (sensitivity or self.sensitivity)(Weights(values, tensors.stacks))
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}

@@ -12,6 +12,20 @@ from torch import Tensor
 from dither.core import Encoded
 from dither.encoders.coded_grid import in_steps
 
+_STACK = 3
+
+
+class Weights(dict[str, Tensor]):
+    """Tensors by name, and which of them are stacks of matrices.
+
+    Attributes:
+        stacks: their names, see :func:`~dither.model.stacks_of`.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], stacks: frozenset[str]) -> None:
+        super().__init__(values)
+        self.stacks = stacks
+
 
 @dataclass(frozen=True)
 class Knowledge:
@@ -22,7 +36,8 @@ class Knowledge:
         sensitivity: loss for each unit of squared error.
         rows: where rows (first axis) differ, each row's step relative to the tensor's; the
             sensitivity is then that of a row whose relative step is 1.
-        gram: second moments of the inputs, for error feedback: see :class:`~dither.GPTQ`.
+        gram: second moments of the inputs, for error feedback: see :class:`~dither.GPTQ`. Of a
+            tensor of three axes, moments of its last one alone make it a stack of matrices.
         axes: orthonormal ``(columns, columns)``, along which the rows of a table differ most.
         coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
         proposers: who proposes how to store it; None for :data:`~dither.search.PROPOSERS`.
@@ -35,6 +50,13 @@ class Knowledge:
     axes: Tensor | None = None
     coarsest: float | None = None
     proposers: tuple[Proposer, ...] | None = None
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether this is a stack of matrices, ``(matrices, outputs, inputs)``."""
+        if self.gram is None or self.value.ndim != _STACK or self.value.shape[1] == 1:
+            return False  # with a single channel it may be a convolution
+        return self.gram.shape == (self.value.shape[2],) * 2
 
     def every(self, stride: int) -> Knowledge:
         """The same of every ``stride``-th row."""

@@ -15,7 +15,7 @@ from dither.archive import code
 from dither.core import BudgetError, on_cpu
 from dither.model import collect
 from dither.search.forecast import PROBE, Forecast, Progress, silent
-from dither.search.knowledge import Choice, Knowledge, Sensitivity
+from dither.search.knowledge import Choice, Knowledge, Sensitivity, Weights
 from dither.search.ledger import Ledger
 from dither.search.predict import can_quantize, why_exact
 from dither.search.sensitivity import data_free
@@ -123,7 +123,8 @@ def plan(
     if not budgets:
         raise BudgetError(f"no sizes are given; write for example {list(SIZES)}")
     start = time.perf_counter()
-    found = sensitivity({name: on_cpu(value)[0] for name, value in tensors.values.items()})
+    values_here = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
+    found = sensitivity(Weights(values_here, tensors.stacks))
     known = {name: found[name] for name in tensors.values}
     forecast = Forecast(known, progress or silent)
     overhead = Ledger(known, tensors.aliases, {}).expected_overhead

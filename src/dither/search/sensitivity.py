@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dither.core import SpecError
 from dither.encoders.rotated import principal_axes
-from dither.search.knowledge import Knowledge, Sensitivity
+from dither.model import stacks_of
+from dither.search.knowledge import Knowledge, Sensitivity, Weights
 from dither.search.predict import BASIS_BITS, can_quantize, is_finite
 from dither.search.priors import prior_gram
 from dither.search.row_steps import FREQUENT, notched
@@ -59,13 +60,15 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     """Sensitivities without data or a forward pass.
 
     * Matrices and convolutions: ``size ** -2/3`` (:data:`SIZE_EXPONENT`), and second moments of
-      their inputs for error feedback (:mod:`dither.search.priors`).
+      their inputs for error feedback (:mod:`dither.search.priors`). A stack of matrices, as
+      experts are, counts as so many single ones.
     * Token tables: rows further down are rarer. Tokenizers number tokens by falling frequency,
       about as Zipf and Mandelbrot say, ``1 / (row + rows / 16)``, and a row that is seen half as
       often may have twice the squared error.
     * Vectors: finer steps than matrices (:data:`VECTOR_PRECISION`).
     """
     floats = {k: v for k, v in tensors.items() if is_finite(v)}
+    stacks = tensors.stacks if isinstance(tensors, Weights) else stacks_of(tensors, tensors)
     matrices = {k: v for k, v in floats.items() if v.ndim > 1}
     # The mean cost of an error of one standard deviation in each weight of a matrix.
     total = sum(value.numel() for value in matrices.values())
@@ -74,7 +77,7 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     weighted = {}
     for name, value in tensors.items():
         if name in matrices:
-            weighted[name] = _matrix(name, value)
+            weighted[name] = _stack(value) if name in stacks else _matrix(name, value)
         elif name in floats:
             spread = _spread(value)
             cost = unit / VECTOR_PRECISION**2 / spread
@@ -126,6 +129,11 @@ def _matrix(name: str, value: Tensor) -> Knowledge:
         axes = None if rows is None else token_axes(value, rows)
         return Knowledge(value, _of_size(value), rows=rows, axes=axes)
     return Knowledge(value, _of_size(value), gram=prior_gram(value))
+
+
+def _stack(value: Tensor) -> Knowledge:
+    """Of matrices, each with inputs of its own: as if each stood alone."""
+    return Knowledge(value, _of_size(value[0]), gram=prior_gram(value[0]))
 
 
 def _token_steps(value: Tensor) -> Tensor | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from dither.core import Encoded, Stats
+from dither.core import Codes, Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.search.knowledge import Choice, Knowledge, short
 from dither.search.predict import GRID_NBYTES, can_quantize, coded_nbytes, predict_grids
@@ -41,7 +41,14 @@ class Grid:
         """Codes with error feedback, if the choice says so and inputs are known."""
         stats = Stats(gram=known.gram) if choice.fed else None
         refit = self.refit and choice.fed and refits(known)
-        return GPTQ(known.steps(choice.step or 0.0), refit=refit).encode(known.value, stats)
+        encoder, value = GPTQ(known.steps(choice.step or 0.0), refit=refit), known.value
+        if stats is None or not known.is_stack:
+            return encoder.encode(value, stats)
+        # As one matrix of all outputs: else each of them would wait for the one before.
+        flat = encoder.encode(value.flatten(0, 1), stats)
+        levels = flat.codes["levels"]
+        shaped = Codes(levels.values.reshape(value.shape), levels.alphabet)
+        return replace(flat, shape=tuple(value.shape), codes={**flat.codes, "levels": shaped})
 
     def _exact(self, value: Tensor) -> Iterator[Choice]:
         """The grid that loses nothing, where the values are few multiples of the smallest one.
@@ -63,5 +70,5 @@ class Grid:
 
 
 def refits(known: Knowledge) -> bool:
-    """Whether this is a matrix whose inputs are known: its steps may be fitted to its codes."""
-    return known.gram is not None and known.value.ndim == 2
+    """Whether inputs of a matrix or stack are known: its steps may be fitted to its codes."""
+    return known.gram is not None and (known.value.ndim == 2 or known.is_stack)
