@@ -40,6 +40,7 @@ class Knowledge:
             tensor of three axes, moments of its last one alone make it a stack of matrices.
         axes: orthonormal ``(columns, columns)``, along which the rows of a table differ most.
         coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
+        least: values above this are not rounded to 0, unless all are; None where they may be.
         proposers: who proposes how to store it; None for :data:`~dither.search.PROPOSERS`.
     """
 
@@ -49,6 +50,7 @@ class Knowledge:
     gram: Tensor | None = None
     axes: Tensor | None = None
     coarsest: float | None = None
+    least: float | None = None
     proposers: tuple[Proposer, ...] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from dither.search.knowledge import Choice, Knowledge
 from dither.search.landing import goal, land
 from dither.search.ledger import Ledger
 from dither.search.proposers.grid import refits
+from dither.search.sensitivity import of_vector, unit_of
+from dither.search.size import LEAST_SHARE, SLACK_NBYTES
 
 DAMPING = 0.1
 """Of second moments, as a share of their mean diagonal: samples are few, and will differ."""
@@ -63,24 +66,47 @@ class LayerOrder:
 
     def __init__(self, forecast: Forecast, ledger: Ledger, layers: Layerwise) -> None:
         self._forecast, self._ledger, self._layers = forecast, ledger, layers
+        self._starts: dict[str, Tensor] = {}  # what moves, as each walk finds it
 
     def spend(self, budget: int) -> None:
         """Encode all layers, and fill the ledger with a file of at most ``budget`` bytes.
 
         Raises:
-            BudgetError: the file came out larger each time.
+            BudgetError: the file came out larger each time. Of those that fit, the fullest is kept.
         """
         aim, batches = budget, len(list(self._layers.data))
-        self._round(aim, max(1, batches // _LEARNING_SHARE), steer=False)
+        moved, _ = self._round(aim, max(1, batches // _LEARNING_SHARE), steer=False)
+        self._learn(moved)
+        best, kept = 0, self._ledger.rows()
         for _ in range(_ATTEMPTS):
             moved, fed = self._round(aim, batches, steer=True)
             for name, value in moved.items():
                 self._move(self._ledger.aliases.get(name, name), value)
             size = land(self._ledger, self._forecast.tensors, budget, frozen=set(fed))
-            if size <= budget:
-                return
-            aim -= size - budget
-        raise BudgetError(f"layers in sequence take {size} bytes, more than {budget}")
+            if best < size <= budget:
+                best, kept = size, self._ledger.rows()
+            if budget >= size >= min(LEAST_SHARE * budget, budget - SLACK_NBYTES):
+                break
+            aim += budget - size
+        if not best:
+            raise BudgetError(f"layers in sequence take {size} bytes, more than {budget}")
+        self._ledger.restore(kept)
+
+    def _learn(self, moved: Mapping[str, Tensor]) -> None:
+        """Know anew what takes no bytes as it is, and will once it moves: biases that are all 0."""
+        places = {self._ledger.aliases.get(name, name): value for name, value in moved.items()}
+        unit = unit_of(self._forecast.tensors.values())
+        found = {
+            name: of_vector(self._shaped(name, value), unit)
+            for name, value in places.items()
+            if self._ledger.choice(name).loss == 0 and bool(value.any())
+        }
+        self._starts |= self._ledger.decoded(found)
+        self._forecast.change(found)
+
+    def _shaped(self, name: str, value: Tensor) -> Tensor:
+        known = self._forecast.tensors[name].value
+        return value.cpu().reshape(known.shape).to(known.dtype)
 
     def _round(
         self, budget: int, batches: int, *, steer: bool
@@ -100,7 +126,7 @@ class LayerOrder:
             ledger.put(name, chosen[name], ledger.coded(name))
         turns = _Turns(forecast, ledger, budget, fed, steer=steer)
         stage = f"encoding in sequence{'' if steer else ', to learn'}"
-        start = ledger.decoded(others)
+        start = ledger.decoded(others) | self._starts
         with self._layers.walk(fed, start=start, biases=True, batches=batches) as walk:
             for layer in walk:
                 forecast.progress(stage, 1 - len(turns.waiting) / len(fed))
@@ -110,8 +136,9 @@ class LayerOrder:
 
     def _move(self, name: str, value: Tensor) -> None:
         """Give a tensor another value, and code it again as was chosen."""
-        known = self._forecast.tensors[name]
-        known = replace(known, value=value.cpu().reshape(known.value.shape))
+        if name not in self._starts:
+            self._starts |= self._ledger.decoded([name])
+        known = replace(self._forecast.tensors[name], value=self._shaped(name, value))
         self._forecast.tensors[name] = known
         choice = self._ledger.choice(name)
         self._ledger.put(name, choice, code(choice.encode(known)))

@@ -38,6 +38,14 @@ class Ledger:
         """Take everything back."""
         self._rows.clear()
 
+    def rows(self) -> Mapping[str, tuple[Choice, CodedTensor]]:
+        """All that it holds, as it is now: for :meth:`restore`."""
+        return dict(self._rows)
+
+    def restore(self, rows: Mapping[str, tuple[Choice, CodedTensor]]) -> None:
+        """Hold again what it held."""
+        self._rows = dict(rows)
+
     def __contains__(self, name: str) -> bool:
         return name in self._rows
 

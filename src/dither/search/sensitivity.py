@@ -8,7 +8,7 @@ gives the reasons, and what each part of the rule brings.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -79,12 +79,32 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
         if name in matrices:
             weighted[name] = _stack(value) if name in stacks else _matrix(name, value)
         elif name in floats:
-            spread = _spread(value)
-            cost = unit / VECTOR_PRECISION**2 / spread
-            weighted[name] = Knowledge(value, cost, coarsest=spread**0.5)
+            weighted[name] = of_vector(value, unit)
         else:
             weighted[name] = Knowledge(value, 1.0)
     return weighted
+
+
+def of_vector(value: Tensor, unit: float) -> Knowledge:
+    """What is known of a bias or a norm.
+
+    Args:
+        value: finite, floating point.
+        unit: what an error of one standard deviation in a weight of a matrix costs, on average.
+    """
+    spread, positive = _spread(value), counted(value)
+    # What a norm divides by must stay, however small beside the others.
+    least = float(positive.min()) / 2 if positive.numel() else None
+    cost = unit / VECTOR_PRECISION**2 / spread
+    return Knowledge(value, cost, coarsest=spread**0.5, least=least)
+
+
+def unit_of(tensors: Iterable[Knowledge]) -> float:
+    """The unit for :func:`of_vector`, by what is known of matrices."""
+    matrices = [known for known in tensors if known.value.ndim > 1 and is_finite(known.value)]
+    total = sum(known.value.numel() for known in matrices)
+    costs = [k.value.numel() * k.sensitivity * _variance(k.value) for k in matrices]
+    return sum(costs) / total if total and sum(costs) > 0 else 1.0
 
 
 def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_free) -> Sensitivity:

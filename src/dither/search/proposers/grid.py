@@ -42,6 +42,8 @@ class Grid:
         stats = Stats(gram=known.gram) if choice.fed else None
         refit = self.refit and choice.fed and refits(known)
         encoder, value = GPTQ(known.steps(choice.step or 0.0), refit=refit), known.value
+        if known.least is not None:
+            return _kept_positive(encoder.encode(value), value > known.least)
         if stats is None or not known.is_stack:
             return encoder.encode(value, stats)
         # As one matrix of all outputs: else each of them would wait for the one before.
@@ -67,6 +69,17 @@ class Grid:
                 return
         counts = np.bincount((codes - codes.min()).long().cpu().numpy())
         yield Choice(GRID_NBYTES + coded_nbytes(counts.astype(np.float64)), 0.0, self, step)
+
+
+def _kept_positive(encoded: Encoded, is_kept: Tensor) -> Encoded:
+    """The same with one step in place of 0 where a value must not vanish."""
+    levels, zero = encoded.codes["levels"], int(encoded.codes["zero"].values)
+    codes = levels.values.long()
+    lost = is_kept & (codes == zero)
+    if not bool(lost.any()) or bool((codes == zero).all()):  # or it was dropped altogether
+        return encoded
+    raised = Codes(codes.masked_fill(lost, zero + 1), max(levels.alphabet, zero + 2))
+    return replace(encoded, codes={**encoded.codes, "levels": raised})
 
 
 def refits(known: Knowledge) -> bool:
