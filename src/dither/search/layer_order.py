@@ -99,7 +99,7 @@ class LayerOrder:
         found = {
             name: of_vector(self._shaped(name, value), unit)
             for name, value in places.items()
-            if self._ledger.choice(name).loss == 0 and bool(value.any())
+            if _is_constant(self._forecast.tensors[name].value) and not _is_constant(value)
         }
         self._starts |= self._ledger.decoded(found)
         self._forecast.change(found)
@@ -142,6 +142,10 @@ class LayerOrder:
         self._forecast.tensors[name] = known
         choice = self._ledger.choice(name)
         self._ledger.put(name, choice, code(choice.encode(known)))
+
+
+def _is_constant(value: Tensor) -> bool:
+    return bool((value == value.flatten()[:1]).all())
 
 
 class _Turns:
