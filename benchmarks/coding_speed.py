@@ -2,8 +2,11 @@
 
     python -m benchmarks.coding_speed --symbols 20000000 --json coding_speed.json
 
-Repeats are interleaved, so that both coders meet the same load; compare the ratios, which are
-medians of the ratios within each repeat, and not the speeds. constriction is optional
+Both coders run in one thread, whose processor time is taken; repeats are interleaved, so that both
+meet the same load of caches and clocks. Compare the ratios, which are medians of the ratios within
+each repeat, and not the speeds. The symbols are one part, and then eight parts, decoded by one
+thread and by two and timed by the clock, for which the machine must be idle. The first repeat, in
+which loops are compiled or loaded, is not counted. constriction is optional
 (`pip install constriction`).
 """
 
@@ -13,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,10 +41,12 @@ def laplacian(count: int, alphabet: int, scale: float) -> NDArray[np.uint8]:
     return np.clip(np.rint(values), 0, alphabet - 1).astype(np.uint8)
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    begin = time.perf_counter()
+def timed(
+    action: Callable[[], Any], clock: Callable[[], float] = time.thread_time
+) -> tuple[float, Any]:
+    begin = clock()
     result = action()
-    return time.perf_counter() - begin, result
+    return clock() - begin, result
 
 
 def ours(codes: NDArray[np.uint8], alphabet: int) -> tuple[float, float, int]:
@@ -70,6 +76,19 @@ def theirs(codes: NDArray[np.uint8], alphabet: int) -> tuple[float, float, int]:
     return encoding, decoding, 4 * len(words)
 
 
+PARTS = 8
+
+
+def side_by_side(parts: list[tuple[str, bytes]], length: int, alphabet: int, threads: int) -> float:
+    """Seconds to decode several parts in threads, as the tensors of a file are."""
+
+    def decode(part: tuple[str, bytes]) -> Any:  # noqa: ANN401
+        return decode_codes(*part, (length,), alphabet)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return timed(lambda: list(pool.map(decode, parts)), time.perf_counter)[0]
+
+
 def measure(count: int, alphabet: int, scale: float, repeats: int) -> dict[str, float]:
     """Bits per symbol, median speeds in millions of symbols per second, and median ratios."""
     codes = laplacian(count, alphabet, scale)
@@ -77,9 +96,11 @@ def measure(count: int, alphabet: int, scale: float, repeats: int) -> dict[str, 
     counts = counts[counts > 0]
     coders = {"ours": ours} | ({"constriction": theirs} if constriction else {})
     runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in coders}
-    for _ in range(repeats):
+    for repeat in range(repeats + 1):
         for name, coder in coders.items():
-            runs[name].append(coder(codes, alphabet))
+            row_of = coder(codes, alphabet)
+            if repeat:
+                runs[name].append(row_of)
     row = {"entropy": float((counts * np.log2(count / counts)).sum() / count)}
     for name, times in runs.items():
         row[f"{name} bits"] = 8 * times[0][2] / count
@@ -89,6 +110,13 @@ def measure(count: int, alphabet: int, scale: float, repeats: int) -> dict[str, 
         pairs = list(zip(runs["ours"], runs["constriction"], strict=True))
         row["encode ratio"] = median(b[0] / a[0] for a, b in pairs)
         row["decode ratio"] = median(b[1] / a[1] for a, b in pairs)
+    length = count // PARTS
+    parts = [encode_codes(codes[i * length : (i + 1) * length], alphabet) for i in range(PARTS)]
+    threaded = [
+        [side_by_side(parts, length, alphabet, threads) for threads in (1, 2)]
+        for _ in range(2 * repeats)
+    ]
+    row["two threads ratio"] = median(one / two for one, two in threaded)
     return row
 
 

@@ -72,9 +72,9 @@ class Twin(Generic[P, R]):
     True
     """
 
-    def __init__(self, function: Callable[P, R]) -> None:
-        """Keep a function of the top level of a module, of arrays and numbers."""
-        self.function = function
+    def __init__(self, function: Callable[P, R], *parts: Callable[..., object]) -> None:
+        """Keep a function of arrays and numbers, and those that it calls, of one module."""
+        self.function, self._parts = function, parts
         self._owed = 0.0
         self._compiled: Any = None
         self._known: set[tuple[object, ...]] = set()
@@ -105,6 +105,8 @@ class Twin(Generic[P, R]):
     def _prepared(self) -> bool:
         with _lock:
             if self._compiled is None:
+                for part in self._parts:
+                    importlib.import_module("numba.extending").register_jitable(part)
                 options = {"nogil": True, "error_model": "numpy"}
                 try:
                     self._compiled = _Ledger.numba.njit(cache=True, **options)(self.function)

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -34,6 +35,9 @@ LIMIT_RATIO = 256
 """Without ``max_nbytes``, decoding may take 4 GiB or 256 times the file, whichever is more."""
 MULTIPLICATIONS = 128
 """Most for each byte of ``max_nbytes``, beyond a few for each value: it bounds the time."""
+
+_WORTH_THREADS = 4_000_000
+"""Bytes of tensors from which on several are decoded at once."""
 
 _COPY_CHUNK = 1 << 20
 
@@ -180,9 +184,27 @@ class Archive(Mapping[str, Tensor]):
         Raises:
             ArchiveError: a part is damaged, or all would take more than ``max_nbytes``.
         """
-        self._check(self._entries.values())
-        tensors = {name: self[name] for name in self._entries}
+        entries = self._entries.values()
+        self._check(entries)
+        count = self._side_by_side(entries)
+        if count == 1:
+            tensors = {name: self[name] for name in self._entries}
+        else:
+            with ThreadPoolExecutor(count) as pool:
+                found = pool.map(self.__getitem__, self._entries)
+                tensors = dict(zip(self._entries, found, strict=True))
         return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
+
+    def _side_by_side(self, entries: Collection[Entry]) -> int:
+        """How many tensors to decode at once: as many as there are threads, and memory for them."""
+        kept = sum(entry.decoded_nbytes for entry in entries)
+        if kept < _WORTH_THREADS:
+            return 1
+        beside = sorted((working_nbytes(e) - e.decoded_nbytes for e in entries), reverse=True)
+        count = torch.get_num_threads()
+        while count > 1 and kept + sum(beside[:count]) > self.max_nbytes:
+            count -= 1
+        return count
 
     def check_total(self) -> None:
         """Refuse to read all tensors, one after the other, where that could take hours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dither.coding import code_lengths
 from dither.core import Encoded, SpecError, Stats
+from dither.encoders import viterbi_twin
 from dither.encoders.coded_grid import BySettings, grid_steps, in_steps, refitted
 from dither.encoders.gptq import feedback
 from dither.encoders.outputs import prepared
@@ -235,18 +237,19 @@ class _Search:
     def run(self, states: int) -> tuple[Tensor, Tensor, Tensor]:
         """Multiples and errors, ``(inputs, outputs)``, of the best path, and the states' costs."""
         count, outputs = self.block.shape
+        compiled = viterbi_twin.SEARCH.chosen(count * count * states * outputs * 1e-9)
+        if compiled is not None:
+            return self._compiled(compiled, states)
         before = predecessors(states)
         total = self.total
-        errors = torch.empty(
-            count, states, outputs, dtype=torch.float32
-        )  # of the path that survives in each state
+        # What the path that survives in each state passes on to each input, summed in the order of
+        # the inputs, product by product.
+        passed = torch.zeros(count, states, outputs, dtype=torch.float32)
+        errors = torch.empty(count, states, outputs, dtype=torch.float32)
         multiples = torch.empty(count, states, outputs, dtype=torch.float32)
         parities = torch.empty(count, states, outputs, dtype=torch.bool)
         for i in range(count):
-            aim = self.block[i].expand(states, outputs)
-            if i:
-                past = self.within[:i, i] @ errors[:i].reshape(i, -1)
-                aim = aim + past.reshape(states, outputs)
+            aim = self.block[i] + passed[i]
             choices = [self._choose(i, aim, total, parity) for parity in (0, 1)]
             (even, one, lost), (odd, other, missed) = (
                 [part[before[parity]] for part in choices[parity]] for parity in (0, 1)
@@ -255,18 +258,26 @@ class _Search:
             total = torch.minimum(even, odd)
             torch.where(parity, other, one, out=multiples[i])
             torch.where(parity, missed, lost, out=errors[i])
-            if i:
-                kept, moved = (errors[:i, before[p]] for p in (0, 1))
-                torch.where(parity, moved, kept, out=errors[:i])
+            kept, moved = (passed[i + 1 :, before[p]] for p in (0, 1))
+            torch.where(parity, moved, kept, out=passed[i + 1 :])
+            passed[i + 1 :] += self.within[i, i + 1 :, None, None] * errors[i]
         best = total.argmin(0)
         settled = torch.full_like(total, torch.inf)
         settled[best, torch.arange(outputs)] = 0
-        state, path = best, torch.empty(count, outputs, dtype=torch.int32)
+        state, path = best, torch.empty(2, count, outputs, dtype=torch.float32)
         for i in range(count - 1, -1, -1):
-            path[i] = multiples[i].gather(0, state[None])[0]
+            path[0, i] = multiples[i].gather(0, state[None])[0]
+            path[1, i] = errors[i].gather(0, state[None])[0]
             state = before[parities[i].gather(0, state[None])[0].long(), state]
-        chosen = errors.gather(1, best.expand(count, 1, outputs))[:, 0]
-        return path, chosen, settled
+        return path[0].to(torch.int32), path[1], settled
+
+    def _compiled(self, search: Callable[..., None], states: int) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = torch.zeros(2, 0) if self.lengths is None else self.lengths
+        parts = (self.block, self.within, self.worth, lengths, self.total.clone())
+        path = torch.empty(2, *self.block.shape, dtype=torch.float32)
+        held = [part.contiguous().numpy() for part in (*parts, predecessors(states), path)]
+        search(*held, (0, self.block.shape[1]))
+        return path[0].to(torch.int32), path[1], torch.from_numpy(held[4])
 
     def _choose(self, i: int, aim: Tensor, total: Tensor, parity: int) -> tuple[Tensor, ...]:
         """Cost, multiple and error where each state takes a code of this parity."""
