@@ -120,7 +120,7 @@ def test_every_way_of_using_data_ends_with_a_file(name: str) -> None:
     archive = dither.compress(copy.deepcopy(model), "8x", data=batches)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
     assert [trial.error for trial in trials] == [""] * len(trials)
-    assert trials[-1].stage == "calibrated, in sequence"
+    assert "calibrated, in sequence" in [trial.stage for trial in trials]
     with torch.no_grad():
         wanted = [model(batch) for batch in batches]
         dither.load_into(copy.deepcopy(model), archive)

@@ -76,15 +76,30 @@ def calibrated(
     """
     samples = Data.of(data)
     samples = samples.held() if isinstance(samples.loader, Iterator) else samples
-    project = _PROJECTIONS.get(samples.distance)
+    return by_statistics(statistics(model, samples), prior)
 
-    stats = collect(model, samples) if project is None else _measured(model, samples, project)
+
+def statistics(model: nn.Module, samples: Data) -> dict[str, Stats]:
+    """What :func:`calibrated` measures, by the name of the parameter.
+
+    Raises:
+        SpecError: the loader is empty.
+    """
+    project = _PROJECTIONS.get(samples.distance)
+    if project is not None:
+        return _measured(model, samples, project)
+    found = collect(model, samples)
+    return {name: replace(stats, importance=None) for name, stats in found.items()}
+
+
+def by_statistics(stats: Mapping[str, Stats], prior: Sensitivity = data_free) -> Sensitivity:
+    """What :func:`calibrated` makes of :func:`statistics`."""
 
     def sensitivity(tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
         found = {
             name: with_stats(weighted, stats.get(name)) for name, weighted in prior(tensors).items()
         }
-        return blended(found, {} if project is None else stats)
+        return blended(found, stats)
 
     return sensitivity
 

@@ -15,6 +15,7 @@ from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
 from dither.data import Data, described, divergence, floats_of, has_nan, squared
 from dither.model import duplicate, evaluating
+from dither.search.held_out import MANY, Split, hold_out
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Trial:
     Attributes:
         stage: what was done.
         nbytes: of the file; 0 if there is none.
-        distance: of the model's outputs from the original's, on the data.
+        distance: of the model's outputs from the original's: on samples that were held out where
+            these are few, else on all.
         score: by ``evaluate``, if there is one.
         seconds: that it took, evaluation included.
         kept: whether it was the best so far.
         error: why there is no file; empty if there is one.
+        note: what else is to be said of it.
     """
 
     stage: str
@@ -38,6 +41,7 @@ class Trial:
     seconds: float
     kept: bool = False
     error: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         """One line for people."""
@@ -47,7 +51,7 @@ class Trial:
         kept = "kept" if self.kept else "not kept"
         return (
             f"{self.stage:28} {self.nbytes:>13,} bytes  distance {self.distance:.4g}{score}"
-            f"  {self.seconds:.0f} s  {kept}"
+            f"  {self.seconds:.0f} s  {kept}{self.note and f'  ({self.note})'}"
         )
 
     @property
@@ -60,10 +64,25 @@ class Trial:
 class Bench:
     """A model with data and the outputs that it gives, on which files are tried.
 
+    Where samples are few, ways that are fitted to some of them are judged by the others, unless a
+    score decides: see :mod:`dither.search.held_out`.
+
     Args:
         model: is left as it was.
         data: what it reads; kept in memory.
         evaluate: its score.
+
+    Attributes:
+        model: the same, or a copy.
+        data: all samples.
+        part: those to fit to, or all.
+        rows: samples in all, by the first axis of batches.
+        held: samples that are held out.
+        is_blind: whether none could be held out of few.
+        note: what is to be said of the trials that follow.
+        trials: all so far.
+        best: the best file so far.
+        failure: the first.
     """
 
     def __init__(
@@ -79,21 +98,30 @@ class Bench:
         self.model = model
         self.data = data.held()
         self._evaluate = evaluate
+        self.note = ""
         self.trials: list[Trial] = []
         self.best: Archive | None = None
         self.failure: Exception | None = None
         with evaluating(model), torch.no_grad():
-            self._outputs = [self._output(n, batch) for n, batch in enumerate(self.data)]
+            outputs = [self._output(self.data, n, batch) for n, batch in enumerate(self.data)]
+        split = Split.of(self.data) if evaluate else hold_out(model, self.data)
+        self.part, self.rows, self._judged = split.fit, split.rows, split.judge
+        self.held = split.held
+        self.is_blind = not split.held and not evaluate and split.rows < MANY
+        if split.held:
+            with evaluating(model), torch.no_grad():
+                outputs = [self._output(self._judged, n, b) for n, b in enumerate(self._judged)]
+        self._outputs = outputs
 
-    def _output(self, number: int, batch: object) -> object:
+    def _output(self, data: Data, number: int, batch: object) -> object:
         """What of the model's output is compared; a batch that gives none is named.
 
         Raises:
             SpecError: the model does not run on the batch, or what it gives is not a number.
         """
         try:
-            output = self.data.output(self.model, batch)
-            if self.data.distance in (squared, divergence):
+            output = data.output(self.model, batch)
+            if data.distance in (squared, divergence):
                 floats_of(output)
         except Exception as error:
             said = (
@@ -108,6 +136,27 @@ class Bench:
                 "compared with it; mend that batch or the model, or leave the batch out"
             )
         return output
+
+    def refit(self, make: Callable[[], Archive]) -> None:
+        """Go the best way again with all samples, and keep its file.
+
+        The distance is that on samples held out before: on those that a file is fitted to, another
+        would say too much good of it.
+        """
+        start = time.monotonic()
+        before = next(trial for trial in reversed(self.trials) if trial.kept)
+        stage = f"{before.stage}, anew"
+        note = f"fitted to all {self.rows} samples; distance as before"
+        try:
+            archive = make()
+        except Exception as error:  # noqa: BLE001 - as in attempt
+            self._fail(stage, error, start)
+            return
+        seconds = time.monotonic() - start
+        self.trials.append(
+            replace(before, stage=stage, nbytes=archive.nbytes, seconds=seconds, note=note)
+        )
+        self.best = archive
 
     def attempt(
         self, stage: str, make: Callable[[], Archive | None], *, keep: bool = False
@@ -130,10 +179,7 @@ class Bench:
         except Exception as error:
             if self.best is None and isinstance(error, BudgetError):
                 raise
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            seconds = time.monotonic() - start
-            self.trials.append(Trial(stage, 0, math.nan, None, seconds, error=said))
-            self.failure = self.failure or error
+            self._fail(stage, error, start)
             return False
         return archive is not None and self._judge(stage, archive, start, keep=keep)
 
@@ -148,10 +194,16 @@ class Bench:
         self.best.trials = tuple(self.trials)
         return self.best
 
+    def _fail(self, stage: str, error: Exception, start: float) -> None:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.trials.append(Trial(stage, 0, math.nan, None, time.monotonic() - start, error=said))
+        self.failure = self.failure or error
+
     def _judge(self, stage: str, archive: Archive, start: float, *, keep: bool) -> bool:
         distance, score = self._measure(archive)
         kept = next((trial.merit for trial in reversed(self.trials) if trial.kept), None)
-        trial = Trial(stage, archive.nbytes, distance, score, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        trial = Trial(stage, archive.nbytes, distance, score, seconds, note=self.note)
         is_best = keep or kept is None or trial.merit > kept
         self.trials.append(replace(trial, kept=is_best))
         if is_best:
@@ -166,8 +218,8 @@ class Bench:
         load_into(model, archive)
         with evaluating(model), torch.no_grad():
             distances = [
-                self._distance(self.data.output(model, batch), output)
-                for batch, output in zip(self.data, self._outputs, strict=True)
+                self._distance(self._judged.output(model, batch), output)
+                for batch, output in zip(self._judged, self._outputs, strict=True)
             ]
             score = None if self._evaluate is None else self._score(model)
         return float(torch.tensor(distances, dtype=torch.float64).mean()), score

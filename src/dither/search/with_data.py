@@ -10,12 +10,16 @@ from torch import nn
 from dither.archive import Archive
 from dither.calibrate import Layerwise
 from dither.core import SpecError
+from dither.data import Data
 from dither.model import collect, duplicate, weights_of
 from dither.rewrite import chains, equalize, free_pairs
 from dither.search.activation_trials import Sites, nbytes_of, plans_of, try_plans
-from dither.search.calibrated import calibrated
+from dither.search.calibrated import by_statistics, statistics
+from dither.search.forecast import Forecast
+from dither.search.held_out import enough
 from dither.search.job import Job
 from dither.search.layer_order import LayerOrder
+from dither.search.ledger import Ledger
 from dither.search.trials import Bench
 
 
@@ -33,34 +37,64 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     equal = _equalized(model)
     if equal is not None and bench.attempt("equalized", partial(job.archive, collect(equal))):
         model = equal
-    _try_measured(bench, job, model)
+    _try_fitted(bench, job, model)
     if plans:
         try_plans(bench, plans, job.metadata, room)
     return bench.winner()
 
 
-def _try_measured(bench: Bench, job: Job, model: nn.Module) -> None:
+def _try_fitted(bench: Bench, job: Job, model: nn.Module) -> None:
     """Sensitivities from data; then layers in sequence, which begin where those end."""
     job.progress("measuring", 0.0)
-    tensors = collect(model)
-    found = []
+    fitted = _Fitted(bench, job, model, bench.part)
+    stages = ("calibrated", "calibrated, in sequence")
+    kept = [bench.attempt(stages[0], fitted.calibrated)]
+    if fitted.found:
+        kept.append(bench.attempt(stages[1], fitted.ordered))
+    bench.note = ""
+    if bench.held and any(kept):
+        again = _Fitted(bench, job, model, bench.data)
+        bench.refit(again.both if kept[-1] and len(kept) > 1 else again.calibrated)
 
-    def measured() -> Archive:
-        sensitivity = calibrated(model, bench.data, prior=job.sensitivity)
-        found.append(job.spend(tensors, sensitivity))
-        return found[0][1].archive()
 
-    def ordered() -> Archive | None:
-        layers = Layerwise(model, bench.data)
-        if not layers.order.names:
+class _Fitted:
+    """Ways that are fitted to samples."""
+
+    def __init__(self, bench: Bench, job: Job, model: nn.Module, data: Data) -> None:
+        self._bench, self._job, self._model, self._data = bench, job, model, data
+        self.found: tuple[Forecast, Ledger] | None = None
+
+    def calibrated(self) -> Archive:
+        """Sensitivities from data."""
+        stats = statistics(self._model, self._data)
+        self._bench.note = _said_of(enough(stats, self._data), self._bench)
+        sensitivity = by_statistics(stats, self._job.sensitivity)
+        self.found = self._job.spend(collect(self._model), sensitivity)
+        return self.found[1].archive()
+
+    def ordered(self) -> Archive | None:
+        """Layers in sequence, from where the other ended; None where there are none."""
+        layers = Layerwise(self._model, self._data)
+        if not layers.order.names or self.found is None:
             return None
-        forecast, ledger = found[0]
-        LayerOrder(forecast, ledger, layers).spend(job.budget)
+        forecast, ledger = self.found
+        LayerOrder(forecast, ledger, layers).spend(self._job.budget)
         return ledger.archive()
 
-    bench.attempt("calibrated", measured)
-    if found:
-        bench.attempt("calibrated, in sequence", ordered)
+    def both(self) -> Archive:
+        """One after the other."""
+        calibrated, ordered = self.calibrated(), self.ordered()
+        return calibrated if ordered is None else ordered
+
+
+def _said_of(enough: int, bench: Bench) -> str:
+    """What is to be said of files that are fitted to few samples."""
+    notes = []
+    if enough > bench.rows:
+        notes.append(f"{bench.rows} samples are few: about {enough:,} would do")
+    if bench.is_blind:
+        notes.append("judged by what it is fitted to: no sample could be held out")
+    return "; ".join(notes)
 
 
 def _equalized(model: nn.Module) -> nn.Module | None:
