@@ -88,4 +88,4 @@ def test_rows_of_tokens_are_counted_and_no_others(name: str) -> None:
 def test_their_models_are_compressed_with_data(name: str) -> None:
     archive = dither.compress(build(name), "6x", data=[CASES[name][2]])
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
-    assert [trial.error for trial in trials] == ["", "", ""]
+    assert not any(trial.error for trial in trials)

@@ -158,7 +158,7 @@ def test_what_padding_holds_changes_no_byte() -> None:
             batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, filler)
         made.append(dither.compress(Sentences().eval(), "8x", data=data))
     trials = [[t for t in one.trials if isinstance(t, Trial)] for one in made]
-    assert [t.error for t in trials[0]] == ["", "", ""]
+    assert not any(t.error for t in trials[0])
     for one, other in zip(*trials, strict=True):
         assert one.nbytes == other.nbytes
         assert one.distance == pytest.approx(other.distance, rel=1e-6)

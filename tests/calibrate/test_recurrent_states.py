@@ -134,5 +134,5 @@ def test_an_encoder_and_a_decoder_are_compressed(
     data = [tuple(torch.randint(30, (8, n), generator=generator) for n in (5, 7)) for _ in range(3)]
     archive = dither.compress(Translator(kind, cell).eval(), "6x", data=data)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
-    assert [trial.error for trial in trials] == ["", "", ""]
+    assert not any(trial.error for trial in trials)
     assert trials[2].distance < trials[0].distance

@@ -190,7 +190,7 @@ def test_every_way_of_using_data_runs(name: str) -> None:
     archive = dither.compress(model_of(kind), "10x", data=data)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
     assert [trial.error for trial in trials] == [""] * len(trials)
-    assert trials[-1].stage == "calibrated, in sequence"
+    assert "calibrated, in sequence" in [trial.stage for trial in trials]
     assert all(trial.distance >= 0 for trial in trials)
 
 

@@ -29,7 +29,8 @@ STAGES = ["data-free", "calibrated", "calibrated, in sequence"]
 
 def works(model: nn.Module, batch: Tensor = BATCH) -> dither.Archive:
     archive = dither.compress(model, "8x", data=[batch])
-    assert [str(trial)[:28].rstrip() for trial in archive.trials] == STAGES
+    stages = [str(trial)[:28].rstrip() for trial in archive.trials]
+    assert stages[:3] == STAGES  # and the best of them anew, where samples are few
     assert not [trial for trial in archive.trials if "failed" in str(trial)]
     return archive
 
