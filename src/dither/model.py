@@ -164,8 +164,8 @@ def inner(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):  # noqa: SLF001
-            model = compiled
+        elif list(model._modules) == ["_orig_mod"]:  # noqa: SLF001 - of torch.compile
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
@@ -234,6 +234,59 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     if tensor.is_meta:
         return (tensor.device, id(tensor))
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that cannot be written without changing other values, too.
+
+    Those are expanded (several values share one place), or show a part of what another shows; tied
+    ones show the same.
+
+    >>> table = torch.zeros(6)
+    >>> overlapping({"a": table[:4], "b": table[2:], "c": torch.zeros(1).expand(3)})
+    ['a', 'b', 'c']
+    >>> overlapping({"a": table[:3], "b": table[3:], "c": table[:3]})
+    []
+    """
+    spans: dict[tuple[object, ...], tuple[int, int, Tensor]] = {}
+    for value in tensors.values():
+        if value.numel() and not value.is_meta and not hasattr(value, "full_tensor"):
+            start, size = value.data_ptr(), value.element_size()
+            last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+            spans[memory_of(value)] = start, start + (last + 1) * size, value
+    shared: set[tuple[object, ...]] = set()
+    group: list[tuple[object, ...]] = []
+    end = 0
+    for place in sorted(spans, key=lambda key: spans[key][:2]):
+        if spans[place][0] >= end:
+            group = []
+        group.append(place)
+        end = max(end, spans[place][1])
+        if not _are_apart([spans[key][2] for key in group]):
+            shared.update(group)
+    return [name for name, value in tensors.items() if memory_of(value) in shared]
+
+
+def separate(tensors: Mapping[str, Tensor]) -> None:
+    """Give tensors that cannot be written alone memory of their own."""
+    for name in overlapping(tensors):
+        value = tensors[name]
+        value.data = value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _are_apart(tensors: list[Tensor]) -> bool:
+    """Whether no two values of tensors, whose memory is near, stand at one place."""
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        return True
+    least = min(value.data_ptr() for value in tensors)
+    found = []
+    for value in tensors:
+        places = torch.tensor(value.data_ptr() - least)
+        for n, step in zip(value.shape, value.stride(), strict=True):
+            places = places[..., None] + torch.arange(n) * step * value.element_size()
+        found.append(places.reshape(-1))
+    every = torch.cat(found)
+    return len(every.unique()) == len(every)
 
 
 def _check(name: object, value: object) -> None:

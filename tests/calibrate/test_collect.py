@@ -205,6 +205,22 @@ def test_recurrent(kind: type[nn.LSTM], options: dict[str, Any]) -> None:
         assert stats["weight_ih_l1_reverse"].gram.shape == (10, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_weights_of_any_type(kind: type[nn.LSTM], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = kind(4, 5, num_layers=2)
+    values = normal(6, 3, 4)
+    expected = collect(layer, [values])
+    found = collect(layer.to(dtype), [values.to(dtype)])
+    assert set(found) == set(expected)
+    for name, stats in found.items():
+        plain = expected[name].gram
+        assert stats.gram is not None
+        assert plain is not None
+        assert torch.allclose(stats.gram, plain, atol=0.03)
+
+
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_projected_lstm() -> None:
     layer = nn.LSTM(4, 5, proj_size=3)

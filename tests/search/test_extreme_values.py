@@ -130,3 +130,11 @@ def test_a_matrix_with_nan_leaves_other_sensitivities_alone() -> None:
     found = dither.search.data_free(state)
     plain = dither.search.data_free({name: state[name] for name in ("w", "b")})
     assert {n: found[n].sensitivity for n in plain} == {n: plain[n].sensitivity for n in plain}
+
+
+@pytest.mark.parametrize("value", [-1.5, 0.0, 1e-40, -3e38])
+def test_a_tensor_of_no_dimension_may_hold_any_number(value: float) -> None:
+    state = {"w": torch.randn(20, 20), "scale": torch.tensor(value)}
+    archive = dither.compress(state, 900)
+    assert archive.nbytes <= 900
+    assert float(archive["scale"]) == pytest.approx(value, rel=0.05)

@@ -16,7 +16,7 @@ from dither.archive.layout import MAGIC
 from dither.archive.reader import Archive
 from dither.checkpoint import converted, plain_names, read_checkpoint
 from dither.core import CheckpointError
-from dither.model import SITES, inner, memory_of, refuse_attached, weights_of
+from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
 from dither.terminal import some_names
 
 Value = TypeVar("Value")
@@ -191,9 +191,13 @@ def _differences(
 
 
 def _copy(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Write values in place; tensors made in inference mode can be written only there."""
+    """Write values in place; tensors made in inference mode can be written only there.
+
+    Those that show each other's memory get their own: the archive holds each by itself.
+    """
     is_special = any(value.is_inference() for value in state.values())
     with torch.inference_mode() if is_special else torch.no_grad():
+        separate({name: state[name] for name in tensors})
         for name, value in tensors.items():
             state[name].copy_(value)  # which does nothing on the meta device
 

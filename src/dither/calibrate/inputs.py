@@ -27,9 +27,10 @@ def outputs_axis(module: nn.Module) -> int:
 
 def is_conv1d_of_gpt2(module: nn.Module) -> bool:
     """Whether this is the Conv1D of transformers: a linear layer whose weight is transposed."""
+    if not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
+        return False  # before the weight is read, which a parametrization would compute
     weight = getattr(module, "weight", None)
-    is_named = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
-    return is_named and isinstance(weight, Tensor) and weight.ndim == 2
+    return isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def has_vectors(module: nn.Module) -> bool:
@@ -292,7 +293,7 @@ def _one_layer(module: nn.RNNBase, suffix: str, values: Tensor, start: list[Tens
     projected = int(getattr(module, "proj_size", 0))
     if projected:
         names.append("weight_hr")
-    weights = [getattr(module, f"{name}_{suffix}") for name in names]
+    weights = [getattr(module, f"{name}_{suffix}").to(values.dtype) for name in names]
     zeros = values.new_zeros(1, values.shape[1], module.hidden_size)
     state = start[-1] if start else zeros
     options: tuple[Any, ...] = (weights, module.bias, 1, 0.0, False, False, False)

@@ -216,12 +216,12 @@ def by_ratio(value: Tensor) -> float:
 
 
 def counted(value: Tensor) -> Tensor:
-    """The values of which errors count by ratio, float64: those above 0 if none is below.
+    """The values of which errors count by ratio, a float64 vector: those above 0, if none is below.
 
     A dead channel has a variance of nearly 0, where a norm divides by what it adds to it: what is
     far below all such numbers (:data:`NEGLIGIBLE`) and below the largest value counts not at all.
     """
-    double = value.detach().double()
+    double = value.detach().double().reshape(-1)
     if not double.numel() or bool((double < 0).any()):
         return double[:0]
     return double[double > min(NEGLIGIBLE, float(double.max()) * RANGE)]

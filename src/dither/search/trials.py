@@ -14,7 +14,7 @@ from dither.activations import Encodings, apply
 from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
 from dither.data import Data, described, divergence, floats_of, has_nan, squared
-from dither.model import duplicate, evaluating
+from dither.model import duplicate, evaluating, overlapping, separate, weights_of
 from dither.search.held_out import MANY, Split, hold_out
 
 
@@ -92,9 +92,11 @@ class Bench:
             raise SpecError(
                 "data runs through a model, and the source is a dict of tensors: give the model"
             )
-        tensors = model.state_dict().values()
-        if any(isinstance(t, Tensor) and t.is_inference() for t in tensors):
-            model = duplicate(model)  # of those, no gradients are to be had
+        tensors = weights_of(model.state_dict())
+        is_special = any(isinstance(t, Tensor) and t.is_inference() for t in tensors.values())
+        if is_special or overlapping(tensors):
+            model = duplicate(model)  # of those, no gradients are to be had, nor other values
+            separate(weights_of(model.state_dict(keep_vars=True)))
         self.model = model
         self.data = data.held()
         self._evaluate = evaluate

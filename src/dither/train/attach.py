@@ -8,14 +8,14 @@ from functools import partial
 from numbers import Integral
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dither.activations import begin as begin_sites
 from dither.activations import placed
 from dither.core import SpecError
-from dither.model import collect
+from dither.model import collect, inner, overlapping
 from dither.search import Grid, Knowledge, Sensitivity, Stored, compress, parse_size
+from dither.terminal import some_names
 from dither.train.controller import Budget, Controller
 from dither.train.default_plan import default_plan
 from dither.train.method import begin
@@ -124,11 +124,16 @@ def _check(model: nn.Module, plan: object, nbytes: int | None, steps: int | None
     if any(is_shadowed(module) for module in model.modules()):
         raise SpecError("this model is attached already; call run.detach() on its run first")
     sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    is_compiled = hasattr(model, "_orig_mod")
-    if sharded or is_compiled or isinstance(model, DistributedDataParallel | nn.DataParallel):
+    if sharded or inner(model) is not model:
         raise SpecError(
             f"this {type(model).__name__} is wrapped already; attach to the plain model, and then "
-            "give it to DDP, FSDP, DataParallel or torch.compile"
+            "give it to DDP, FSDP, DataParallel, AveragedModel or torch.compile"
+        )
+    if mixed := overlapping(dict(model.named_parameters())):
+        raise SpecError(
+            f"{some_names(mixed)}: these parameters are expanded, or share a part of their memory, "
+            "so that one cannot be trained without changing others; give each memory of its own: "
+            "parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)"
         )
     if nbytes is not None and (steps is None or steps < 1):
         raise SpecError(

@@ -16,7 +16,7 @@ from dither.model import SHADOWS, weights_of
 from dither.rewrite import absorbed, norms
 from dither.search.size import fills
 from dither.train.method import AfterTraining
-from dither.train.surrogate import Surrogate, encode_now, plain
+from dither.train.surrogate import Surrogate, encode_now, plain, same_bits
 
 STATISTICS = ("running_mean", "running_var")
 """What batch and instance norm call theirs."""
@@ -193,11 +193,6 @@ def first_changed(
     for name, value in model.state_dict().items():
         if name in finished and name not in trained and not hasattr(value, "full_tensor"):
             held = finished[name].decode().to(value.device, value.dtype)
-            if not torch.equal(_bytes(held), _bytes(value)):
+            if not same_bits(held, value):
                 return name
     return None
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    # A copy, because a single value may have a stride of 0, of which there is no view as bytes.
-    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)

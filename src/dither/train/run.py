@@ -28,7 +28,7 @@ from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
 from dither.train.schedules import Schedule
 from dither.train.shadow import unshadow
-from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, whole
+from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, same_bits, whole
 
 _ATTEMPTS = 3
 """To finish within the budget: batch norm's new statistics take other bytes than the old ones."""
@@ -362,7 +362,7 @@ class Run:
             encoded[name] = self._encode(name, value)
             if name in self.surrogates:
                 self.surrogates[name].commit(self.parameter(name), encoded[name])
-            elif not torch.equal(value, plain(state[name])) or name in self._buffers:
+            elif not same_bits(value, plain(state[name])) or name in self._buffers:
                 self._replaced[name] = state[name].clone()
                 state[name].copy_(encoded[name].decode())
         self._finished = encoded

@@ -284,3 +284,13 @@ class Surrogate(Added):
         if self._committed is None:
             state["_shown"] = None
         return state
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one type and shape are equal, also where values do not compare."""
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # A copy, because a single value may have a stride of 0, of which there is no view as bytes.
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
