@@ -139,29 +139,25 @@ def _compressed(
 
 
 def rounded(state: Mapping[str, Any], bits: int) -> tuple[dict[str, Any], int]:
-    """Weights on a symmetric grid for each output, all else in float16; bytes after xz -9e."""
+    """Weights on a symmetric grid for each output, all else in float32; bytes after xz -9e."""
     import torch
 
     found, payload = {}, bytearray()
     most = 2 ** (bits - 1) - 1
     for name, value in state.items():
-        if not value.is_floating_point():
+        if not value.is_floating_point() or value.ndim < 2:
             payload += value.numpy().tobytes()
             continue
-        if value.ndim < 2:
-            half = value.half()
-            payload += half.numpy().tobytes()
-            found[name] = half.float()
-            continue
         flat = value.reshape(len(value), -1)
-        scale = (flat.abs().amax(1, keepdim=True) / most).clamp(min=1e-12).half().float()
+        scale = flat.abs().amax(1, keepdim=True) / most
+        scale = torch.where(scale > 0, scale, 1.0)
         codes = (flat / scale).round().clamp(-most, most)
         found[name] = (codes * scale).reshape(value.shape)
         numbers = (codes + most + 1).to(torch.uint8).reshape(-1)
         if bits == 4:
             numbers = torch.nn.functional.pad(numbers, (0, len(numbers) % 2))
             numbers = numbers[::2] * 16 + numbers[1::2]
-        payload += numbers.numpy().tobytes() + scale.half().numpy().tobytes()
+        payload += numbers.numpy().tobytes() + scale.numpy().tobytes()
     return found, len(lzma.compress(bytes(payload), preset=9 | lzma.PRESET_EXTREME))
 
 
