@@ -103,6 +103,7 @@ def measure(row: Sequence[str], nncodec: Path | None) -> dict[str, Any]:
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         "trials": remark,
         **describe(),
+        "command": f"python -m benchmarks.zoo --row {' '.join(row)}",
     }
 
 
