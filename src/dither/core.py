@@ -24,6 +24,9 @@ from dither.terminal import some_names
 MAX_ALPHABET = 1 << 24
 """The largest alphabet of a code part: integers up to 2**24 are exact in float32."""
 
+STACKED = -2
+"""``Stats.outputs`` of a stack of matrices, as all experts of a layer are in one tensor."""
+
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         name: getattr(torch, name)
@@ -152,9 +155,8 @@ class Stats:
             inputs, for each group of as many. With three axes one matrix for each of ``n`` equal
             groups: of the outputs where a matrix covers all inputs, else of the inputs.
         outputs: the weight's axis that counts outputs: 0, but 1 for transposed convolutions and
-            GPT-2's Conv1D.
-        mean: first moments of the inputs, with the leading axes of ``gram``: ``(inputs,)`` or
-            ``(n, inputs)``.
+            GPT-2's Conv1D, and :data:`STACKED` for stacks of matrices ``(..., outputs, inputs)``.
+        mean: first moments of the inputs, ``(inputs,)``, or ``(n, inputs)`` where ``gram`` has n.
         cross: second moments of what the inputs should be with what they are, as ``gram``: where
             layers before are quantized already.
         counts: how often each row of a table was read, ``(rows,)``.

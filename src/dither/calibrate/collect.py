@@ -22,9 +22,10 @@ from dither.calibrate.inputs import (
     recurrent_vectors,
 )
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
-from dither.core import SpecError, Stats
+from dither.calibrate.stack_inputs import StackInputs
+from dither.core import STACKED, SpecError, Stats
 from dither.data import Data, Forward
-from dither.model import evaluating, own_class, parameters_of
+from dither.model import evaluating, own_class, parameters_of, stacks_of
 
 Loss = Callable[[Any, Any], Tensor]
 """A model's output and the batch to a scalar."""
@@ -40,11 +41,13 @@ def collect(
     """What data says about each weight of a model.
 
     Second and first moments and the range of inputs for Linear, convolutions (also transposed),
-    GPT-2's Conv1D, MultiheadAttention, RNN, LSTM, GRU and their cells; token counts for Embedding
-    and EmbeddingBag; with a loss, the mean squared gradient of every parameter. The model runs in
-    evaluation mode and is left as it was: modes, running statistics, gradients, no hooks.
+    GPT-2's Conv1D, MultiheadAttention, RNN, LSTM, GRU and their cells, and for each matrix in a
+    stack, as experts are; token counts for Embedding and EmbeddingBag; with a loss, the mean
+    squared gradient of every parameter. The model runs in evaluation mode and is left as it was:
+    modes, running statistics, gradients, no hooks.
 
-    Weights are seen where modules of these kinds are called. Positions that ``Data.mask`` hides do
+    Weights are seen where modules of these kinds are called, stacks where their owner multiplies by
+    them. Positions that ``Data.mask`` hides do
     not count in layers that have these positions.
 
     Args:
@@ -99,6 +102,8 @@ class Watch:
     Attributes:
         mask: positions that count, bool ``(batch, positions)``, or None for all; for the batch at
             hand.
+        stacks: names of parameters that are stacks of matrices, see
+            :func:`~dither.model.stacks_of`. Their vectors are one group for each matrix.
     """
 
     def __init__(
@@ -110,8 +115,10 @@ class Watch:
         self.outputs: dict[str, int] = {}
         self._model = model
         self._names = parameters_of(model)
+        self.stacks = stacks_of(dict(model.named_parameters()), model)
         self._only = None if only is None else set(only)
         self._most = most_inputs
+        self._open: list[tuple[nn.Module, StackInputs]] = []
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -124,8 +131,12 @@ class Watch:
                     handles.append(see)
                 if isinstance(module, nn.Embedding) and not _is_plain(module):
                     handles.append(module.register_forward_hook(self._look_back, with_kwargs=True))
+                if any(self._stacks_in(module)):
+                    handles.append(module.register_forward_pre_hook(self._enter))
+                    handles.append(module.register_forward_hook(self._leave))
             yield
         finally:
+            self._close(None)  # whatever a forward that did not end left open
             for handle in handles:
                 handle.remove()
 
@@ -143,7 +154,7 @@ class Watch:
             return Stats(importance, counts=counts)
         return Stats(
             importance,
-            seen.gram(),
+            seen.gram() if name not in self.stacks else seen.joined_gram(),
             self.outputs.get(name, 0),
             seen.mean(),
             seen.cross(),
@@ -192,6 +203,33 @@ class Watch:
             elif has_vectors(module) and self._name(module, "weight") and fits(module, first):
                 for vectors in input_vectors(module, first, self.mask):
                     self._add(module, "weight", vectors, outputs_axis(module))
+
+    def _stacks_in(self, module: nn.Module) -> dict[str, Tensor]:
+        """A module's own parameters that are watched stacks, by their local name."""
+        named = {
+            path: self._name(module, path) for path, _ in module.named_parameters("", recurse=False)
+        }
+        return {p: module.get_parameter(p) for p, name in named.items() if name in self.stacks}
+
+    def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
+        seen = StackInputs(self._stacks_in(module))
+        seen.__enter__()  # type: ignore[no-untyped-call]
+        self._open.append((module, seen))
+
+    def _leave(self, module: nn.Module, _: tuple[Any, ...], __: object) -> None:
+        seen = self._close(module)
+        with torch.no_grad():
+            for path, vectors in () if seen is None else seen.vectors():
+                self._add(module, path, vectors, STACKED)
+
+    def _close(self, module: nn.Module | None) -> StackInputs | None:
+        """Stop watching in a module and in those that it called, or in all."""
+        while self._open:
+            owner, seen = self._open.pop()
+            seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if owner is module:
+                return seen
+        return None
 
     def _look_back(
         self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: object

@@ -206,7 +206,8 @@ class Walk:
             for name, vectors, wanted in _paired(*(watch.kept for watch in watches)):
                 if name == group[0] or not order.shared[group]:
                     seen = moments.setdefault(name, Moments(self._layers.most_inputs))
-                    seen.add(vectors, wanted)
+                    # Experts are given other tokens, even where they are given as many.
+                    seen.add(vectors, None if name in watches[0].stacks else wanted)
         return moments, watches[0]
 
 

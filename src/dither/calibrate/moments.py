@@ -82,6 +82,18 @@ class Moments:
         """Mean second moments, ``(inputs, inputs)`` or ``(n, inputs, inputs)``."""
         return self._mean_of(self._squares)
 
+    def joined_gram(self) -> Tensor | None:
+        """The same where groups are experts: each leans on all of them, the more the less it saw.
+
+        As many vectors as there are inputs count as much as those of all groups together.
+        """
+        if self._squares is None or self._counts is None:
+            return None
+        counts, inputs = self._counts.float(), self._squares.shape[-1]
+        all_together = self._squares.sum(0) / counts.sum().clamp(min=1)
+        means = (self._squares + inputs * all_together) / (counts + inputs)[:, None, None, None]
+        return means.flatten(0, 1)
+
     def cross(self) -> Tensor | None:
         """Mean products of original and actual inputs, as :meth:`gram`."""
         return self._mean_of(self._crossed) if self._is_paired else None

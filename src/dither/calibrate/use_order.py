@@ -110,6 +110,14 @@ class Keep(Watch):
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._module, before = id(module), len(self.seen)
         super()._see(module, args, kwargs)
+        self._called(module, before)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._module, before = id(module), len(self.seen)
+        super()._leave(module, args, output)
+        self._called(module, before)
+
+    def _called(self, module: nn.Module, before: int) -> None:
         if len(self.seen) == before:
             return  # of a module that holds others
         self.calls[id(module)] += 1

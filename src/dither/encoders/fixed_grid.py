@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, Stats
-from dither.encoders.outputs import matrix_of, output_errors
+from dither.encoders.outputs import matrix_of, output_errors, tensor_of
 from dither.formats import Affine
 from dither.formats.grid_rounding import restore
 
@@ -88,8 +88,9 @@ def best_of(
     better = each[0] <= each[1]
     if bool(better.all()):
         return found
-    shape = [-1 if axis == stats.outputs else 1 for axis in range(aim.ndim)]
-    return fmt.assign(torch.where(better.reshape(shape), values[0], values[1]), held)
+    kept = better[:, None].expand(matrix_of(aim, stats.outputs).shape)
+    kept = tensor_of(kept, tuple(aim.shape), stats.outputs)
+    return fmt.assign(torch.where(kept, values[0], values[1]), held)
 
 
 def _stored(fmt: Affine, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

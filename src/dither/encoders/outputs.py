@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dither.core import SpecError, Stats, on_cpu
+from dither.core import STACKED, SpecError, Stats, on_cpu
 
 
 def prepared(weight: Tensor, stats: Stats | None) -> tuple[Tensor, Stats | None]:
@@ -47,13 +47,16 @@ def matrix_of(weight: Tensor, outputs: int = 0) -> Tensor:
 
     Args:
         weight: at least one axis.
-        outputs: the axis that counts outputs.
+        outputs: the axis that counts outputs; -2 of a stack, whose matrices come one below the
+            other.
 
     Raises:
         SpecError: there is no such axis.
     """
     if weight.ndim == 0:
         raise SpecError("a single number has no inputs; encode it without a Gram matrix")
+    if outputs == STACKED and weight.ndim > 2:
+        return weight.flatten(0, -2)
     if not 0 <= outputs < weight.ndim:
         raise SpecError(f"outputs={outputs} is no axis of a weight of shape {tuple(weight.shape)}")
     moved = weight.movedim(outputs, 0)
@@ -62,6 +65,8 @@ def matrix_of(weight: Tensor, outputs: int = 0) -> Tensor:
 
 def tensor_of(matrix: Tensor, shape: tuple[int, ...], outputs: int = 0) -> Tensor:
     """The inverse of :func:`matrix_of`."""
+    if outputs == STACKED:
+        return matrix.reshape(shape)
     moved = [shape[outputs], *shape[:outputs], *shape[outputs + 1 :]]
     return matrix.reshape(moved).movedim(0, outputs).contiguous()
 

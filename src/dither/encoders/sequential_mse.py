@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.core import Encoded, SpecError, Stats
+from dither.core import STACKED, Encoded, SpecError, Stats
 from dither.encoders.outputs import matrix_of, output_errors, prepared, retargeted
 from dither.encoders.ranges import Ranges
 from dither.formats import Affine
@@ -75,7 +75,8 @@ class SequentialMSE:
         if stats is None or stats.gram is None or not weight.numel() or not weight.ndim:
             return fallback
         grouping = self.format.grouping(tuple(weight.shape))
-        if grouping.axis is not None and grouping.axis != stats.outputs:
+        is_stack = stats.outputs == STACKED
+        if grouping.axis is not None and not is_stack and grouping.axis != stats.outputs:
             raise SpecError(
                 f"scales along axis {grouping.axis} of a weight whose outputs are axis "
                 f"{stats.outputs}; give Affine(axis={stats.outputs})"
@@ -91,6 +92,8 @@ class SequentialMSE:
             error = matrix_of(decoded.float() - aim.float(), stats.outputs)
             each = output_errors(error, stats.gram)
             each = each if grouping.axis is not None else each.sum(0, keepdim=True)
+            if is_stack and grouping.axis is not None:
+                each = each.reshape(weight.shape[:-1]).movedim(grouping.axis, 0).flatten(1).sum(1)
             better = each < best
             best = torch.minimum(each, best)
             for name, value in trial.items():

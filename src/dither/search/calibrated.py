@@ -158,14 +158,14 @@ def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
     if stats is not None and stats.counts is not None and weighted.rows is not None:
         rows = steps_of(frequencies(stats.counts), ROW_EXPONENT)
         return replace(weighted, rows=rows, sensitivity=TABLES * weighted.sensitivity)
-    if stats is None or stats.gram is None or weighted.gram is None or stats.outputs:
+    if stats is None or stats.gram is None or weighted.gram is None or stats.outputs > 0:
         return weighted
     if not float(stats.gram.diagonal(dim1=-2, dim2=-1).mean()) > 0:
         return weighted
     gram = lean(stats, weighted.gram).gram
     if gram is None:
         return weighted
-    inputs = weighted.value[0].numel()
+    inputs = weighted.value.shape[-1] if stats.outputs else weighted.value[0].numel()
     if gram.ndim == 3 and gram.shape[-1] >= inputs:
         gram = gram.mean(0)  # searches code parts of the rows, which cut through groups
     scale = float(gram.diagonal(dim1=-2, dim2=-1).mean())

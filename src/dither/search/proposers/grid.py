@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from dither.core import Codes, Encoded, Stats
+from dither.core import STACKED, Codes, Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.search.knowledge import Choice, Knowledge, short
 from dither.search.predict import GRID_NBYTES, can_quantize, coded_nbytes, predict_grids
@@ -39,18 +39,13 @@ class Grid:
 
     def encode(self, known: Knowledge, choice: Choice) -> Encoded:
         """Codes with error feedback, if the choice says so and inputs are known."""
-        stats = Stats(gram=known.gram) if choice.fed else None
+        outputs = STACKED if known.is_stack else 0
+        stats = Stats(gram=known.gram, outputs=outputs) if choice.fed else None
         refit = self.refit and choice.fed and refits(known)
-        encoder, value = GPTQ(known.steps(choice.step or 0.0), refit=refit), known.value
+        encoder = GPTQ(known.steps(choice.step or 0.0), refit=refit)
         if known.least is not None:
-            return _kept_positive(encoder.encode(value), value > known.least)
-        if stats is None or not known.is_stack:
-            return encoder.encode(value, stats)
-        # As one matrix of all outputs: else each of them would wait for the one before.
-        flat = encoder.encode(value.flatten(0, 1), stats)
-        levels = flat.codes["levels"]
-        shaped = Codes(levels.values.reshape(value.shape), levels.alphabet)
-        return replace(flat, shape=tuple(value.shape), codes={**flat.codes, "levels": shaped})
+            return _kept_positive(encoder.encode(known.value), known.value > known.least)
+        return encoder.encode(known.value, stats)
 
     def _exact(self, value: Tensor) -> Iterator[Choice]:
         """The grid that loses nothing, where the values are few multiples of the smallest one.
