@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +266,38 @@ def test_files_are_nearer_than_without_moments() -> None:
         with torch.no_grad():
             errors[kind] = float((copy(others) - model(others)).square().mean())
     assert errors[Routed] < 0.7 * errors[Hidden]
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**SIZES, "num_local_experts": 3},
+    "Qwen2Moe": {**SIZES, "num_experts": 4, "moe_intermediate_size": 16},
+    "Qwen3Moe": {**SIZES, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "Olmoe": {**SIZES, "num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_of_transformers_however_they_run(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**MIXTURES[kind])
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # from one mapping
+    data = dither.Data(
+        [torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(i)) for i in range(2)],
+        forward=lambda model, batch: model(batch).logits,
+    )
+    found = {}
+    for way in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(way)
+        stats = collect(model, data)
+        found[way] = {name: s.gram for name, s in stats.items() if s.outputs == STACKED}
+    assert len(found["eager"]) == 4
+    for way in ("grouped_mm", "batched_mm"):
+        for name, gram in found["eager"].items():
+            assert gram is not None
+            other = found[way][name]
+            assert other is not None
+            assert torch.allclose(gram, other, rtol=1e-3, atol=1e-3 * float(gram.abs().max()))
