@@ -5,8 +5,8 @@
 Both coders run in one thread, whose processor time is taken; repeats are interleaved, so that both
 meet the same load of caches and clocks. Compare the ratios, which are medians of the ratios within
 each repeat, and not the speeds. The symbols are one part, and then eight parts, decoded by one
-thread and by two and timed by the clock, for which the machine must be idle. The first repeat, in
-which loops are compiled or loaded, is not counted. constriction is optional
+thread and by two and timed by the clock, for which the machine must be idle. The first two
+repeats, in which loops are compiled or loaded, are not counted. constriction is optional
 (`pip install constriction`).
 """
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from benchmarks.environment import describe
 from dither.coding import decode_codes, encode_codes
+from dither.compiled import LOADING, expect
 
 try:
     import constriction
@@ -96,10 +97,11 @@ def measure(count: int, alphabet: int, scale: float, repeats: int) -> dict[str, 
     counts = counts[counts > 0]
     coders = {"ours": ours} | ({"constriction": theirs} if constriction else {})
     runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in coders}
-    for repeat in range(repeats + 1):
+    expect(LOADING)
+    for repeat in range(-2, repeats):
         for name, coder in coders.items():
             row_of = coder(codes, alphabet)
-            if repeat:
+            if repeat >= 0:
                 runs[name].append(row_of)
     row = {"entropy": float((counts * np.log2(count / counts)).sum() / count)}
     for name, times in runs.items():

@@ -31,8 +31,8 @@ if sys.platform != "win32":
 P = ParamSpec("P")
 R = TypeVar("R")
 
-LOADING = 0.5
-"""Seconds that loading numba takes."""
+LOADING = 1.0
+"""Seconds of plain code for which loading numba is worth it: loading takes about half of them."""
 
 FIRST = 0.1
 """Seconds that reading a compiled function from disk takes, at most; compiling it takes one or two,
@@ -63,6 +63,16 @@ def _load() -> bool:
             except ImportError:
                 _Ledger.missing = True
     return not _Ledger.missing
+
+
+def expect(seconds: float) -> None:
+    """Tell how long plain code would take for all that is about to come: then nobody tries first.
+
+    Args:
+        seconds: about; less than :data:`LOADING` change nothing.
+    """
+    if seconds >= LOADING:
+        _Ledger.seconds = max(_Ledger.seconds, LOADING)
 
 
 class Twin(Generic[P, R]):

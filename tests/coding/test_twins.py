@@ -13,7 +13,9 @@ from dither import compiled
 from dither.coding import CodingError, decode_codes, encode_codes, lanes_twin, part_plan
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits
 from dither.coding.codes import checked
-from dither.coding.part_plan import histogram
+from dither.coding.contexts import Contexts
+from dither.coding.part_plan import _joint_counts, histogram
+from dither.coding.payload import Window
 from dither.compiled import Twin
 from tests.coding import test_hostile as hostile
 from tests.coding.samples import KINDS, Codes, arrays, sample
@@ -152,6 +154,18 @@ def test_counts(twins: str, count: int) -> None:
     patch.undo()
 
 
+@pytest.mark.parametrize("stride", [1, 3, 700])
+@pytest.mark.parametrize("alphabet", [2, 200, 60_000])
+def test_counts_by_context(twins: str, stride: int, alphabet: int) -> None:
+    tokens, _ = part_plan.split(
+        checked(sample("rows", (20, 31), alphabet, 0).reshape(-1), alphabet),
+        Window(0, 0, alphabet, 0),
+    )
+    contexts = Contexts({0: np.arange(20, dtype=np.uint8) % 4}, 1, 3)
+    found = same(partial(_joint_counts, contexts, (20, 31), tokens, alphabet, stride), twins)
+    assert found.sum() == len(tokens[::stride])
+
+
 def test_a_symbol_of_no_table_is_no_place_in_memory(twins: str) -> None:
     codes = np.array([0, 1, 2, 200] * 20, np.uint8)
     frequency, start = np.array([86, 85, 85]), np.array([0, 86, 171])
@@ -186,6 +200,21 @@ def test_what_goes_on_is_compiled_in_time(twins: str, monkeypatch: pytest.Monkey
     assert twin.chosen(0.0) is not None
     monkeypatch.setenv("DITHER_COMPILED", "never")
     assert twin.chosen(99.0) is None
+
+
+def test_what_is_known_to_be_much_is_compiled_from_the_start(
+    twins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if twins == "interpreted":
+        pytest.skip("numba decides")
+    blank = {"numba": None, "missing": False, "seconds": 0.0}
+    monkeypatch.setattr(compiled, "_Ledger", type("_Ledger", (), blank))
+    monkeypatch.setenv("DITHER_COMPILED", "auto")
+    twin = Twin(lanes_twin.count_loop)
+    compiled.expect(compiled.LOADING / 2)
+    assert twin.chosen(compiled.FIRST) is None
+    compiled.expect(compiled.LOADING)
+    assert twin.chosen(compiled.FIRST) is not None
 
 
 @pytest.mark.parametrize("how", ["not there", "does not load"])

@@ -28,6 +28,7 @@ from dither.archive.layout import (
 from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
 from dither.coding import CodingError, coder_nbytes, crc32, decode_array, decode_codes
+from dither.compiled import expect
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
 
 LEAST_LIMIT = 1 << 32
@@ -35,6 +36,9 @@ LIMIT_RATIO = 256
 """Without ``max_nbytes``, decoding may take 4 GiB or 256 times the file, whichever is more."""
 MULTIPLICATIONS = 128
 """Most for each byte of ``max_nbytes``, beyond a few for each value: it bounds the time."""
+
+SECONDS = 5e-9
+"""About what plain code takes for each byte that is decoded, in loops that may be compiled."""
 
 _WORTH_THREADS = 4_000_000
 """Bytes of tensors from which on several are decoded at once."""
@@ -186,6 +190,7 @@ class Archive(Mapping[str, Tensor]):
         """
         entries = self._entries.values()
         self._check(entries)
+        expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
         count = self._side_by_side(entries)
         if count == 1:
             tensors = {name: self[name] for name in self._entries}

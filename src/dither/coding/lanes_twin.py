@@ -188,8 +188,23 @@ def count_loop(values: NDArray[np.uint64], counts: NDArray[np.uint32]) -> None:
             value >>= U64(8)
 
 
+def joint_loop(
+    contexts: NDArray[np.uint8],
+    tokens: NDArray[Any],
+    stride: int,
+    size: int,
+    counts: NDArray[np.int64],
+) -> None:
+    """How often each of ``size`` symbols occurs in each context, of every ``stride``-th."""
+    end = U64(len(counts))
+    for index in range(0, len(tokens), stride):
+        which = U64(contexts[index]) * U64(size) + U64(tokens[index])
+        if which < end:
+            counts[which] += 1
+
+
 DECODE, STEERED = Twin(decode_loop), Twin(steered_loop)
-ENCODE, COUNT = Twin(encode_loop), Twin(count_loop)
+ENCODE, COUNT, JOINT = Twin(encode_loop), Twin(count_loop), Twin(joint_loop)
 
 
 def _checked(taken: int, words: NDArray[np.uint8]) -> None:
@@ -300,3 +315,25 @@ def counted(values: NDArray[np.uint8]) -> Ints | None:
     run(values[:even].view(np.uint64), counts)
     rest = np.bincount(values[even:], minlength=256)
     return np.asarray(counts.reshape(8, 256).sum(axis=0, dtype=np.int64) + rest)
+
+
+def counted_jointly(
+    contexts: NDArray[np.uint8], tokens: NDArray[Any], tables: int, size: int, stride: int
+) -> Ints | None:
+    """How often each symbol occurs in each context, ``(tables, size)``, of every stride-th.
+
+    None where plain code is to count.
+
+    Args:
+        contexts: less than ``tables`` each.
+        tokens: less than ``size`` each, as many.
+        tables: number of contexts.
+        size: number of symbols.
+        stride: how far those that are looked at are apart.
+    """
+    run = JOINT.chosen(len(tokens) // stride * 6e-9)
+    if run is None:
+        return None
+    counts = np.zeros(tables * size, np.int64)
+    run(contexts, tokens, stride, size, counts)
+    return counts.reshape(tables, size)

@@ -187,7 +187,8 @@ def split(values: NDArray[Any], window: Window) -> tuple[NDArray[Any], NDArray[A
     kind: Any = np.uint8 if window.symbols <= 256 else np.uint32
     high = values >> window.shift if window.shift else values
     if not window.escapes:
-        return (high - window.begin if window.begin else high).astype(kind), high[:0]
+        inside = high - window.begin if window.begin else high
+        return inside.astype(kind, copy=False), high[:0]
     high = high.astype(np.int64)
     outside = (high < window.begin) | (high >= window.begin + window.size)
     return np.where(outside, window.size, high - window.begin).astype(kind), high[outside]
@@ -230,7 +231,11 @@ def _joint_counts(
     contexts: Contexts, shape: tuple[int, ...], tokens: NDArray[Any], symbols: int, stride: int
 ) -> Ints:
     """Histograms of every ``stride``-th symbol by context, ``(tables, symbols)``."""
-    joint = contexts.of(shape)[::stride].astype(np.int32) * np.int32(symbols)
+    chosen = contexts.of(shape)
+    found = lanes_twin.counted_jointly(chosen, tokens, contexts.tables, symbols, stride)
+    if found is not None:
+        return found
+    joint = chosen[::stride].astype(np.int32) * np.int32(symbols)
     joint += tokens[::stride].astype(np.int32)
     counts = np.bincount(joint, minlength=contexts.tables * symbols)
     return np.asarray(counts.reshape(-1, symbols), np.int64)
@@ -362,7 +367,9 @@ def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: in
     """The payload of a part by its plan."""
     head, window = plan.head, plan.head.window
     tokens, escaped = split(values, window)
-    pieces = [plan.head_bytes, pack_bits(values & ((1 << window.shift) - 1), window.shift)]
+    pieces = [plan.head_bytes]
+    if window.shift:
+        pieces.append(pack_bits(values & ((1 << window.shift) - 1), window.shift))
     pieces.append(pack_bits(escaped, width_of(-(-alphabet >> window.shift))))
     tables = [fit.table for fit in plan.fits]
     if any(len(table.symbols) > 1 for table in tables):

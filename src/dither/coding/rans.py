@@ -189,7 +189,7 @@ def encode_lanes(
         whole = _joined(symbols, contexts, size)[:coded]
         done = code(whole, states, frequency, start, precision)
     states, words = done
-    return pack_states(states) + words.astype("<u2").tobytes()
+    return b"".join((pack_states(states), words.astype("<u2", copy=False).data))
 
 
 def _joined(symbols: Symbols, contexts: NDArray[np.uint8] | None, size: int) -> Symbols:

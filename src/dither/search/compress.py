@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dither.archive import Archive
+from dither.compiled import expect
 from dither.core import SpecError
 from dither.data import Data
 from dither.model import collect
@@ -21,6 +22,9 @@ from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
 from dither.search.trials import Bench
 from dither.search.with_data import with_data
+
+SECONDS = 1e-7
+"""About what plain code takes for each value in loops that may be compiled."""
 
 
 @torch.inference_mode(mode=False)  # under which nothing can be measured
@@ -74,6 +78,7 @@ def compress(
     source = weights_in(source, "compress", run=data is not None)
     tensors = collect(source)
     values = sum(value.numel() for value in tensors.values.values())
+    expect(values * SECONDS)
     budget = parse_size(size, tensors.nbytes, values)
     job = Job(budget, sensitivity, dict(metadata or {}), progress or silent)
     if data is not None:
