@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dither.archive import pack
 from dither.core import Codes, Encoded, SpecError
-from dither.formats import Factors
+from dither.formats import Factors, factors
 from dither.testing import check_idempotent
 from tests.archive import independent
 from tests.archive.test_independent import agree
@@ -93,6 +93,22 @@ def test_sums_are_exact_beyond_float32() -> None:
     )
     # 2**25 + 3 lies between 2**25 + 2 and 2**25 + 4, at a float32 of neither: to even, once.
     assert encoded.decode()[0, 0] == torch.tensor(float((1 << 25) + 4))
+
+
+@pytest.mark.parametrize("largest", [1, 2047, 2048, 2049, 4096, 100_000])
+def test_sums_do_not_depend_on_how_products_are_set_to_be_rounded(largest: int) -> None:
+    # On either side of what float32 holds; a product in bfloat16, or in TF32, would be seen.
+    draw = torch.Generator().manual_seed(largest)
+    left = torch.randint(-largest, largest + 1, (30, 4), generator=draw)
+    right = torch.randint(-2047, 2048, (4, 50), generator=draw)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = factors._sums(left.double(), right.double())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, (left @ right).float())
 
 
 def test_no_sum_is_minus_zero() -> None:
