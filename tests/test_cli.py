@@ -495,3 +495,11 @@ def test_plan_predicts_what_compress_does(source: Path) -> None:
 )
 def test_plan_refuses(source: Path, arguments: list[str], said: str) -> None:
     assert said in refused("plan", str(source), *arguments)
+
+
+@pytest.mark.parametrize(("size", "is_said"), [("1.2 bits", True), ("1.4 bits", False)])
+def test_few_bits_without_data_suggest_samples(source: Path, size: str, *, is_said: bool) -> None:
+    save_file({"w": torch.randn(128, 256, generator=torch.Generator().manual_seed(0))}, source)
+    result = CliRunner().invoke(app, ["compress", str(source), "--size", size])
+    assert result.exit_code == 0, result.output
+    assert ("--data" in result.output) == is_said

@@ -29,6 +29,9 @@ from dither.search import Trial, parse_size
 from dither.search import compress as search
 from dither.search import plan as predict
 
+FEW_BITS = 1.3
+"""Bits for each value below which files that are made without data are poor: samples help most."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -78,6 +81,11 @@ def compress(
     for trial in trials:
         printer.text(str(trial))
     report.print_summary(printer, archive)
+    if given is None and 8 * budget < FEW_BITS * values:
+        printer.text(
+            f"less than {FEW_BITS} bits for each value, where the weights alone say too little of "
+            "what matters: give a few hundred samples with --data, or a larger size"
+        )
     printer.text(f"wrote {target}")
 
 
