@@ -172,10 +172,12 @@ def test_small_payloads_that_claim_much_are_cheap() -> None:
     assert time.perf_counter() - begin < 5
 
 
+@pytest.mark.parametrize("compiled", ["never", "always"])
 @pytest.mark.parametrize("name", PARTS)
-def test_memory_of_a_decoder(name: str) -> None:
+def test_memory_of_a_decoder(name: str, compiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITHER_COMPILED", compiled)
     _, payload, codes = CODED[name]
-    attempt(name, payload)
+    attempt(name, payload)  # what is loaded and compiled is not counted
     tracemalloc.start()
     attempt(name, payload)
     peak = tracemalloc.get_traced_memory()[1]
