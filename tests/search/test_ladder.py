@@ -14,7 +14,7 @@ from torch import Tensor
 from dither.archive import code
 from dither.search.knowledge import Choice, Knowledge
 from dither.search.ladder import Ladder
-from dither.search.predict import GRID_INDEX_NBYTES, can_quantize, half_step
+from dither.search.predict import GRID_INDEX_NBYTES, can_quantize, half_step, noise_of
 from dither.search.priors import prior_gram
 from dither.search.proposers import Grid, Stored
 from dither.testing import awkward_weights, same_values
@@ -78,12 +78,14 @@ def test_predicted_bytes_are_near_the_coded_ones(name: str, is_fed: bool) -> Non
 def test_predicted_losses_are_near_the_real_ones(name: str) -> None:
     value = WEIGHTS[name]
     tensor = Knowledge(value, 3.0)
+    energy = float(value.double().square().sum())
     # Dropping a tensor, and steps too coarse to be of use, count for more than their error.
     choices = [c for c in Ladder.of(tensor).choices if c.loss > 0 and (c.fed or c.step is None)]
     for choice in choices[:: len(choices) // 8]:
         error = (choice.encode(tensor).decode().double() - value.double()).square().sum()
         # Where the type itself is as coarse, its rounding comes on top.
-        assert choice.loss == pytest.approx(3 * float(error), rel=0.5 if name == "half" else 0.15)
+        noise = noise_of(tensor, choice.loss, energy)
+        assert noise == pytest.approx(float(error), rel=0.5 if name == "half" else 0.15)
 
 
 def test_rows_have_steps_of_their_own() -> None:

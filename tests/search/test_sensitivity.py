@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -169,3 +171,27 @@ def test_a_sensitivity_of_ones_own() -> None:
     assert errors["a"] < 1e-3 * errors["b"]
     with pytest.raises(dither.SpecError, match=r"no value for \['b'\]"):
         dither.compress(state, "15%", sensitivity=lambda t: {"a": Knowledge(t["a"], 1.0)})
+
+
+def test_matrices_bend_together_before_one_is_given_up() -> None:
+    """As in a recurrent net at 24x: what seemed cheap was given up whole, and the net broke."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a.weight": torch.randn(256, 256, generator=generator),
+        "b.weight": 0.02 * torch.randn(256, 256, generator=generator),
+    }
+
+    def left(dear: float) -> float:
+        """The share of b that is left where an error in it costs that many times one in a."""
+
+        def uneven(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
+            return {n: Knowledge(v, dear if n == "b.weight" else 1.0) for n, v in tensors.items()}
+
+        archive = dither.compress(weights, "28x", sensitivity=uneven)
+        error = (archive["b.weight"] - weights["b.weight"]).square().sum()
+        return 1 - float(error / weights["b.weight"].square().sum())
+
+    shares = [left(dear) for dear in (90, 300, 900, 2000)]
+    assert shares == sorted(shares)
+    assert shares[1] > 1.4 * shares[0]
+    assert shares[-1] > 0.5

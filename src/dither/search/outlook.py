@@ -17,7 +17,7 @@ from dither.model import collect
 from dither.search.forecast import PROBE, Forecast, Progress, silent
 from dither.search.knowledge import Choice, Knowledge, Sensitivity, Weights
 from dither.search.ledger import Ledger
-from dither.search.predict import can_quantize, why_exact
+from dither.search.predict import can_quantize, noise_of, why_exact
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
@@ -25,6 +25,9 @@ from dither.search.source import Source, weights_in
 SIZES = ("4x", "8x", "12x", "16x")
 
 _KINDS = ("vectors", "vectors", "matrices", "convolutions")
+
+ERASED = 0.99
+"""Noise to signal from which a tensor counts as erased."""
 
 EXACT = 1e-12
 """Noise to signal of what is not rounded at all: 120 dB."""
@@ -171,11 +174,12 @@ def _row(
         kinds[kind_of(known)] += round(choice.nbytes)
         if not can_quantize(known.value):
             continue
-        energy = known.sensitivity * float(known.relative().double().square().sum())
-        if choice.loss >= energy:
+        energy = float(known.relative().double().square().sum())
+        noise = noise_of(known, choice.loss, energy)
+        if noise >= ERASED * energy:
             erased.append(name)
-        loss += min(choice.loss, energy)
-        noise = min(max(choice.loss, energy * EXACT), energy)
+        loss += known.sensitivity * noise
+        noise = max(noise, energy * EXACT)
         decibels += known.value.numel() * 10 * math.log10(energy / noise)
         rounded += known.value.numel()
     kinds["names, shapes, checksums"] = round(overhead)
