@@ -12,7 +12,7 @@ from dither.formats import FORMATS
 from dither.train.method import METHODS
 
 ROOT = Path(__file__).parents[1]
-INTERNAL = {"__init__", "__main__", "cli", "coding", "demo", "model", "terminal"}
+INTERNAL = {"__init__", "__main__", "cli", "coding", "demo", "model", "terminal", "compiled"}
 """Rooms that users do not import from."""
 
 
