@@ -32,9 +32,6 @@ ERASED = 0.99
 EXACT = 1e-12
 """Noise to signal of what is not rounded at all: 120 dB."""
 
-PASSES = 1.0
-"""Encoding passes that a budget takes in all, about."""
-
 
 @dataclass(frozen=True)
 class SizeOutlook:
@@ -133,7 +130,7 @@ def plan(
     overhead = Ledger(known, tensors.aliases, {}).expected_overhead
     seconds = time.perf_counter() - start
     middle = sorted(budgets.values())[len(budgets) // 2]
-    seconds += PASSES * _probe(forecast, forecast.plan(middle, overhead))
+    seconds += _probe(forecast, forecast.plan(middle, overhead))
     least = [ladder.choices[0].nbytes for ladder in forecast.ladders().values()]
     rows = [
         _row(size, budget, forecast.plan(budget, overhead), known, overhead)

@@ -105,9 +105,9 @@ def _given_up(
     known: Knowledge, columns: list[_Columns], coarsest: float, nothing: float
 ) -> Iterator[Prediction]:
     """Steps beyond the coarsest of use."""
+    energy = sum(part.energy for part in columns)
     for step, penalty in _coarser(coarsest, nothing):
         size, error = _predict_all(columns, step)
-        energy = sum(part.energy for part in columns)
         cost = known.sensitivity * _to_what_is_left(known, error, energy) * penalty
         yield Prediction(step, _overhead(known) + size, cost, is_useful=False)
 
