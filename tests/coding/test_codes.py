@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dither.coding import decode_codes, encode_codes
+from dither.coding import decode_codes, encode_codes, histograms, part_plan
 from dither.coding.part_plan import LANES_SHARE
 from tests.coding import reference
 from tests.coding.samples import ALPHABETS, KINDS, Codes, arrays, entropy_nbytes, sample
@@ -176,3 +176,16 @@ def entropy_of_normals(scales: np.ndarray) -> float:
 def test_encoding_is_deterministic(alphabet: int, seed: int) -> None:
     codes = sample("rows", (40, 30), alphabet, seed)
     assert encode_codes(codes, alphabet) == encode_codes(codes.copy(), alphabet)
+
+
+@pytest.mark.parametrize("alphabet", [5000, 200_000])
+def test_pieces_of_large_parts_make_the_same_payload(
+    monkeypatch: pytest.MonkeyPatch, alphabet: int
+) -> None:
+    values = np.random.default_rng(0).laplace(alphabet / 2, alphabet / 100, 30_000)
+    codes = np.clip(values, 0, alphabet - 1).astype(np.int32).reshape(300, 100)
+    codes[7, :5] = [0, alphabet - 1, 1, 2, 3]  # far out: they escape
+    whole = encode_codes(codes, alphabet)
+    for room in (part_plan, histograms):
+        monkeypatch.setattr(room, "_PIECE", 999)
+    assert encode_codes(codes, alphabet) == whole

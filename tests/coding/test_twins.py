@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dither import compiled
-from dither.coding import CodingError, decode_codes, encode_codes, lanes_twin, part_plan
+from dither.coding import (
+    CodingError,
+    decode_codes,
+    encode_codes,
+    histograms,
+    lanes_twin,
+    part_plan,
+)
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits
 from dither.coding.codes import checked
 from dither.coding.contexts import Contexts
-from dither.coding.part_plan import _joint_counts, histogram
+from dither.coding.histograms import histogram
+from dither.coding.part_plan import _joint_counts
 from dither.coding.payload import Window
 from dither.compiled import Twin
 from tests.coding import test_hostile as hostile
@@ -149,7 +157,7 @@ def test_bits_of_views(twins: str, values: Codes) -> None:
 def test_counts(twins: str, count: int) -> None:
     values = np.random.default_rng(0).integers(0, 256, count).astype(np.uint8)
     patch = pytest.MonkeyPatch()
-    patch.setattr(part_plan, "COUNTED", -1)
+    patch.setattr(histograms, "COUNTED", -1)
     same(lambda: histogram(values, 256), twins)
     patch.undo()
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dither.archive import Archive, pack
-from dither.core import Encoded, SpecError, Stats
-from dither.encoders import Ranges
+from dither.core import STACKED, Encoded, SpecError, Stats
+from dither.encoders import Ranges, outputs
 from dither.encoders.gptq import GPTQ
 from dither.encoders.outputs import matrix_of, output_errors
 from dither.formats import Affine
@@ -261,3 +261,17 @@ def test_settings_that_do_not_go_together() -> None:
     ):
         with pytest.raises(SpecError, match=message):
             GPTQ(**settings_of)
+
+
+@pytest.mark.parametrize("shape", [(500, 70), (3, 200, 48)], ids=str)
+def test_large_weights_are_encoded_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stats = Stats(gram=0.7 * torch.eye(shape[-1]) + 0.3, outputs=0 if len(shape) == 2 else STACKED)
+    whole = GPTQ(0.7, refit=True).encode(weight, stats)
+    monkeypatch.setattr(outputs, "PIECE", 1 << 12)
+    found = GPTQ(0.7, refit=True).encode(weight, stats)
+    differ = found.codes["levels"].values != whole.codes["levels"].values
+    assert int(differ.sum()) < 1e-3 * weight.numel()  # a product of matrices may round otherwise
+    assert torch.allclose(found.params["scale"].float(), whole.params["scale"].float(), rtol=0.01)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dither.coding import lanes_twin
 from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
+from dither.coding.histograms import pairs_of
 from dither.coding.parity_contexts import Machine
 from dither.coding.payload import Head, Window, stride_of
 from dither.coding.rans import MAX_COUNT, MAX_LANES_LOG2, MAX_ROWS, encode_lanes
@@ -25,9 +26,7 @@ LANES_SHARE = 0.006
 ONE_LANE = 40_000
 """Up to so many symbols one lane is decoded fast enough."""
 
-COUNTED = 1 << 18
-"""Bytes beyond which counting them in a way of their own is worth it."""
-
+_PIECE = 1 << 22
 _SAMPLE = 1 << 20
 """About so many symbols of a part are looked at to compare contexts."""
 
@@ -47,32 +46,6 @@ class Plan:
     fits: Sequence[Fit]
     head_bytes: bytes
     nbytes: float
-
-
-def pairs_of(values: NDArray[Any], alphabet: int) -> tuple[Ints, Ints]:
-    """The codes that occur, ascending, and how often each does."""
-    if alphabet > 65536 and alphabet > 4 * len(values):
-        symbols, counts = np.unique(values, return_counts=True)
-        return symbols.astype(np.int64), counts.astype(np.int64)
-    counts = histogram(values, alphabet)
-    symbols = np.flatnonzero(counts)
-    return symbols, counts[symbols]
-
-
-def histogram(values: NDArray[Any], alphabet: int) -> Ints:
-    """How often each code occurs, ``(alphabet,)``."""
-    if values.dtype == np.uint8 and len(values) > COUNTED:
-        found = lanes_twin.counted(values)
-        if found is not None:
-            return found[:alphabet]
-        # Two codes at a time halve the work of the conversion inside bincount.
-        even = len(values) // 2 * 2
-        both = np.bincount(values[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
-        counts = both.sum(axis=0) + both.sum(axis=1)
-        if even < len(values):
-            counts[values[-1]] += 1
-        return np.asarray(counts[:alphabet], np.int64)
-    return np.asarray(np.bincount(values, minlength=alphabet), np.int64)
 
 
 def _fold(symbols: Ints, counts: Ints, shift: int) -> tuple[Ints, Ints]:
@@ -189,9 +162,13 @@ def split(values: NDArray[Any], window: Window) -> tuple[NDArray[Any], NDArray[A
     if not window.escapes:
         inside = high - window.begin if window.begin else high
         return inside.astype(kind, copy=False), high[:0]
-    high = high.astype(np.int64)
-    outside = (high < window.begin) | (high >= window.begin + window.size)
-    return np.where(outside, window.size, high - window.begin).astype(kind), high[outside]
+    tokens, escaped = np.empty(len(high), kind), [high[:0].astype(np.int64)]
+    for start in range(0, len(high), _PIECE):
+        part = high[start : start + _PIECE].astype(np.int64)
+        outside = (part < window.begin) | (part >= window.begin + window.size)
+        tokens[start : start + _PIECE] = np.where(outside, window.size, part - window.begin)
+        escaped.append(part[outside])
+    return tokens, np.concatenate(escaped)
 
 
 def _finish(

@@ -54,7 +54,9 @@ def in_steps(weight: Tensor, steps: Tensor) -> Tensor:
             f"{len(steps)} steps do not fit a weight of shape {tuple(weight.shape)}; give one, or "
             "one for each index of the first axis"
         )
-    return weight.detach().float() / _along(steps.float(), weight.ndim)
+    values, divisor = weight.detach().float(), _along(steps.float(), weight.ndim)
+    # What was copied to be converted takes the result: large tensors take as much as there is.
+    return values / divisor if weight.dtype == torch.float32 else values.div_(divisor)
 
 
 def refitted(steps: Tensor, aims: Tensor, found: Tensor, gram: Tensor | None = None) -> Tensor:
@@ -66,6 +68,17 @@ def refitted(steps: Tensor, aims: Tensor, found: Tensor, gram: Tensor | None = N
         found: the rounded values, likewise.
         gram: as for :func:`gram_groups`; without one errors of all inputs count alike.
     """
+    return refitted_by(steps, *products_of(aims, found, gram))
+
+
+def products_of(aims: Tensor, found: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each row, the product of rounded values with their aims and with themselves, float64.
+
+    Args:
+        aims: as for :func:`refitted`, as the two others.
+        found: the rounded values.
+        gram: moments of the inputs.
+    """
     both, own = torch.zeros(2, len(found), dtype=torch.float64, device=found.device)
     groups = [(slice(None), slice(None), None)] if gram is None else gram_groups(found, gram)
     for rows, columns, moments in groups:
@@ -73,6 +86,11 @@ def refitted(steps: Tensor, aims: Tensor, found: Tensor, gram: Tensor | None = N
         felt = values if moments is None else values @ moments.to(values.dtype)
         both[rows] += (felt * wanted).sum(1, dtype=torch.float64)
         own[rows] += (felt * values).sum(1, dtype=torch.float64)
+    return both, own
+
+
+def refitted_by(steps: Tensor, both: Tensor, own: Tensor) -> Tensor:
+    """The same by the products of all rows."""
     if len(steps) == 1:
         both, own = both.sum(0, keepdim=True), own.sum(0, keepdim=True)
     factor = both / own

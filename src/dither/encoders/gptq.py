@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from dither.coding import code_lengths
-from dither.core import Encoded, SpecError, Stats
+from dither.core import STACKED, Encoded, SpecError, Stats
 from dither.encoders.coded_grid import (
     BySettings,
     code_range,
     grid_steps,
     in_steps,
     on_grid,
-    refitted,
+    products_of,
+    refitted_by,
 )
 from dither.encoders.fixed_grid import best_of, encoded_at, ends, places_of
 from dither.encoders.outputs import (
     cholesky,
     gram_groups,
     matrix_of,
+    pieces,
     prepared,
     retargeted,
     tensor_of,
@@ -37,6 +39,7 @@ from dither.formats.settings import check_choice, check_kind
 _BLOCK = 64
 _PASSES = 2
 _MOST_SYMBOLS = 1 << 12
+_MATRIX = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +146,7 @@ class GPTQ(BySettings):
             rounded = tensor_of(self._fed(matrix, stats.gram), weight.shape, stats.outputs)
         low, high = code_range(weight, *(float(end) for end in torch.aminmax(rounded)))
         if self.refit and weight.ndim:
-            outputs, gram = (0, None) if stats is None else (stats.outputs, stats.gram)
-            aims = matrix_of(in_steps(aim, steps), outputs)
-            steps = refitted(steps, aims, matrix_of(rounded, outputs), gram)
+            steps = _refit(steps, aim, rounded, stats or Stats())
         return on_grid(weight, steps, rounded.sub_(low), low, high)
 
     def _bounded(self, fmt: Affine, weight: Tensor, stats: Stats | None) -> Encoded:
@@ -176,7 +177,7 @@ class GPTQ(BySettings):
         return best_of(fmt, found, nearest, held, aim, stats)
 
     def _fed(self, matrix: Tensor, gram: Tensor) -> Tensor:
-        """Rounded values ``(outputs, inputs)`` of the values in steps."""
+        """Rounded values ``(outputs, inputs)`` of the values in steps, perhaps in their memory."""
         rounded = self._pass(matrix, gram, None)
         for _ in range(_PASSES if self.strength and bool(rounded.isfinite().all()) else 0):
             low, high = (float(end) for end in torch.aminmax(rounded))
@@ -189,16 +190,32 @@ class GPTQ(BySettings):
         return rounded
 
     def _pass(self, matrix: Tensor, gram: Tensor, rate: Rate | None) -> Tensor:
-        rounded = torch.empty_like(matrix)
+        rounded = torch.empty_like(matrix) if self.strength else matrix
         for rows, columns, moments in gram_groups(matrix, gram):
-            part = matrix[rows, columns].T.contiguous()
             if moments is gram:
                 spread, variances = _factors(gram, gram._version, self.damping)  # noqa: SLF001
             else:
                 spread, variances = factors(moments, self.damping)
-            feed_errors(part, spread, rate, variances)
-            rounded[rows, columns] = part.T
+            source, target = matrix[rows, columns], rounded[rows, columns]
+            for piece in pieces(*source.shape):
+                part = source[piece].T.contiguous()
+                feed_errors(part, spread, rate, variances)
+                target[piece] = part.T
         return rounded
+
+
+def _refit(steps: Tensor, aim: Tensor, rounded: Tensor, stats: Stats) -> Tensor:
+    """Steps of least error, a piece of a large weight after the other where rows stand alone."""
+    outputs, gram = stats.outputs, stats.gram
+    is_apart = outputs in (0, STACKED) and (gram is None or gram.ndim == _MATRIX)
+    size = len(aim), aim[:1].numel()
+    products = []
+    for piece in pieces(*size) if is_apart else [slice(None)]:
+        own = steps[piece] if len(steps) > 1 else steps
+        aims = matrix_of(in_steps(aim[piece], own), outputs)
+        products.append(products_of(aims, matrix_of(rounded[piece], outputs), gram))
+    both, own = (torch.cat(found) for found in zip(*products, strict=True))
+    return refitted_by(steps, both, own)
 
 
 @dataclass(frozen=True, eq=False)

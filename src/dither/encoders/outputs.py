@@ -71,6 +71,22 @@ def tensor_of(matrix: Tensor, shape: tuple[int, ...], outputs: int = 0) -> Tenso
     return matrix.reshape(moved).movedim(0, outputs).contiguous()
 
 
+_ALIGNED = 64
+PIECE = 1 << 24
+"""Values of a large weight that are worked on at a time: what that takes counts little then."""
+
+
+def pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a matrix in pieces of :data:`PIECE` values; all at once if it has no more.
+
+    >>> list(pieces(100, 7)), len(list(pieces(1 << 14, 1 << 12)))
+    ([slice(0, 100, None)], 4)
+    """
+    count = max(PIECE // max(columns, 1) // _ALIGNED, 1) * _ALIGNED
+    for start in range(0, rows, count):
+        yield slice(start, min(start + count, rows))
+
+
 ROUNDING = 2.0**-22
 """Share of the mean moment, for each input, that sums in float32 may be off by."""
 

@@ -12,6 +12,7 @@ from dither.core import MAX_ALPHABET, Encoded, SpecError, Stats, on_cpu
 from dither.encoders.coded_grid import BySettings, grid_steps, in_steps
 from dither.encoders.gptq import GPTQ
 from dither.encoders.importance import importance_of
+from dither.encoders.outputs import pieces
 from dither.formats import Factors
 from dither.formats.factors import MOST_RANK
 from dither.formats.grid_rounding import require_floating
@@ -87,8 +88,7 @@ class Rotated(BySettings):
                 f"give ({columns}, up to {columns})"
             )
         basis = basis.to(matrix.device, torch.float32)
-        places = matrix @ basis
-        codes = places.round()
+        codes = (matrix @ basis).round_()
         if float(codes.abs().max()) >= MAX_ALPHABET // 4:
             return None
         used = codes.any(0)
@@ -134,8 +134,11 @@ def principal_axes(matrix: Tensor, worth: Tensor | None = None) -> Tensor:
         ``(columns, columns)`` float32, orthonormal columns.
     """
     largest = matrix.abs().max()
-    unit = (matrix / torch.where(largest > 0, largest, 1.0)).double()
-    moments = (unit if worth is None else unit * worth.double()[:, None]).T @ unit
+    scale = torch.where(largest > 0, largest, 1.0)
+    moments = torch.zeros([matrix.shape[1]] * 2, dtype=torch.float64, device=matrix.device)
+    for piece in pieces(*matrix.shape):
+        unit = (matrix[piece] / scale).double()
+        moments += (unit if worth is None else unit * worth.double()[piece, None]).T @ unit
     _, axes = torch.linalg.eigh(moments)
     sorted_axes: Tensor = axes.flip(1).float()
     return sorted_axes

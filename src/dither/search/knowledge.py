@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,8 +11,13 @@ from torch import Tensor
 
 from dither.core import Encoded
 from dither.encoders.coded_grid import in_steps
+from dither.model import stacks_of
 
 _STACK = 3
+
+
+def _keep() -> None:
+    """What is done for tensors in memory once they were looked at: nothing."""
 
 
 class Weights(dict[str, Tensor]):
@@ -22,9 +27,21 @@ class Weights(dict[str, Tensor]):
         stacks: their names, see :func:`~dither.model.stacks_of`.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], stacks: frozenset[str]) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        stacks: frozenset[str] | None = None,
+        release: Callable[[], None] = _keep,
+    ) -> None:
         super().__init__(values)
-        self.stacks = stacks
+        self.stacks = stacks_of(values, values) if stacks is None else stacks
+        self._release = release
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors; memory of files that hold them is given back after each."""
+        for name, value in self.items():
+            yield name, value
+            self._release()
 
 
 @dataclass(frozen=True)

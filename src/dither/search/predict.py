@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dither.encoders.outputs import PIECE
 from dither.encoders.rdo import Floats, Ints, count, find_thresholds, sorted_sample
 from dither.search.knowledge import Knowledge
 
@@ -140,7 +141,10 @@ def why_exact(value: Tensor) -> str:
 
 def is_finite(value: Tensor) -> bool:
     """Whether there are numbers, all real and within float32."""
-    return value.is_floating_point() and bool(value.numel() and value.float().isfinite().all())
+    if not value.is_floating_point() or not value.numel():
+        return False
+    parts = value.detach().reshape(-1).split(PIECE)
+    return all(bool(part.float().isfinite().all()) for part in parts)
 
 
 def half_step(value: Tensor) -> float:

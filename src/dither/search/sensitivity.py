@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dither.core import SpecError
+from dither.encoders.coded_grid import in_steps
 from dither.encoders.rotated import principal_axes
-from dither.model import stacks_of
 from dither.search.knowledge import Knowledge, Sensitivity, Weights
 from dither.search.predict import BASIS_BITS, can_quantize, is_finite
 from dither.search.priors import prior_gram
@@ -67,22 +67,26 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
       often may have twice the squared error.
     * Vectors: finer steps than matrices (:data:`VECTOR_PRECISION`).
     """
-    floats = {k: v for k, v in tensors.items() if is_finite(v)}
-    stacks = tensors.stacks if isinstance(tensors, Weights) else stacks_of(tensors, tensors)
-    matrices = {k: v for k, v in floats.items() if v.ndim > 1}
-    # The mean cost of an error of one standard deviation in each weight of a matrix.
-    total = sum(value.numel() for value in matrices.values())
-    typical = sum(v.numel() * _of_size(v) * _variance(v) for v in matrices.values())
-    unit = typical / total if total and typical > 0 else 1.0
-    weighted = {}
-    for name, value in tensors.items():
-        if name in matrices:
-            weighted[name] = _stack(value) if name in stacks else _matrix(name, value)
-        elif name in floats:
-            weighted[name] = of_vector(value, unit)
-        else:
+    weights = tensors if isinstance(tensors, Weights) else Weights(tensors)
+    floats: set[str] = set()
+    weighted, variances = {}, {}
+    for name, value in weights.each():
+        if not is_finite(value):
             weighted[name] = Knowledge(value, 1.0)
-    return weighted
+        elif value.ndim > 1:
+            weighted[name] = _stack(value) if name in weights.stacks else _matrix(name, value)
+            variances[name] = _variance(value)
+        else:
+            floats.add(name)
+    # The mean cost of an error of one standard deviation in each weight of a matrix.
+    total = sum(tensors[name].numel() for name in variances)
+    typical = sum(
+        tensors[name].numel() * _of_size(tensors[name]) * variance
+        for name, variance in variances.items()
+    )
+    unit = typical / total if total and typical > 0 else 1.0
+    weighted |= {name: of_vector(tensors[name], unit) for name in floats}
+    return {name: weighted[name] for name in tensors}
 
 
 def of_vector(value: Tensor, unit: float) -> Knowledge:
@@ -177,9 +181,10 @@ def token_axes(value: Tensor, rows: Tensor) -> Tensor | None:
     count, columns = value.shape
     if not 2 <= columns <= MOST_COLUMNS or not can_quantize(value):
         return None
-    scaled = value.detach().float() / rows[:, None]
+    scaled = in_steps(value, rows)
     axes = principal_axes(scaled, rows ** (2 - BASIS_POWER))
-    plain, turned = (part.square().mean(0).double() for part in (scaled, scaled @ axes))
+    plain = scaled.square().mean(0).double()
+    turned = (scaled @ axes).square_().mean(0).double()
     floor = float(plain.mean()) * USUAL_ERROR
     gains = [part.clamp(min=floor).log2().sum() / 2 for part in (plain, turned)]
     saved = count * float(gains[0] - gains[1])
