@@ -4,6 +4,7 @@ from dither.archive.atomic import atomic_write
 from dither.archive.layout import Entry, Part
 from dither.archive.load import Loaded, is_archive, load, load_into, load_weights
 from dither.archive.reader import Archive
+from dither.archive.source import WRAPPER_NBYTES, wrapper
 from dither.archive.table import describe
 from dither.archive.verify import verify
 from dither.archive.writer import (
@@ -17,6 +18,7 @@ from dither.archive.writer import (
 )
 
 __all__ = [
+    "WRAPPER_NBYTES",
     "Archive",
     "ArchiveWriter",
     "CodedPart",
@@ -34,5 +36,6 @@ __all__ = [
     "pack",
     "packed_nbytes",
     "verify",
+    "wrapper",
     "write",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dither.archive.layout import MAGIC
 from dither.archive.reader import Archive
+from dither.archive.source import WRAPPER_NBYTES, wrapper
 from dither.checkpoint import converted, plain_names, read_checkpoint
 from dither.core import CheckpointError
 from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
@@ -93,12 +94,15 @@ def load_weights(path: str | os.PathLike[str], key: str | None = None) -> dict[s
 
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is an archive by its name or its first bytes."""
+    """Whether a file is an archive by its name or its first bytes, also one in safetensors."""
     path = Path(path)
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return path.suffix.lower() == ".dither" or file.read(len(MAGIC)) == MAGIC
+        head = file.read(WRAPPER_NBYTES + len(MAGIC))
+    inner_size = max(path.stat().st_size - WRAPPER_NBYTES, 0)
+    is_wrapped = head == wrapper(inner_size) + MAGIC
+    return path.suffix.lower() == ".dither" or head.startswith(MAGIC) or is_wrapped
 
 
 def load_into(

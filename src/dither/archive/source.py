@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +13,26 @@ from dither.core import ArchiveError
 
 _TAIL = 16
 """Bytes at the end of an archive that tell it from others: lengths and checksum of its index."""
+
+WRAPPER_NBYTES = 128
+"""Bytes of :func:`wrapper`."""
+_LENGTH = struct.Struct("<Q")
+
+
+def wrapper(nbytes: int) -> bytes:
+    """What makes a file of safetensors of an archive of ``nbytes`` that follows.
+
+    The file has one tensor of bytes, ``dither``. Loaders that want safetensors pass it on, and
+    :class:`FileSource` reads the archive where it stands.
+
+    >>> from safetensors.torch import load
+    >>> bytes(load(wrapper(3) + b"abc")["dither"].tolist())
+    b'abc'
+    """
+    tensor = {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, "dither": tensor}, separators=(",", ":"))
+    header = text.encode().ljust(WRAPPER_NBYTES - _LENGTH.size)
+    return _LENGTH.pack(len(header)) + header
 
 
 class BytesSource:
@@ -31,6 +53,8 @@ class BytesSource:
 class FileSource:
     """A file, read at any place by any thread of any process that shares its descriptor.
 
+    Of one in safetensors' clothes, see :func:`wrapper`, only the archive is seen.
+
     A forked process shares the place at which a file is read, too: it is never used, but where the
     system has no reading at a place, and no fork either. A copy, a pickle and a spawned process
     open the file anew, by the path that it had, and refuse another that stands there by then.
@@ -40,7 +64,10 @@ class FileSource:
         self._path = Path(path).absolute()
         self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 - closed with the archive
         self._lock = threading.Lock()
-        self.size = os.fstat(self._file.fileno()).st_size
+        self._start, self.size = 0, os.fstat(self._file.fileno()).st_size
+        within = self.size - WRAPPER_NBYTES
+        if within > 0 and self.read(0, WRAPPER_NBYTES) == wrapper(within):
+            self._start, self.size = WRAPPER_NBYTES, within
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on.
@@ -60,6 +87,7 @@ class FileSource:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _read(self, offset: int, length: int) -> bytes:
+        offset += self._start
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), length, offset)
         with self._lock:

@@ -6,8 +6,15 @@ without pickle. Tied weights, where a file records them, share memory in the res
 
 from dither.checkpoint.conversion import converted
 from dither.checkpoint.kinds import TORCH_SUFFIXES
-from dither.checkpoint.reading import read_checkpoint
+from dither.checkpoint.reading import inside_folder, read_checkpoint
 from dither.checkpoint.safetensors_files import ALIASES_KEY
 from dither.checkpoint.wrappers import plain_names
 
-__all__ = ["ALIASES_KEY", "TORCH_SUFFIXES", "converted", "plain_names", "read_checkpoint"]
+__all__ = [
+    "ALIASES_KEY",
+    "TORCH_SUFFIXES",
+    "converted",
+    "inside_folder",
+    "plain_names",
+    "read_checkpoint",
+]

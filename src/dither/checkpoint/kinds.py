@@ -23,6 +23,8 @@ SAFETENSORS, TORCH, NUMPY, SHARDS = "safetensors", "torch", "numpy", "shards"
 ZIP_MARK = b"PK\x03\x04"
 PICKLE_MARK = b"\x80"
 _ARCHIVE_MARK = b"\x8dDITHER\x1a"
+_WRAPPED = slice(128, 136)
+"""Where the mark stands in an archive that is one tensor of a file of safetensors."""
 _HEAD = 512
 _TAR = slice(257, 262)
 
@@ -57,7 +59,7 @@ def kind_of(path: Path) -> str:
     for mark, what in _OTHERS:
         if start.startswith(mark.lower()):
             raise CheckpointError(f"{str(path)!r} is {what}")
-    if head.startswith(_ARCHIVE_MARK) or suffix == ".dither":
+    if _ARCHIVE_MARK in (head[:8], head[_WRAPPED]) or suffix == ".dither":
         raise CheckpointError(f"{str(path)!r} is an archive; read it with dither.load or open")
     if name.endswith(".index.json"):
         return SHARDS

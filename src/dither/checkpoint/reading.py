@@ -97,7 +97,7 @@ def _modules(folder: Path) -> dict[str, Tensor]:
         inside = PurePath(name).name == name and name not in ("", "..")
         for whole in _WHOLE_FILES:
             if inside and (folder / name / whole).is_file():
-                found = _read_file(_inside(folder / name / whole, folder))
+                found = _read_file(inside_folder(folder / name / whole, folder))
                 tensors |= {f"{name}.{key}": value for key, value in found.items()}
                 break
     return tensors
@@ -128,7 +128,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in shards:
         if shard.endswith(".index.json"):
             raise CheckpointError(f"{str(index)!r} names the index {shard!r} as one of its shards")
-        tensors |= _read_file(_inside(index.parent / shard, index.parent))
+        tensors |= _read_file(inside_folder(index.parent / shard, index.parent))
     if lost := [repr(name) for name in weights if name not in tensors]:
         raise CheckpointError(
             f"{str(index)!r} names {len(lost)} tensors that its shards lack: {some_names(lost)}; "
@@ -137,7 +137,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _inside(path: Path, folder: Path) -> Path:
+def inside_folder(path: Path, folder: Path) -> Path:
     """A file that a file of the folder names; refused where it is a link out of it.
 
     The cache of Hugging Face is one: links to its own ``blobs``.
