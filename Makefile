@@ -18,7 +18,7 @@ WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-CODE := src tests $(wildcard benchmarks changes examples)
+CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help quick demo test lint pytest durations bench bench-full docs changelog format clean

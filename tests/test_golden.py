@@ -8,7 +8,7 @@ import torch
 from dither import Archive
 from dither.core import dtype_name
 from fixtures.make import BRANCHES, FOLDER, LIMIT, branches, digests
-from tests.archive import independent
+from packages.python import dither_decode as independent
 
 GOLDEN: dict[str, dict[str, str]] = json.loads((FOLDER / "golden.json").read_text())
 

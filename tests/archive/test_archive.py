@@ -19,7 +19,7 @@ from dither.archive.layout import HEAD, TAIL
 from dither.core import DTYPES, Encoded
 from dither.encoders.gptq import GPTQ
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
-from tests.archive import independent
+from packages.python import dither_decode as independent
 
 
 def _weight(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -24,7 +24,7 @@ from dither.core import DTYPES, Encoded, Format, SpecError, dtype_name
 from dither.encoders.gptq import GPTQ
 from dither.formats import Affine, Codebook, Mixed, Product, Raw
 from fixtures.make import BRANCHES, archives, branches, coded
-from tests.archive import independent
+from packages.python import dither_decode as independent
 from tests.coding.samples import arrays
 
 Restored = dict[str, tuple[str, tuple[int, ...], bytes]]

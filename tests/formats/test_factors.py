@@ -10,7 +10,7 @@ from dither.archive import pack
 from dither.core import Codes, Encoded, SpecError
 from dither.formats import Factors, factors
 from dither.testing import check_idempotent
-from tests.archive import independent
+from packages.python import dither_decode as independent
 from tests.archive.test_independent import agree
 from tests.formats.test_laws import SCALES, weights
 
