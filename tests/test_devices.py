@@ -25,6 +25,7 @@ from dither import (
     compress,
     diagnose,
     encoders,
+    load,
     load_into,
 )
 from dither.activations import apply, observe
@@ -185,6 +186,22 @@ def test_load_into_a_model_leaves_it_where_it_is(
     assert places_of(model) == {device.type}
     for name, value in other.state_dict().items():
         assert same_bits(model.state_dict()[name], value)
+
+
+@each_case
+def test_what_is_without_memory_is_loaded_to_a_device(
+    case: Case, device: torch.device, tmp_path: Path
+) -> None:
+    compress(case.model(), "8x").save(tmp_path / "model.dither")
+    expected, empty = case.model(), case.model().to("meta")
+    load_into(expected, tmp_path / "model.dither")
+    load_into(empty, tmp_path / "model.dither", device=device)
+    assert places_of(empty) == {device.type}
+    found = load(tmp_path / "model.dither", device=device)
+    for name, value in expected.state_dict().items():
+        assert same_bits(empty.state_dict()[name], value)
+        assert found[name].device.type == device.type
+        assert same_bits(found[name], value)
 
 
 @each_case

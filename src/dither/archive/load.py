@@ -16,7 +16,7 @@ from dither.archive.layout import MAGIC
 from dither.archive.reader import Archive
 from dither.archive.source import WRAPPER_NBYTES, wrapper
 from dither.checkpoint import converted, plain_names, read_checkpoint
-from dither.core import CheckpointError
+from dither.core import DTYPES, CheckpointError
 from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
 from dither.terminal import some_names
 
@@ -61,18 +61,31 @@ class Loaded:
         return "\n".join(lines) or "all tensors match"
 
 
-def load(path: str | os.PathLike[str], max_nbytes: int | None = None) -> dict[str, Tensor]:
+def load(
+    path: str | os.PathLike[str],
+    max_nbytes: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
     """All tensors of an archive, by name; tied weights share memory.
+
+    Tensors are decoded side by side, as many as torch has threads, and each is converted and moved
+    as soon as it is decoded: beside the result, so many are in memory at most, in the types that
+    they have in the file, and with their codes. The values do not depend on the number of threads.
 
     Args:
         path: the file.
         max_nbytes: see :meth:`Archive.open`.
+        dtype: what floating-point tensors are converted to; None keeps the type of each.
+        device: where tensors go; None is the CPU.
 
     Raises:
+        SpecError: ``dtype`` is no floating-point type.
         ArchiveError: the file is no archive or is damaged.
     """
     with Archive.open(path, max_nbytes) as archive:
-        return archive.state_dict()
+        return archive.state_dict(dtype=dtype, device=device)
 
 
 def load_weights(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Tensor]:
@@ -110,21 +123,28 @@ def load_into(
     source: Archive | str | os.PathLike[str],
     *,
     strict: bool = True,
+    device: torch.device | str | None = None,
     max_nbytes: int | None = None,
 ) -> Loaded:
     """Copy an archive's tensors into a model's parameters and buffers, in place.
 
-    Those on the meta device are without memory, and replaced by tensors on the CPU; buffers there
-    that are in no state dict are missing, since no file has their values. A name that the archive
-    lacks is not missing if the model ties it to one that is there. Either may have the names of a
-    wrapper: torch.compile, data parallelism, an average of weights; and the archive those that a
-    Hugging Face folder has on disk.
+    Those on the meta device are without memory, and replaced by new tensors; buffers there that are
+    in no state dict are missing, since no file has their values. A name that the archive lacks is
+    not missing if the model ties it to one that is there. Either may have the names of a wrapper:
+    torch.compile, data parallelism, an average of weights; and the archive those that a Hugging
+    Face folder has on disk.
+
+    Checksums are looked at first, so that a file that was damaged on its way changes nothing. Then
+    each tensor is decoded into its place, as many side by side as torch has threads. Beside the
+    model, so many are in memory at most, with their codes; where transformers has to convert names,
+    all of them. The values do not depend on the number of threads.
 
     Args:
         model: its own types are kept, and devices but for the meta device.
         source: an archive or the path of one.
         strict: refuse, before anything is changed, where names or shapes differ, or activations
             are quantized in the archive only.
+        device: where tensors go that are on the meta device; None is the CPU.
         max_nbytes: see :meth:`Archive.open`.
 
     Returns:
@@ -133,24 +153,22 @@ def load_into(
     Raises:
         SpecError: the model is attached to a run.
         CheckpointError: ``strict`` and a name, a shape or a site differs.
-        ArchiveError: the file is no archive or is damaged.
+        ArchiveError: the file is no archive or is damaged. If all its checksums hold, as in a file
+            that was made to do harm, a part of the model may have been changed by then.
     """
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes) as archive:
-            return load_into(model, archive, strict=strict)
+            return load_into(model, archive, strict=strict, device=device)
     refuse_attached(model, "load_into")
     state = _plain(weights_of(model.state_dict(keep_vars=True)))
-    entries, aliases = source.entries, source.aliases
-    held = {
-        plain: _Held(entries[aliases.get(name, name)].shape, partial(source.__getitem__, name))
-        for plain, name in _plain({name: name for name in source}).items()
-    }
+    held = _held(source)
     found = _differences(model, source, state, held)
     if found.missing or found.unexpected:
         other = converted(inner(model), {name: part.read() for name, part in held.items()})
         if other is not None:
             held = {
-                n: _Held(tuple(v.shape), partial(other.__getitem__, n)) for n, v in other.items()
+                n: _Held("", tuple(v.shape), v.dtype, partial(other.__getitem__, n))
+                for n, v in other.items()
             }
             found = _differences(model, source, state, held)
     if strict and not found.exact:
@@ -158,18 +176,29 @@ def load_into(
             f"the archive does not fit the model, nothing was loaded\n{found}\n"
             "pass strict=False to load what fits"
         )
-    tensors = {name: held[name].read() for name in _fitting(state, held)}
-    _copy(tensors, state)
-    _materialize(model, {id(state[n]): value for n, value in tensors.items() if state[n].is_meta})
-    cast = tuple(name for name, value in tensors.items() if value.dtype != state[name].dtype)
-    return replace(found, cast=cast)
+    names = _fitting(state, held)
+    made = _place(source, {name: (held[name], state[name]) for name in names}, device)
+    _materialize(model, made)
+    return replace(found, cast=tuple(n for n in names if held[n].dtype != state[n].dtype))
 
 
 class _Held(NamedTuple):
-    """A tensor of an archive: its shape, and what reads it."""
+    """A tensor of an archive: its name there, if it stands there as it is, and what reads it."""
 
+    name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     read: Callable[[], Tensor]
+
+
+def _held(source: Archive) -> dict[str, _Held]:
+    """What an archive has, by names without those of wrappers."""
+    found = {}
+    for plain, name in _plain({name: name for name in source}).items():
+        entry = source.entries[source.aliases.get(name, name)]
+        read = partial(source.__getitem__, name)
+        found[plain] = _Held(name, entry.shape, DTYPES[entry.dtype], read)
+    return found
 
 
 def _fitting(state: Mapping[str, Tensor], held: Mapping[str, _Held]) -> list[str]:
@@ -194,16 +223,47 @@ def _differences(
     )
 
 
-def _copy(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Write values in place; tensors made in inference mode can be written only there.
+def _place(
+    source: Archive,
+    pairs: Mapping[str, tuple[_Held, Tensor]],
+    device: torch.device | str | None,
+) -> dict[int, Tensor]:
+    """Read values into the memory of tensors; new ones for those on the meta device, by identity.
 
-    Those that show each other's memory get their own: the archive holds each by itself.
+    Tensors made in inference mode can be written only there. Those that show each other's memory
+    get their own: the archive holds each by itself. Of names of one tensor the last one counts.
     """
-    is_special = any(value.is_inference() for value in state.values())
-    with torch.inference_mode() if is_special else torch.no_grad():
-        separate({name: state[name] for name in tensors})
-        for name, value in tensors.items():
-            state[name].copy_(value)  # which does nothing on the meta device
+    is_special = any(old.is_inference() for _, old in pairs.values())
+    mode = torch.inference_mode if is_special else torch.no_grad
+    source.check([held.name for held, _ in pairs.values() if held.name])
+    with mode():
+        separate({name: old for name, (_, old) in pairs.items()})
+    places = {memory_of(old): name for name, (_, old) in pairs.items()}
+    made: dict[int, Tensor] = {}
+
+    def place(name: str) -> None:
+        held, old = pairs[name]
+        with mode():  # which holds for this thread alone
+            value = held.read()
+            if old.is_meta:
+                own = _owned(value.to(old.dtype), is_fresh=bool(held.name))
+                made[id(old)] = own.to(device)
+            else:
+                old.copy_(value)
+
+    stored = [name for name in places.values() if pairs[name][0].name]
+    by_name = {pairs[name][0].name: name for name in stored}
+    source.each(lambda name: place(by_name[name]), list(by_name))
+    for name in places.values():
+        if not pairs[name][0].name:
+            place(name)
+    return made
+
+
+def _owned(value: Tensor, *, is_fresh: bool) -> Tensor:
+    """The same in memory that nothing else has, and that has nothing else."""
+    whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if is_fresh and whole and not value.is_inference() else value.clone()
 
 
 def _unheld(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -221,8 +281,7 @@ def _materialize(model: nn.Module, values: Mapping[int, Tensor]) -> None:
                 if old is None or id(old) not in values:
                     continue
                 if id(old) not in made:
-                    value = values[id(old)].to(old.dtype, copy=True)
-                    made[id(old)] = _like(old, value)
+                    made[id(old)] = _like(old, values[id(old)])
                 places[name] = made[id(old)]  # type: ignore[assignment,unused-ignore]
 
 

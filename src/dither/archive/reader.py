@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from dither.archive.table import table
 from dither.coding import CodingError, coder_nbytes, crc32, decode_array, decode_codes
 from dither.compiled import expect
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
+
+Result = TypeVar("Result")
 
 LEAST_LIMIT = 1 << 32
 LIMIT_RATIO = 256
@@ -182,31 +184,78 @@ class Archive(Mapping[str, Tensor]):
         except SpecError as error:
             raise ArchiveError(f"tensor {entry.name!r} is damaged: {error}") from error
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> dict[str, Tensor]:
         """All tensors; aliases share the memory of what they stand for.
 
+        Beside them, as many tensors as torch has threads are in memory at most, as they are decoded
+        and with their codes.
+
+        Args:
+            dtype: what floating-point tensors are converted to, one by one; None keeps the type of
+                each.
+            device: where tensors go, one by one; None is the CPU.
+
         Raises:
+            SpecError: ``dtype`` is no floating-point type.
             ArchiveError: a part is damaged, or all would take more than ``max_nbytes``.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise SpecError(
+                f"dtype={dtype} is no floating-point type, such as torch.bfloat16; tensors of "
+                "other types keep theirs"
+            )
+
+        def placed(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
         entries = self._entries.values()
         self._check(entries)
         expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
         count = self._side_by_side(entries)
-        if count == 1:
-            tensors = {name: self[name] for name in self._entries}
-        else:
-            with ThreadPoolExecutor(count) as pool:
-                found = pool.map(self.__getitem__, self._entries)
-                tensors = dict(zip(self._entries, found, strict=True))
+        keys = list(self._entries)
+        tensors = dict(zip(keys, _mapped(lambda n: placed(self[n]), keys, count), strict=True))
         return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
 
-    def _side_by_side(self, entries: Collection[Entry]) -> int:
+    def each(self, use: Callable[[str], None], names: Sequence[str]) -> None:
+        """Call ``use`` with each name, which reads its tensor and keeps no memory of the archive's.
+
+        As many run side by side as torch has threads and ``max_nbytes`` has room for, so that as
+        many tensors are in memory at once, and with one thread one. The first error in the order
+        of names is raised; what had begun by then is finished, and nothing else begins.
+
+        Args:
+            use: may be called in any order, and in any thread.
+            names: of tensors or aliases.
+        """
+        entries = [self._entries[self._index.aliases.get(name, name)] for name in names]
+        expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
+        for _ in _mapped(use, names, self._side_by_side(entries, is_kept=False)):
+            pass
+
+    def check(self, names: Collection[str]) -> None:
+        """Read what is stored of some tensors, and decode nothing.
+
+        Raises:
+            ArchiveError: a checksum does not hold, or a tensor would take more than ``max_nbytes``.
+        """
+        for name in names:
+            entry = self._entries[self._index.aliases.get(name, name)]
+            self._check([entry])
+            for part in entry.parts:
+                self._payload(entry, part)
+
+    def _side_by_side(self, entries: Collection[Entry], *, is_kept: bool = True) -> int:
         """How many tensors to decode at once: as many as there are threads, and memory for them."""
-        kept = sum(entry.decoded_nbytes for entry in entries)
-        if kept < _WORTH_THREADS:
+        whole = sum(entry.decoded_nbytes for entry in entries)
+        if whole < _WORTH_THREADS:
             return 1
-        beside = sorted((working_nbytes(e) - e.decoded_nbytes for e in entries), reverse=True)
-        count = torch.get_num_threads()
+        kept = whole if is_kept else 0
+        beside = sorted(
+            (working_nbytes(e) - e.decoded_nbytes * is_kept for e in entries), reverse=True
+        )
+        count = min(torch.get_num_threads(), len(beside))
         while count > 1 and kept + sum(beside[:count]) > self.max_nbytes:
             count -= 1
         return count
@@ -332,6 +381,17 @@ def working_nbytes(entry: Entry) -> int:
 def multiplications(entry: Entry) -> int:
     """Multiplications that decoding a tensor takes, beyond a few for each value."""
     return entry.format.multiplications({part.name: part.shape for part in entry.parts})
+
+
+def _mapped(
+    function: Callable[[str], Result], items: Sequence[str], count: int
+) -> Iterator[Result]:
+    """Results in the order of items, ``count`` of which are worked at side by side."""
+    if count == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(count) as pool:
+        yield from pool.map(function, items)
 
 
 def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:
