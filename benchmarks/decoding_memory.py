@@ -21,7 +21,7 @@ from benchmarks.environment import describe
 from benchmarks.peak_memory import Peak, restart_for_exact_peaks
 from dither import Archive
 from dither.archive import ArchiveWriter, CodedPart, CodedTensor, code
-from dither.archive.reader import working_nbytes
+from dither.archive.limits import working_nbytes
 from dither.coding import encode_array, encode_codes
 from dither.coding.contexts import Contexts
 from dither.coding.payload import Head, Window

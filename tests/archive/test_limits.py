@@ -15,7 +15,7 @@ from benchmarks.mutations import closed, unpacked
 from dither import Archive, ArchiveError
 from dither.archive import pack, verify
 from dither.archive.layout import HEAD, PARSED
-from dither.archive.reader import MULTIPLICATIONS, multiplications, working_nbytes
+from dither.archive.limits import MULTIPLICATIONS, multiplications, working_nbytes
 from dither.cli import app
 from dither.coding import CodingError, decode_codes, encode_codes
 from dither.formats import Factors, Raw, Trellis

@@ -7,7 +7,7 @@ import torch
 
 import dither
 from dither import ArchiveError
-from dither.archive import reader
+from dither.archive import limits, reader
 from dither.archive.reader import Archive
 
 
@@ -45,7 +45,7 @@ def test_as_many_as_memory_is_allowed_for(
     monkeypatch.setattr(reader, "_WORTH_THREADS", 0)
     entries = archive.entries.values()
     kept = archive.original_nbytes
-    beside = sorted(reader.working_nbytes(e) - e.decoded_nbytes for e in entries)
+    beside = sorted(limits.working_nbytes(e) - e.decoded_nbytes for e in entries)
     for count in (1, 2, 3):
         limited = Archive.from_bytes(archive.to_bytes(), kept + sum(beside[-count:]))
         assert limited._side_by_side(limited.entries.values()) == count

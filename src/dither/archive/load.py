@@ -161,16 +161,7 @@ def load_into(
             return load_into(model, archive, strict=strict, device=device)
     refuse_attached(model, "load_into")
     state = _plain(weights_of(model.state_dict(keep_vars=True)))
-    held = _held(source)
-    found = _differences(model, source, state, held)
-    if found.missing or found.unexpected:
-        other = converted(inner(model), {name: part.read() for name, part in held.items()})
-        if other is not None:
-            held = {
-                n: _Held("", tuple(v.shape), v.dtype, partial(other.__getitem__, n))
-                for n, v in other.items()
-            }
-            found = _differences(model, source, state, held)
+    held, found = _compared(model, source, state)
     if strict and not found.exact:
         raise CheckpointError(
             f"the archive does not fit the model, nothing was loaded\n{found}\n"
@@ -191,6 +182,10 @@ class _Held(NamedTuple):
     read: Callable[[], Tensor]
 
 
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
 def _held(source: Archive) -> dict[str, _Held]:
     """What an archive has, by names without those of wrappers."""
     found = {}
@@ -199,6 +194,23 @@ def _held(source: Archive) -> dict[str, _Held]:
         read = partial(source.__getitem__, name)
         found[plain] = _Held(name, entry.shape, DTYPES[entry.dtype], read)
     return found
+
+
+def _compared(
+    model: nn.Module, source: Archive, state: Mapping[str, Tensor]
+) -> tuple[dict[str, _Held], Loaded]:
+    """What an archive has, by the names of the model if transformers knows them; what differs."""
+    held = _held(source)
+    found = _differences(model, source, state, held)
+    if found.missing or found.unexpected:
+        other = converted(inner(model), {name: part.read() for name, part in held.items()})
+        if other is not None:
+            held = {
+                name: _Held("", tuple(value.shape), value.dtype, partial(_same, value))
+                for name, value in other.items()
+            }
+            found = _differences(model, source, state, held)
+    return held, found
 
 
 def _fitting(state: Mapping[str, Tensor], held: Mapping[str, _Held]) -> list[str]:

@@ -25,19 +25,20 @@ from dither.archive.layout import (
     unpack_index,
     unpack_tail,
 )
+from dither.archive.limits import (
+    MULTIPLICATIONS,
+    check_memory,
+    default_limit,
+    multiplications,
+    working_nbytes,
+)
 from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
-from dither.coding import CodingError, coder_nbytes, crc32, decode_array, decode_codes
+from dither.coding import CodingError, crc32, decode_array, decode_codes
 from dither.compiled import expect
-from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError, code_dtype
+from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError
 
 Result = TypeVar("Result")
-
-LEAST_LIMIT = 1 << 32
-LIMIT_RATIO = 256
-"""Without ``max_nbytes``, decoding may take 4 GiB or 256 times the file, whichever is more."""
-MULTIPLICATIONS = 128
-"""Most for each byte of ``max_nbytes``, beyond a few for each value: it bounds the time."""
 
 SECONDS = 5e-9
 """About what plain code takes for each byte that is decoded, in loops that may be compiled."""
@@ -171,7 +172,7 @@ class Archive(Mapping[str, Tensor]):
         entry = self._entries.get(self._index.aliases.get(name, name))
         if entry is None:
             raise KeyError(f"the archive has no tensor {name!r}")
-        self._check([entry])
+        check_memory([entry], self.max_nbytes)
         codes: dict[str, Codes] = {}
         params: dict[str, Tensor] = {}
         for part in entry.parts:
@@ -211,7 +212,7 @@ class Archive(Mapping[str, Tensor]):
             return value.to(device, dtype if value.is_floating_point() else None)
 
         entries = self._entries.values()
-        self._check(entries)
+        check_memory(entries, self.max_nbytes)
         expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
         count = self._side_by_side(entries)
         keys = list(self._entries)
@@ -242,7 +243,7 @@ class Archive(Mapping[str, Tensor]):
         """
         for name in names:
             entry = self._entries[self._index.aliases.get(name, name)]
-            self._check([entry])
+            check_memory([entry], self.max_nbytes)
             for part in entry.parts:
                 self._payload(entry, part)
 
@@ -338,49 +339,6 @@ class Archive(Mapping[str, Tensor]):
         if crc32(payload) != part.crc:
             raise _damaged(entry, part, "its checksum does not match")
         return payload
-
-    def _check(self, entries: Collection[Entry]) -> None:
-        """Refuse what decoding, and keeping, all of some tensors would take too much for."""
-        kept = sum(entry.decoded_nbytes for entry in entries)
-        beside = max((working_nbytes(e) - e.decoded_nbytes for e in entries), default=0)
-        work = sum(map(multiplications, entries))
-        for need, most, what in (
-            (kept + beside, self.max_nbytes, "bytes, more than"),
-            (work, MULTIPLICATIONS * self.max_nbytes, f"multiplications, over {MULTIPLICATIONS} *"),
-        ):
-            if need > most:
-                raise ArchiveError(
-                    f"decoding would take {need} {what} max_nbytes={self.max_nbytes}; if you "
-                    "trust the file, open it with a larger max_nbytes"
-                )
-
-
-def default_limit(size: int) -> int:
-    """Most memory for a file of ``size`` bytes of which nothing else is said."""
-    return max(LEAST_LIMIT, LIMIT_RATIO * size)
-
-
-def working_nbytes(entry: Entry) -> int:
-    """Bytes that decoding a tensor takes at its peak, itself included.
-
-    All of its parts, and either what the coder of one part needs or the tensor: formats decode it
-    a box at a time.
-    """
-    parts, coder = 0, 0
-    for part in entry.parts:
-        count = math.prod(part.shape)
-        dtype = code_dtype(part.alphabet) if part.alphabet else DTYPES[part.dtype or "uint8"]
-        parts += count * dtype.itemsize
-        own = 0
-        if part.codec == "rans":
-            own = coder_nbytes(part.shape) if part.alphabet else count
-        coder = max(coder, part.length + own)
-    return parts + max(coder, entry.decoded_nbytes)
-
-
-def multiplications(entry: Entry) -> int:
-    """Multiplications that decoding a tensor takes, beyond a few for each value."""
-    return entry.format.multiplications({part.name: part.shape for part in entry.parts})
 
 
 def _mapped(
