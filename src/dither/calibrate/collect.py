@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,19 @@ def collect(
     }
 
 
+class Here(threading.local):
+    """What a watch knows of the forward pass that runs in this thread.
+
+    Attributes:
+        mask: of its batch.
+        open: owners of stacks that are being called, and what is seen in them.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.open: list[tuple[nn.Module, StackInputs]] = []
+
+
 class Watch:
     """Hooks that see the inputs of a model's weights.
 
@@ -109,7 +123,7 @@ class Watch:
     def __init__(
         self, model: nn.Module, most_inputs: int = MOST_INPUTS, only: Iterable[str] | None = None
     ) -> None:
-        self.mask: Tensor | None = None
+        self.here = Here()
         self.moments: dict[str, Moments] = {}
         self.counts: dict[str, Tensor] = {}
         self.outputs: dict[str, int] = {}
@@ -118,7 +132,15 @@ class Watch:
         self.stacks = stacks_of(dict(model.named_parameters()), model)
         self._only = None if only is None else set(only)
         self._most = most_inputs
-        self._open: list[tuple[nn.Module, StackInputs]] = []
+
+    @property
+    def mask(self) -> Tensor | None:
+        """See the attribute."""
+        return self.here.mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self.here.mask = mask
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -214,7 +236,7 @@ class Watch:
     def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
         seen = StackInputs(self._stacks_in(module))
         seen.__enter__()  # type: ignore[no-untyped-call]
-        self._open.append((module, seen))
+        self.here.open.append((module, seen))
 
     def _leave(self, module: nn.Module, _: tuple[Any, ...], __: object) -> None:
         seen = self._close(module)
@@ -224,8 +246,8 @@ class Watch:
 
     def _close(self, module: nn.Module | None) -> StackInputs | None:
         """Stop watching in a module and in those that it called, or in all."""
-        while self._open:
-            owner, seen = self._open.pop()
+        while self.here.open:
+            owner, seen = self.here.open.pop()
             seen.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if owner is module:
                 return seen

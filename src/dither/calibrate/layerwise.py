@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dither.calibrate.lockstep import MOST_KEPT, Lockstep, can_wait
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.use_order import Keep, Order, find_order
@@ -29,9 +31,9 @@ def in_sequence(
     """Encode the weights of linear layers and convolutions in the order in which they are used.
 
     Statistics of each are collected while all weights before it stand at their encoded values, so
-    that it can make up for their errors. That takes a forward pass up to the layer for all weights
-    that read the same input, and two with ``corrected``. Only their moments are in memory at a
-    time.
+    that it can make up for their errors. Passes of all batches wait at the layer whose turn it is,
+    see :class:`Layerwise`, so that each batch runs once for all layers, and twice with
+    ``corrected``. Only moments of weights that read the same input are in memory at a time.
 
     Args:
         model: is left as it was, its weights included.
@@ -92,20 +94,38 @@ class Layer:
 class Layerwise:
     """The layers of a model in the order of use, to be walked through once or several times.
 
+    A walk runs each batch once through the model and once through its original: passes wait at the
+    layer whose turn it is. They begin anew for each layer where that is not possible: for batches
+    beyond ``most_kept``; for layers that are called several times or hold stacks of matrices; and
+    for all layers of a model that draws random numbers, or keeps something of a batch in itself
+    from one layer to the next. The statistics are the same.
+
     Args:
         model: is left as it was after each walk.
         data: a loader of batches, or :class:`~dither.Data`; kept in memory.
         most_inputs: of one Gram matrix.
+        most_kept: bytes that waiting passes may hold, about; 0 lets none wait.
+
+    Attributes:
+        order: of the weights.
+        waiting: whether passes wait.
     """
 
     def __init__(
-        self, model: nn.Module, data: Data | Iterable[Any], *, most_inputs: int = MOST_INPUTS
+        self,
+        model: nn.Module,
+        data: Data | Iterable[Any],
+        *,
+        most_inputs: int = MOST_INPUTS,
+        most_kept: int = MOST_KEPT,
     ) -> None:
         self.model, self.data = model, Data.of(data).held()
-        self.most_inputs = most_inputs
+        self.most_inputs, self.most_kept = most_inputs, most_kept
         first = next(iter(self.data))
         self.order: Order = find_order(model, first, self.data.forward)
         self.receivers = find_receivers(model, first, self.data.forward)
+        together = {name for group in self.order.together for name in group}
+        self.waiting = most_kept > 0 and can_wait(model, self.data, together)
 
     @contextmanager
     def walk(
@@ -135,7 +155,9 @@ class Layerwise:
             for name, value in (start or {}).items():
                 places[name].copy_(value)
             data = self.data.first(batches)
-            yield Walk(self, data, original, places, frozenset(names), biases=biases)
+            walk = Walk(self, data, original, places, frozenset(names), biases=biases)
+            with walk.stops():
+                yield walk
 
 
 class Walk:
@@ -161,18 +183,42 @@ class Walk:
         self._layers, self._data, self._names = layers, data, names
         self._models = [layers.model, *([] if original is None else [original])]
         self._receivers = layers.receivers if biases else {}
+        self._steps: list[Lockstep] = []
+        holders = Counter(
+            id(p)
+            for m in layers.model.modules()
+            for p in m._parameters.values()  # noqa: SLF001
+        )
+        self._tied = {name for name, place in places.items() if holders[id(place)] > 1}
+
+    @contextmanager
+    def stops(self) -> Iterator[None]:
+        """Let passes wait, while it lasts."""
+        layers, groups = self._layers, [g for g in self._layers.order.together if self._wanted(g)]
+        names, most = {name for group in groups for name in group}, layers.most_kept
+        with ExitStack() as stack:
+            for model in self._models if layers.waiting else ():
+                steps = Lockstep(model, self._data, names, most // len(self._models))
+                self._steps.append(stack.enter_context(steps))
+            yield
 
     def __iter__(self) -> Iterator[Layer]:
         for group in self._layers.order.groups:
-            wanted = [name for name in group if name in self._names]
-            if wanted:
+            if wanted := self._wanted(group):
                 moments, watch = self._measure(group)
+                for steps in self._steps:
+                    steps.close(group)
                 for name in wanted:
                     # None where the encoded model does not come to use it
                     seen = moments.get(name) or moments.get(group[0])
                     if seen is not None:
                         watch.moments[name] = seen
                     yield self._layer(name, watch)
+                if self._steps and not self._tied.isdisjoint(wanted):
+                    self._steps[0].restart()  # another module may have read it already
+
+    def _wanted(self, group: tuple[str, ...]) -> list[str]:
+        return [name for name in group if name in self._names]
 
     def move(self, receiver: Receiver, shift: Tensor) -> None:
         """Take a shift of mean outputs out of a bias, or into a running mean."""
@@ -196,19 +242,31 @@ class Walk:
 
     def _measure(self, group: tuple[str, ...]) -> tuple[dict[str, Moments], Keep]:
         """Moments of a group's inputs in the first model, and how they lie to the second's."""
-        order, forward = self._layers.order, self._data.forward
+        order = self._layers.order
         watches = [Keep(model, group, order.calls[group]) for model in self._models]
+        watches[0].outputs |= order.outputs
         moments: dict[str, Moments] = {}
-        for batch in self._data:
-            for model, watch in zip(self._models, watches, strict=True):
-                watch.mask = self._data.shown(batch)
-                watch.run(forward, model, batch)
-            for name, vectors, wanted in _paired(*(watch.kept for watch in watches)):
+        for number, batch in enumerate(self._data):
+            for name, vectors, wanted in _paired(*self._inputs(group, number, batch, watches)):
                 if name == group[0] or not order.shared[group]:
                     seen = moments.setdefault(name, Moments(self._layers.most_inputs))
                     # Experts are given other tokens, even where they are given as many.
                     seen.add(vectors, None if name in watches[0].stacks else wanted)
         return moments, watches[0]
+
+    def _inputs(
+        self, group: tuple[str, ...], number: int, batch: object, watches: list[Keep]
+    ) -> list[list[tuple[str, Vectors]]]:
+        """Of one batch, for each model."""
+        if group in self._layers.order.together:
+            found = [steps.vectors(number, group) for steps in self._steps]
+            kept = [vectors for vectors in found if vectors is not None]
+            if kept and len(kept) == len(found):
+                return kept
+        for model, watch in zip(self._models, watches, strict=True):
+            watch.mask = self._data.shown(batch)
+            watch.run(self._data.forward, model, batch)
+        return [watch.kept for watch in watches]
 
 
 def _paired(

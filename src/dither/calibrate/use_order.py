@@ -24,11 +24,16 @@ class Order:
         groups: names of weights; those of a group lie together and are encoded together.
         shared: whether all weights of a group read one and the same input.
         calls: how often modules of a group are called in one forward pass.
+        together: groups of which all is known once the first of its modules is called: that is one
+            module, or all read one input, and none is called again.
+        outputs: the axis of each weight that counts outputs.
     """
 
     groups: tuple[tuple[str, ...], ...]
     shared: Mapping[tuple[str, ...], bool]
     calls: Mapping[tuple[str, ...], int]
+    together: frozenset[tuple[str, ...]]
+    outputs: Mapping[str, int]
 
     @property
     def names(self) -> list[str]:
@@ -53,11 +58,18 @@ def find_order(model: nn.Module, batch: object, forward: Forward) -> Order:
             groups.append([name])
         vectors = part
     made = tuple(tuple(group) for group in groups)
-    return Order(
-        made,
-        {group: len({modules[name] for name in group}) == len(group) for group in made},
-        {group: sum(watch.calls[m] for m in {modules[n] for n in group}) for group in made},
+    held = {group: {modules[name] for name in group} for group in made}
+    shared = {group: len(held[group]) == len(group) for group in made}
+    calls = {group: sum(watch.calls[module] for module in held[group]) for group in made}
+    together = frozenset(
+        group
+        for group in made
+        if calls[group] == len(held[group])
+        and (shared[group] or len(held[group]) == 1)
+        and not watch.stacks.intersection(group)  # seen when their module has run
+        and not watch.counts.keys() & set(group)  # a table is tied to it, and read before
     )
+    return Order(made, shared, calls, together, watch.outputs)
 
 
 def _same(one: Vectors | None, other: Vectors) -> bool:
