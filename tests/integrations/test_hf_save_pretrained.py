@@ -12,12 +12,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import dither
 from dither.archive import Archive
+from dither.cli import app
 from dither.core import CheckpointError, SpecError
 from dither.testing import same_bits
-from tests.test_hf_folders import BERT, HEADS, LLAMA, RENAMED, VIT, build, place, write_tokenizer
+from tests.test_hf_folders import (
+    BERT,
+    HEADS,
+    LLAMA,
+    RENAMED,
+    VIT,
+    build,
+    place,
+    run,
+    write_tokenizer,
+)
 
 transformers = pytest.importorskip("transformers", reason="NEEDS transformers: install dither[hf]")
 
@@ -193,6 +205,7 @@ def test_sharded_folders_and_links_of_the_cache_are_read(place: Path) -> None:
         "config.json",
         "generation_config.json",
         WEIGHTS,
+        "model.safetensors.index.json",
     ]
 
 
@@ -257,7 +270,7 @@ def test_what_is_no_place_for_a_folder_is_refused(place: Path) -> None:
     with pytest.raises(SpecError, match="no model of transformers"):
         save_pretrained(archive, place / "out", torch.nn.Linear(2, 2))
     with pytest.raises(SpecError, match="no model folder"):
-        save_pretrained(archive, place / "out", place)
+        save_pretrained(archive, place / "out", place / "nothing")
     with pytest.raises(CheckpointError, match="lacks embeddings"):
         save_pretrained(dither.compress({"w": torch.randn(32, 32)}, "2x"), place / "out", model)
     config = json.loads((place / "m" / "config.json").read_text(encoding="utf-8"))
@@ -305,3 +318,62 @@ def test_nothing_is_left_behind(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(dither.ArchiveError, match="damaged"):
         transformers.AutoModel.from_pretrained(place / "out")
     assert list(held.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", ["masked", "vit"])
+def test_a_folder_out_of_the_command_line_is_read_in_one_line(case: str, place: Path) -> None:
+    """The rest of the folder is kept, and the file of weights keeps to the size."""
+    model: Any = build(*CASES[case])
+    model.save_pretrained(place / "m")
+    write_tokenizer(place / "m")
+    size = str(sum(p.numel() for p in model.parameters()))
+    run("compress", "m", "--size", size, "-o", "out/")
+    assert (place / "out" / WEIGHTS).stat().st_size <= int(size)
+    assert (place / "out" / "tokenizer.json").is_file()
+    dither.load_into(model, place / "out" / WEIGHTS)
+    assert same(type(model).from_pretrained(place / "out"), model)
+    run("compress", "m", "--size", "8x", "-o", "out")  # once more, over what was written
+    assert run("inspect", f"out/{WEIGHTS}")["nbytes"] < int(size)
+    back = run("decompress", f"out/{WEIGHTS}", "-o", "dense/model.safetensors")
+    assert back["tensors"] == len(dither.load(place / "out" / WEIGHTS))
+
+
+def test_folders_out_of_what_is_none(place: Path) -> None:
+    model: Any = build("Bert", BERT)
+    model.save_pretrained(place / "m")
+    for arguments, said in [
+        (("m/model.safetensors", "-o", "out/"), "is no model folder"),
+        (("m", "-o", "m/"), "in the model's own folder"),
+        (("m", "-o", "m/small/"), "in the model's own folder"),
+        (("m", "-o", "."), "holds other files"),
+        (("m", "-o", "out/", "--data", "a:b", "--model", "a:b"), "with --model name a file"),
+    ]:
+        result = CliRunner().invoke(app, ["compress", *arguments, "--size", "4x"])
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.output.split())
+    assert not (place / "out").exists()
+
+
+def test_modules_of_sentence_transformers_stay_as_they_are(place: Path) -> None:
+    """Pooling and dense modules behind the transformer are copied with their weights."""
+    package = pytest.importorskip("sentence_transformers", reason="NEEDS sentence-transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    model: Any = build("Bert", BERT)
+    model.save_pretrained(place / "bert")
+    write_tokenizer(place / "bert")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(place / "bert" / "tokenizer.json"), pad_token="[UNK]"
+    )
+    tokenizer.save_pretrained(place / "bert")
+    words = modules.Transformer(str(place / "bert"))
+    torch.manual_seed(1)
+    parts = [words, modules.Pooling(16), modules.Dense(16, 4)]
+    package.SentenceTransformer(modules=parts, device="cpu").save(str(place / "m"))
+    run("compress", "m", "--size", "4x", "-o", "out/")
+    read = package.SentenceTransformer(str(place / "out"), device="cpu")
+    whole = package.SentenceTransformer(str(place / "m"), device="cpu")
+    assert same_bits(read[2].linear.weight, whole[2].linear.weight)
+    one, other = (m.encode(["w1 w2 w3", "w4"]) for m in (read, whole))
+    dither.load_into(whole[0].auto_model, place / "out" / WEIGHTS)
+    assert (whole.encode(["w1 w2 w3", "w4"]) == one).all()
+    assert not (one == other).all()

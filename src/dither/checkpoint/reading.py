@@ -16,6 +16,8 @@ from dither.checkpoint.torch_files import read_torch
 from dither.core import DTYPES, CheckpointError
 from dither.terminal import some_names
 
+ARCHIVE_IN_FOLDER = "model.dither.safetensors"
+"""What dither calls its archive in a folder that transformers reads."""
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -64,6 +66,8 @@ def _read_file(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
+    if (folder / ARCHIVE_IN_FOLDER).is_file():
+        return _read_file(folder / ARCHIVE_IN_FOLDER)  # which says that it is an archive
     modules = _modules(folder)
     for name in (*_WHOLE_FILES[:1], *_INDEX_FILES[:1], *_WHOLE_FILES[1:], *_INDEX_FILES[1:]):
         if (folder / name).is_file():

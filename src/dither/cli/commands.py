@@ -113,8 +113,14 @@ def compress(
         float | None, typer.Option(help="Bits for each value, instead of SIZE.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="By default ./SOURCE.dither."),
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="By default ./SOURCE.dither; with a / at its end a model folder, of a model "
+            "folder, that transformers reads.",
+        ),
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")

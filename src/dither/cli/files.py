@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import zipfile
@@ -20,6 +21,7 @@ from dither.archive.layout import MAGIC
 from dither.checkpoint import ALIASES_KEY, TORCH_SUFFIXES, read_checkpoint
 from dither.cli.console import Advance
 from dither.core import DTYPES, ArchiveError, CheckpointError
+from dither.integrations.model_folder import check_target, is_model_folder
 
 OUTPUT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
@@ -65,6 +67,21 @@ def check_archive_output(output: Path, source: Path) -> None:
         raise CheckpointError(
             f"{str(output)!r} exists and is no archive; remove it, or name another file with -o"
         )
+
+
+def names_folder(output: str) -> bool:
+    """Whether an output is meant as a folder: its path ends as one, or it is one."""
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
+
+
+def check_folder_output(output: Path, source: Path) -> None:
+    """Refuse, before any work, to write a model folder where none can be, or is another."""
+    if not is_model_folder(source):
+        raise CheckpointError(
+            f"the output {str(output)!r} is a folder, and {str(source)!r} is no model folder with "
+            "a config.json; name a file"
+        )
+    check_target(output, source)
 
 
 def check_tensor_output(output: Path, source: Path, *, named: bool) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dither.archive import Archive, load_weights
+from dither.archive import WRAPPER_NBYTES, Archive, load_weights
 from dither.archive import verify as find_faults
 from dither.cli import report
 from dither.cli.compare import compare as compare_tensors
@@ -15,14 +15,17 @@ from dither.cli.console import Printer
 from dither.cli.data import data_of, evaluate_of, model_of
 from dither.cli.files import (
     check_archive_output,
+    check_folder_output,
     check_page_output,
     check_tensor_output,
     make_folder,
+    names_folder,
     open_source,
     write_tensors,
 )
-from dither.core import BudgetError
+from dither.core import BudgetError, SpecError
 from dither.demo.story import run
+from dither.integrations.model_folder import own_weights, write_folder
 from dither.model import collect
 from dither.report import check_picture, draw_sizes, save_page
 from dither.search import Trial, parse_size
@@ -46,20 +49,25 @@ class Given:
 def compress(
     printer: Printer,
     source: Path,
-    output: Path | None,
+    output: str | None,
     *,
     size: str,
     key: str | None,
     given: Given | None = None,
 ) -> None:
     """Compress a source to ``size``, with data if any are given."""
-    target = output or Path(f"{_stem(source)}.dither")
-    check_archive_output(target, source)
+    target = Path(output or f"{_stem(source)}.dither")
+    to_folder = output is not None and names_folder(output)
+    (check_folder_output if to_folder else check_archive_output)(target, source)
+    if to_folder and given is not None and given.model is not None:
+        raise SpecError("a model folder has the names of its own model; with --model name a file")
     with printer.progress(f"reading {source}") as advance:
         state = load_weights(source, key)
+        if to_folder:
+            state = own_weights(source, state)
         tensors = collect(state)
         values = sum(value.numel() for value in tensors.values.values())
-        budget = parse_size(size, tensors.nbytes, values)
+        budget = parse_size(size, tensors.nbytes, values) - to_folder * WRAPPER_NBYTES
         if given is None:
             archive = search(state, budget, progress=advance)
         else:
@@ -72,8 +80,11 @@ def compress(
                 activations=given.activations,
                 progress=advance,
             )
-        make_folder(target)
-        archive.save(target)
+        if to_folder:
+            write_folder(archive, source, target)
+        else:
+            make_folder(target)
+            archive.save(target)
     document = report.archive_document(archive, budget)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
     tried = {"trials": [asdict(trial) for trial in trials]} if trials else {}

@@ -1,9 +1,10 @@
 """Model folders of Hugging Face whose weights are an archive; transformers is not needed here.
 
-The archive stands in ``model.dither.safetensors``, as one tensor of bytes: loaders, hubs and caches
-take it as they take any weights. ``config.json`` has a ``quantization_config`` that asks for
-dither, and as the file of weights it names what is to be done: whoever does not know dither looks
-for a file of that name, and says so, where a plain name would mean weights drawn at random.
+The archive stands in ``model.dither.safetensors``, as one tensor of bytes: hubs and caches take it
+as they take any weights. ``config.json`` has a ``quantization_config`` that asks for dither.
+Whoever knows no dither goes on to ``model.safetensors.index.json``, which names one shard: a file
+that does not exist, and whose name says what is to be done. So the error that follows says it, too,
+where weights under a plain name would be taken for those of another model, and be drawn at random.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from pathlib import Path
 from torch import Tensor
 
 from dither.archive import Archive, atomic_write, wrapper
+from dither.checkpoint import ARCHIVE_IN_FOLDER as WEIGHTS
 from dither.checkpoint import inside_folder
 from dither.core import DTYPES, CheckpointError, SpecError
-
-WEIGHTS = "model.dither.safetensors"
-"""The file in which the archive stands."""
 
 METHOD = "dither"
 """What transformers calls the method in ``quantization_config``."""
 
 _ASKS = "needs `pip install dither` and `import dither.integrations.transformers`.safetensors"
 """The file that is missed where dither is unknown. It must end like weights, and never exists."""
+_INDEX = "model.safetensors.index.json"
 
 _CONFIG = "config.json"
 _WEIGHTS_OF_OTHERS = {
@@ -41,12 +41,18 @@ def is_model_folder(path: Path) -> bool:
     return (path / _CONFIG).is_file()
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, source: Path | None = None) -> None:
     """Refuse, before any work, a folder that holds anything but an earlier result.
 
+    Args:
+        target: the folder.
+        source: the model's own, if it has one.
+
     Raises:
-        CheckpointError: it does.
+        CheckpointError: it does, or lies in the model's own.
     """
+    if source is not None and target.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"the output {str(target)!r} lies in the model's own folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"the output {str(target)!r} is a file; name a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / WEIGHTS).is_file():
@@ -63,12 +69,10 @@ def copy_rest(source: Path, target: Path) -> None:
 
     Raises:
         SpecError: the source is no model folder.
-        CheckpointError: the target lies in it, or a file is a link out of it.
+        CheckpointError: a file is a link out of it.
     """
     if not is_model_folder(source):
         raise SpecError(f"{str(source)!r} is no model folder: it has no {_CONFIG}")
-    if target.resolve().is_relative_to(source.resolve()):
-        raise CheckpointError(f"the output {str(target)!r} lies in the model's own folder")
     modules = module_folders(source)
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
@@ -78,6 +82,18 @@ def copy_rest(source: Path, target: Path) -> None:
             copied = target / place
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside_folder(path, source), copied)
+
+
+def write_folder(archive: Archive, source: Path, target: Path) -> int:
+    """A model folder with an archive for weights, from the folder of the model; returns its bytes.
+
+    Raises:
+        SpecError: the source is no model folder.
+        CheckpointError: a file is a link out of it, or its weights are quantized already.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    copy_rest(source, target)
+    return write_weights(archive, target)
 
 
 def module_folders(source: Path) -> set[str]:
@@ -116,11 +132,12 @@ def write_weights(archive: Archive, target: Path) -> int:
         file.write(wrapper(archive.nbytes))
         file.write(archive.to_bytes())
     config["quantization_config"] = {"quant_method": METHOD}
-    config["transformers_weights"] = _ASKS
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _main_dtype(archive)
-    with atomic_write(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+    index = {"metadata": {}, "weight_map": {"dither": _ASKS}}
+    for name, document in ((_INDEX, index), (_CONFIG, config)):
+        with atomic_write(target / name) as file:
+            file.write((json.dumps(document, indent=2) + "\n").encode())
     return (target / WEIGHTS).stat().st_size
 
 

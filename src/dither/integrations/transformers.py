@@ -27,10 +27,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dither.activations import apply
 from dither.archive import Archive
+from dither.checkpoint import ARCHIVE_IN_FOLDER as WEIGHTS
 from dither.core import CheckpointError, DitherError, SpecError
 from dither.integrations.model_folder import (
     METHOD,
-    WEIGHTS,
     check_target,
     copy_rest,
     write_weights,
@@ -73,7 +73,7 @@ def save_pretrained(
         with Archive.open(source) as archive:
             return save_pretrained(archive, folder, model, tokenizer)
     target = Path(folder)
-    check_target(target)
+    check_target(target, None if model is None or isinstance(model, nn.Module) else Path(model))
     if isinstance(model, nn.Module):
         whole = _fitting(model, source)
         # Everything that it would write but weights: those of an empty state.
