@@ -99,6 +99,15 @@ def test_a_model_is_filled_one_tensor_at_a_time(
     assert alive.most <= 1 + integers * meta
 
 
+def test_what_the_model_lacks_is_not_decoded(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = Counter(monkeypatch)
+    found = dither.load_into(network()[:2], archive, strict=False)
+    assert len(found.unexpected) == len(archive) - 4
+    assert (alive.read, alive.most) == (4, 1)
+
+
 def test_weights_in_another_type_are_converted_one_at_a_time(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,8 +75,8 @@ def load(
     they have in the file, and with their codes. The values do not depend on the number of threads.
 
     Args:
-        path: the file.
-        max_nbytes: see :meth:`Archive.open`.
+        path: the file, or a URL: see :meth:`Archive.open`.
+        max_nbytes: the same.
         dtype: what floating-point tensors are converted to; None keeps the type of each.
         device: where tensors go; None is the CPU.
 
@@ -134,14 +134,14 @@ def load_into(
     torch.compile, data parallelism, an average of weights; and the archive those that a Hugging
     Face folder has on disk.
 
-    Checksums are looked at first, so that a file that was damaged on its way changes nothing. Then
-    each tensor is decoded into its place, as many side by side as torch has threads. Beside the
-    model, so many are in memory at most, with their codes; where transformers has to convert names,
-    all of them. The values do not depend on the number of threads.
+    Checksums are looked at first, but of a URL, so that a damaged file changes nothing. Then each
+    tensor is decoded into its place, as many side by side as torch has threads. Beside the model,
+    so many are in memory at most, with their codes; where transformers has to convert names, all of
+    them. The values do not depend on the number of threads.
 
     Args:
         model: its own types are kept, and devices but for the meta device.
-        source: an archive or the path of one.
+        source: an archive, or the path or URL of one.
         strict: refuse, before anything is changed, where names or shapes differ, or activations
             are quantized in the archive only.
         device: where tensors go that are on the meta device; None is the CPU.
@@ -203,7 +203,8 @@ def _compared(
     held = _held(source)
     found = _differences(model, source, state, held)
     if found.missing or found.unexpected:
-        other = converted(inner(model), {name: part.read() for name, part in held.items()})
+        stored = held
+        other = converted(inner(model), lambda: {n: part.read() for n, part in stored.items()})
         if other is not None:
             held = {
                 name: _Held("", tuple(value.shape), value.dtype, partial(_same, value))

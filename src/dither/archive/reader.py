@@ -32,6 +32,7 @@ from dither.archive.limits import (
     multiplications,
     working_nbytes,
 )
+from dither.archive.remote import FIRST, RemoteSource, is_url
 from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
 from dither.coding import CodingError, crc32, decode_array, decode_codes
@@ -68,7 +69,8 @@ class Archive(Mapping[str, Tensor]):
         self.max_nbytes = default_limit(source.size) if max_nbytes is None else max_nbytes
         room = index_room(source.size, self.max_nbytes, is_default=max_nbytes is None)
         try:
-            index = _read_index(source, room)
+            with source.bringing(max(source.size - FIRST, 0), source.size):
+                index = _read_index(source, room)
         except BaseException:
             source.close()
             raise
@@ -81,8 +83,11 @@ class Archive(Mapping[str, Tensor]):
     def open(cls, path: str | os.PathLike[str], max_nbytes: int | None = None) -> Self:
         """Open a file; use it as a context manager, or :meth:`close` it.
 
+        Of a URL, the index is read, and then the bytes of the tensors that are asked for.
+
         Args:
-            path: the file.
+            path: the file, or a URL of any kind that fsspec knows (``https://``, ``s3://``,
+                ``hf://``; needs ``dither[remote]``) on a server that answers requests for ranges.
             max_nbytes: most memory, in bytes, that decoded tensors, their codes and the index may
                 take, beside some 64 MB whatever the file; by default 4 GiB or 256 times the file's
                 size, whichever is more. It also bounds the multiplications of ``Factors``, to
@@ -92,7 +97,8 @@ class Archive(Mapping[str, Tensor]):
             ArchiveError: the file is no archive or is damaged.
             OSError: the file cannot be read.
         """
-        return cls(FileSource(path), max_nbytes)
+        source = RemoteSource(path) if is_url(path) else FileSource(path)
+        return cls(source, max_nbytes)
 
     @classmethod
     def from_bytes(cls, data: bytes, max_nbytes: int | None = None) -> Self:
@@ -175,11 +181,12 @@ class Archive(Mapping[str, Tensor]):
         check_memory([entry], self.max_nbytes)
         codes: dict[str, Codes] = {}
         params: dict[str, Tensor] = {}
-        for part in entry.parts:
-            if part.alphabet is not None:
-                codes[part.name] = self._codes(entry, part, part.alphabet)
-            elif part.dtype is not None:
-                params[part.name] = self._numbers(entry, part, DTYPES[part.dtype])
+        with self._source.bringing(*_span([entry])):
+            for part in entry.parts:
+                if part.alphabet is not None:
+                    codes[part.name] = self._codes(entry, part, part.alphabet)
+                elif part.dtype is not None:
+                    params[part.name] = self._numbers(entry, part, DTYPES[part.dtype])
         try:
             return Encoded(entry.format, entry.shape, DTYPES[entry.dtype], codes, params)
         except SpecError as error:
@@ -216,7 +223,7 @@ class Archive(Mapping[str, Tensor]):
         expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
         count = self._side_by_side(entries)
         keys = list(self._entries)
-        tensors = dict(zip(keys, _mapped(lambda n: placed(self[n]), keys, count), strict=True))
+        tensors = dict(zip(keys, self._mapped(lambda n: placed(self[n]), keys, count), strict=True))
         return tensors | {alias: tensors[name] for alias, name in self._index.aliases.items()}
 
     def each(self, use: Callable[[str], None], names: Sequence[str]) -> None:
@@ -230,19 +237,45 @@ class Archive(Mapping[str, Tensor]):
             use: may be called in any order, and in any thread.
             names: of tensors or aliases.
         """
-        entries = [self._entries[self._index.aliases.get(name, name)] for name in names]
+        entries = self._behind(names)
         expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
-        for _ in _mapped(use, names, self._side_by_side(entries, is_kept=False)):
+        for _ in self._mapped(use, names, self._side_by_side(entries, is_kept=False)):
             pass
 
+    def _mapped(
+        self, function: Callable[[str], Result], names: Sequence[str], count: int
+    ) -> Iterator[Result]:
+        """Results in the order of names, ``count`` of which are worked at side by side."""
+        for some in self._together(names):
+            with self._source.bringing(*_span(self._behind(some))):
+                if count == 1:
+                    yield from map(function, some)
+                    continue
+                with ThreadPoolExecutor(count) as pool:
+                    yield from pool.map(function, some)
+
+    def _together(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Names whose bytes are worth asking for at once; all of them where that costs nothing."""
+        ahead, some = self._source.ahead, list(names if not self._source.ahead else ())
+        for name in names if ahead else ():
+            begin, end = _span(self._behind([*some, name]))
+            if some and end - begin > ahead:
+                yield some
+                some = []
+            some.append(name)
+        yield some
+
+    def _behind(self, names: Collection[str]) -> list[Entry]:
+        """What is stored by each name."""
+        return [self._entries[self._index.aliases.get(name, name)] for name in names]
+
     def check(self, names: Collection[str]) -> None:
-        """Read what is stored of some tensors, and decode nothing.
+        """Read what is stored of some tensors, and decode nothing; not over a network.
 
         Raises:
             ArchiveError: a checksum does not hold, or a tensor would take more than ``max_nbytes``.
         """
-        for name in names:
-            entry = self._entries[self._index.aliases.get(name, name)]
+        for entry in self._behind(names if not self._source.ahead else ()):
             check_memory([entry], self.max_nbytes)
             for part in entry.parts:
                 self._payload(entry, part)
@@ -284,8 +317,9 @@ class Archive(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the archive, byte for byte, to a file which appears whole or not at all."""
         with atomic_write(path) as file:
-            for start in range(0, self.nbytes, _COPY_CHUNK):
-                file.write(self._source.read(start, min(_COPY_CHUNK, self.nbytes - start)))
+            chunk = max(_COPY_CHUNK, self._source.ahead)
+            for start in range(0, self.nbytes, chunk):
+                file.write(self._source.read(start, min(chunk, self.nbytes - start)))
 
     def to_bytes(self) -> bytes:
         """The archive as it stands in its file."""
@@ -337,19 +371,16 @@ class Archive(Mapping[str, Tensor]):
             return part.inline
         payload = self._source.read(part.offset, part.length)
         if crc32(payload) != part.crc:
+            self._source.check_unchanged()
             raise _damaged(entry, part, "its checksum does not match")
         return payload
 
 
-def _mapped(
-    function: Callable[[str], Result], items: Sequence[str], count: int
-) -> Iterator[Result]:
-    """Results in the order of items, ``count`` of which are worked at side by side."""
-    if count == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(count) as pool:
-        yield from pool.map(function, items)
+def _span(entries: Collection[Entry]) -> tuple[int, int]:
+    """From where to where what is stored of some tensors lies."""
+    parts = [p for entry in entries for p in entry.parts if p.inline is None and p.length]
+    begin = min((part.offset for part in parts), default=0)
+    return begin, max((part.offset + part.length for part in parts), default=0)
 
 
 def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:

@@ -1,4 +1,4 @@
-"""Where the bytes of an archive come from: memory, or a file that many may read at once."""
+"""Where the bytes of an archive come from: memory, a file that many may read at once, a URL."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import os
 import struct
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
+from dither.archive.remote import RemoteSource
 from dither.core import ArchiveError
 
 _TAIL = 16
@@ -35,7 +37,21 @@ def wrapper(nbytes: int) -> bytes:
     return _LENGTH.pack(len(header)) + header
 
 
-class BytesSource:
+class Near:
+    """Bytes that are read in small pieces at no cost."""
+
+    ahead = 0
+    """Bytes to ask for at once."""
+
+    def bringing(self, begin: int, end: int) -> AbstractContextManager[None]:
+        """Nothing is brought."""
+        return nullcontext()
+
+    def check_unchanged(self) -> None:
+        """Nothing is known of changes."""
+
+
+class BytesSource(Near):
     """Bytes in memory."""
 
     def __init__(self, data: bytes) -> None:
@@ -50,7 +66,7 @@ class BytesSource:
         """Nothing is open."""
 
 
-class FileSource:
+class FileSource(Near):
     """A file, read at any place by any thread of any process that shares its descriptor.
 
     Of one in safetensors' clothes, see :func:`wrapper`, only the archive is seen.
@@ -118,4 +134,4 @@ def _reopened(path: Path, size: int, tail: bytes) -> FileSource:
     return source
 
 
-Source = BytesSource | FileSource
+Source = BytesSource | FileSource | RemoteSource

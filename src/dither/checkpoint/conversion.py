@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-def converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def converted(
+    model: nn.Module, read: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor] | None:
     """Tensors by the names that the model has, where transformers knows how to convert them.
 
     Folders may hold one matrix for each expert where the model has all in one tensor, or names of
@@ -19,7 +21,7 @@ def converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
     Args:
         model: is left as it was.
-        state: by the names of its folder.
+        read: gives all tensors by the names of the folder; is called only for such a model.
 
     Returns:
         What the model has and the state too; what the model does not know under its own name; None
@@ -28,6 +30,7 @@ def converted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     library = sys.modules.get("transformers")  # it made the model, if it is one of its own
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
+    state = read()
     types = [value.dtype for value in state.values() if value.is_floating_point()]
     try:
         with _silent(library), torch.random.fork_rng(devices=[]):
