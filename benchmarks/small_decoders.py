@@ -31,7 +31,7 @@ from dither.core import dtype_name
 from packages.python import dither_decode
 
 MAX_NBYTES = 1 << 24
-READER = Path(__file__).parents[1] / "packages" / "js" / "test" / "verdicts.js"
+READER = Path(__file__).parents[1] / "packages" / "js" / "tools" / "verdicts.js"
 CHUNK = 2000
 """Files that one process of node reads."""
 
