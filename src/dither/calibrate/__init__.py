@@ -4,6 +4,7 @@ from dither.calibrate.collect import Loss, collect
 from dither.calibrate.inputs import input_vectors
 from dither.calibrate.layerwise import Layer, Layerwise, Walk, in_sequence
 from dither.calibrate.moments import MOST_INPUTS, Moments
+from dither.calibrate.together import collect_together
 
 __all__ = [
     "MOST_INPUTS",
@@ -13,6 +14,7 @@ __all__ = [
     "Moments",
     "Walk",
     "collect",
+    "collect_together",
     "in_sequence",
     "input_vectors",
 ]

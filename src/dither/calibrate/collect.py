@@ -83,7 +83,9 @@ def collect(
                 with torch.no_grad():
                     samples.forward(model, batch)
             else:
-                _add_gradients(squares, model, batch, loss, samples.forward)
+                for name, gradient in gradients(model, batch, loss, samples.forward):
+                    square = gradient.square()
+                    squares[name] = squares[name] + square if name in squares else square
     fisher = {name: total / count for name, total in squares.items()}
     return {
         name: watch.stats(name, fisher.get(name)).to("cpu")
@@ -312,10 +314,10 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
-def _add_gradients(
-    squares: dict[str, Tensor], model: nn.Module, batch: object, loss: Loss, forward: Forward
-) -> None:
-    """Add the squared gradients of one batch; parameters and their ``grad`` stay as they are."""
+def gradients(
+    model: nn.Module, batch: object, loss: Loss, forward: Forward
+) -> Iterator[tuple[str, Tensor]]:
+    """Gradients of one batch, by name; parameters and their ``grad`` stay as they are."""
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
     wanted = [parameter.requires_grad for _, parameter in named]
     try:
@@ -331,11 +333,10 @@ def _add_gradients(
                     "output; give a forward that does not"
                 )
             parameters = [parameter for _, parameter in named]
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
     finally:
         for (_, parameter), flag in zip(named, wanted, strict=True):
             parameter.requires_grad_(flag)
-    for (name, _), gradient in zip(named, gradients, strict=True):
+    for (name, _), gradient in zip(named, found, strict=True):
         if gradient is not None:
-            square = gradient.detach().float().square()
-            squares[name] = squares[name] + square if name in squares else square
+            yield name, gradient.detach().float()

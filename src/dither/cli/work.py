@@ -31,6 +31,7 @@ from dither.report import check_picture, draw_sizes, save_page
 from dither.search import Trial, parse_size
 from dither.search import compress as search
 from dither.search import plan as predict
+from dither.team import Team, joined
 
 FEW_BITS = 1.3
 """Bits for each value below which files that are made without data are poor: samples help most."""
@@ -55,7 +56,22 @@ def compress(
     key: str | None,
     given: Given | None = None,
 ) -> None:
-    """Compress a source to ``size``, with data if any are given."""
+    """Compress a source to ``size``, with data if any are given; all processes of torchrun do."""
+    with joined("the command") as team:
+        told = printer if team.rank == 0 else Printer(as_json=False, quiet=True)
+        _compress(told, source, output, size=size, key=key, given=given, team=team)
+
+
+def _compress(
+    printer: Printer,
+    source: Path,
+    output: str | None,
+    *,
+    size: str,
+    key: str | None,
+    given: Given | None,
+    team: Team,
+) -> None:
     target = Path(output or f"{_stem(source)}.dither")
     to_folder = output is not None and names_folder(output)
     (check_folder_output if to_folder else check_archive_output)(target, source)
@@ -80,9 +96,9 @@ def compress(
                 activations=given.activations,
                 progress=advance,
             )
-        if to_folder:
+        if team.rank == 0 and to_folder:
             write_folder(archive, source, target)
-        else:
+        elif team.rank == 0:
             make_folder(target)
             archive.save(target)
     document = report.archive_document(archive, budget)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate import collect
+from dither.calibrate import collect_together
 from dither.core import Stats
 from dither.data import Data, Distance, divergence, floats_of, squared
 from dither.encoders.outputs import with_silent_groups
@@ -18,6 +19,7 @@ from dither.model import evaluating
 from dither.search.knowledge import Knowledge, Sensitivity
 from dither.search.row_steps import frequencies, steps_of
 from dither.search.sensitivity import data_free
+from dither.team import ALONE, Team, nbytes_of
 
 Projection = Callable[[object, torch.Generator], Tensor]
 """An output to a random number, whose squared gradient says what errors cost."""
@@ -79,16 +81,21 @@ def calibrated(
     return by_statistics(statistics(model, samples), prior)
 
 
-def statistics(model: nn.Module, samples: Data) -> dict[str, Stats]:
+def statistics(model: nn.Module, samples: Data, team: Team = ALONE) -> dict[str, Stats]:
     """What :func:`calibrated` measures, by the name of the parameter.
+
+    Args:
+        model: the same in all processes.
+        samples: with batches in memory, the same in all.
+        team: processes that measure together.
 
     Raises:
         SpecError: the loader is empty.
     """
     project = _PROJECTIONS.get(samples.distance)
     if project is not None:
-        return _measured(model, samples, project)
-    found = collect(model, samples)
+        return _measured(model, samples, project, team)
+    found = collect_together(model, samples, team)
     return {name: replace(stats, importance=None) for name, stats in found.items()}
 
 
@@ -104,27 +111,66 @@ def by_statistics(stats: Mapping[str, Stats], prior: Sensitivity = data_free) ->
     return sensitivity
 
 
-def _measured(model: nn.Module, samples: Data, project: Projection) -> dict[str, Stats]:
+def _measured(model: nn.Module, samples: Data, project: Projection, team: Team) -> dict[str, Stats]:
     """Statistics with what errors cost as importance, by gradients or else by noise."""
-    generator = torch.Generator().manual_seed(0)
-
-    def loss(output: object, batch: object) -> Tensor:
-        return project(samples.counted(output, batch), generator)
-
     try:
-        stats = collect(model, samples, loss=loss)
-    except Exception:  # noqa: BLE001 - whatever a model raises that cannot run with gradients
-        stats = collect(model, samples)  # what else is wrong is raised here
+        generators = _generators(model, samples, team)
+
+        def loss(output: object, batch: object, number: int) -> Tensor:
+            return project(samples.counted(output, batch), generators[number])
+
+        stats = collect_together(model, samples, team, loss)
+    except Exception:  # whatever a model raises that cannot run with gradients
+        if team.is_ended:
+            raise
+        stats = collect_together(model, samples, team)  # what else is wrong is raised here
     fed = [name for name, found in stats.items() if found.gram is not None]
     silent = [name for name in fed if stats[name].importance is None]
-    if silent and any(_by_noise(model, samples, silent).values()):
-        for name, cost in _by_noise(model, samples, fed).items():
+    if silent and any(_by_noise(model, samples, silent, team).values()):
+        for name, cost in _by_noise(model, samples, fed, team).items():
             stats[name] = replace(stats[name], importance=torch.tensor([cost]))
     return stats
 
 
-def _by_noise(model: nn.Module, samples: Data, names: Iterable[str]) -> dict[str, float]:
+def _generators(model: nn.Module, samples: Data, team: Team) -> Sequence[torch.Generator]:
+    """Random numbers for each batch: those that one process draws, batch after batch."""
+    generator = torch.Generator().manual_seed(0)
+    batches = {str(number): batch for number, batch in enumerate(samples)}
+    if team.size == 1:
+        return [generator] * len(batches)
+
+    def shapes(batch: object) -> list[tuple[int, ...]]:
+        return [tuple(t.shape) for t in floats_of(samples.counted(model_output(batch), batch))]
+
+    def model_output(batch: object) -> object:
+        with evaluating(model), torch.no_grad():
+            return samples.forward(model, batch)
+
+    costs = {number: nbytes_of(batch) for number, batch in batches.items()}
+    found = []
+    for each in team.map("shapes of outputs", shapes, batches, costs).values():
+        found.append(torch.Generator())
+        found[-1].set_state(generator.get_state())
+        for shape in each:
+            torch.randn(shape, generator=generator)
+    return found
+
+
+def _by_noise(
+    model: nn.Module, samples: Data, names: Sequence[str], team: Team
+) -> dict[str, float]:
     """Distance for each unit of squared error that noise in each of some weights makes."""
+
+    def run(some: Sequence[str]) -> dict[str, float]:
+        return _by_noise_here(model, samples, names, set(some))
+
+    return team.collected("noise", run, dict.fromkeys(names, 1.0))
+
+
+def _by_noise_here(
+    model: nn.Module, samples: Data, names: Sequence[str], own: AbstractSet[str]
+) -> dict[str, float]:
+    """The same of those that are a process's own; random numbers are drawn for all."""
     generator, some = torch.Generator().manual_seed(0), samples.first(_NOISY_BATCHES).held()
     weights, costs = dict(model.named_parameters()), {}
 
@@ -135,10 +181,13 @@ def _by_noise(model: nn.Module, samples: Data, names: Iterable[str]) -> dict[str
         plain = list(outputs())
         for name in names:
             weight = weights[name]
+            drawn = _noise(weight, generator)
+            if name not in own:
+                continue
             kept = weight.detach().clone()
             size = _NOISE * kept.float().square().mean().sqrt()
             try:
-                weight.add_((size * _noise(kept, generator)).to(kept.dtype))
+                weight.add_((size * drawn).to(kept.dtype))
                 error = float((weight.double() - kept.double()).square().sum())
                 pairs = zip(outputs(), plain, strict=True)
                 made = [float(some.distance(noisy, wanted)) for noisy, wanted in pairs]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from dither.archive import Archive
 from dither.compiled import expect
 from dither.core import SpecError
 from dither.data import Data
-from dither.model import collect
+from dither.model import Tensors, collect
 from dither.search.activation_trials import Sites
 from dither.search.forecast import Progress, silent
 from dither.search.job import Job
@@ -22,6 +23,7 @@ from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
 from dither.search.trials import Bench
 from dither.search.with_data import with_data
+from dither.team import Team, fingerprint, team_of
 
 SECONDS = 1e-7
 """About what plain code takes for each value in loops that may be compiled."""
@@ -49,6 +51,8 @@ def compress(
     equalization where that applies; sensitivities, token frequencies and moments measured on data
     (:func:`~dither.search.calibrated`); layers in sequence, each making up for the errors of those
     before.
+
+    All processes of a ``torch.distributed`` group share the work: see :mod:`dither.team`.
 
     Args:
         source: a model, in its wrappers or not; a dict of tensors by name; or the path of an
@@ -80,10 +84,25 @@ def compress(
     values = sum(value.numel() for value in tensors.values.values())
     expect(values * SECONDS)
     budget = parse_size(size, tensors.nbytes, values)
-    job = Job(budget, sensitivity, dict(metadata or {}), progress or silent)
-    if data is not None:
-        return with_data(Bench(source, Data.of(data), evaluate), job, activations)
-    if evaluate is not None or activations is not None:
-        name = "evaluate" if activations is None else "activations"
-        raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
-    return job.archive(tensors)
+    _check_given(data, evaluate=evaluate, activations=activations)
+    with _team(budget, tensors) as team:
+        job = Job(budget, sensitivity, dict(metadata or {}), progress or silent, team)
+        if data is None:
+            return job.archive(tensors)
+        return with_data(Bench(source, Data.of(data), evaluate, team), job, activations)
+
+
+def _check_given(data: object, **others: object) -> None:
+    """Refuse what goes with data, where there are none."""
+    for name, value in others.items():
+        if data is None and value is not None:
+            raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+
+
+@contextmanager
+def _team(budget: int, tensors: Tensors) -> Iterator[Team]:
+    """The processes that do the job, once all are known to compress the same to the same size."""
+    advice = "give all of them the same model and size"
+    with team_of("compress") as team:
+        team.same("sizes and tensors", (budget, fingerprint(tensors.values, team)), advice)
+        yield team

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
+from zlib import crc32
 
 import torch
 
@@ -16,6 +17,7 @@ from dither.search.knowledge import Choice, Knowledge
 from dither.search.ladder import Ladder
 from dither.search.ledger import Ledger
 from dither.search.predict import GRID_INDEX_NBYTES
+from dither.team import ALONE, Team
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,11 +46,14 @@ class Forecast:
     Args:
         tensors: their values, and what is known.
         progress: called with a stage and the share of it that is done.
+        team: processes that predict and encode together.
     """
 
-    def __init__(self, tensors: Mapping[str, Knowledge], progress: Progress) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Knowledge], progress: Progress, team: Team = ALONE
+    ) -> None:
         self.tensors = dict(tensors)
-        self.progress = progress
+        self.progress, self._team = progress, team
         self._ladders = self._map("predicting", Ladder.of, tensors)
         self._measured: dict[str, dict[float, float]] = {name: {} for name in tensors}
 
@@ -117,7 +122,18 @@ class Forecast:
     def _map(
         self, stage: str, function: Callable[[Item], Result], items: Mapping[str, Item]
     ) -> dict[str, Result]:
-        """Apply a function to every value on all cores; NumPy and torch release the lock."""
+        """Apply a function to every value, in all processes and on all cores."""
+        costs = {name: self.tensors[name].value.numel() for name in items}
+
+        def run(names: Sequence[str]) -> dict[str, Result]:
+            return self._map_here(stage, function, {name: items[name] for name in names})
+
+        return self._team.collected(stage + _said(items), run, costs)
+
+    def _map_here(
+        self, stage: str, function: Callable[[Item], Result], items: Mapping[str, Item]
+    ) -> dict[str, Result]:
+        """The same on the cores of this process; NumPy and torch release the lock."""
         done: dict[str, Result] = {}
 
         def note(name: str, result: Result) -> None:
@@ -134,6 +150,14 @@ class Forecast:
             for name, result in zip(small, results, strict=True):
                 note(name, result)
         return done
+
+
+def _said(items: Mapping[str, object]) -> str:
+    """What processes must agree on to encode together: names and steps."""
+    steps = [
+        (name, item[1].step if isinstance(item, tuple) else None) for name, item in items.items()
+    ]
+    return f", {len(steps)} tensors ({crc32(repr(steps).encode()):08x})"
 
 
 def without_axes(tensors: Mapping[str, Knowledge]) -> dict[str, Knowledge]:

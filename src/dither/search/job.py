@@ -13,6 +13,7 @@ from dither.search.forecast import Forecast, Progress
 from dither.search.greedy import Greedy
 from dither.search.knowledge import Sensitivity, Weights
 from dither.search.ledger import Ledger
+from dither.team import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Job:
         sensitivity: what an error costs, where nothing else is measured.
         metadata: of the file.
         progress: called with a stage and the share of it that is done.
+        team: processes that do the job together.
     """
 
     budget: int
     sensitivity: Sensitivity
     metadata: Mapping[str, Any]
     progress: Progress
+    team: Team = ALONE
 
     def spend(
         self, tensors: Tensors, sensitivity: Sensitivity | None = None
@@ -45,7 +48,7 @@ class Job:
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}
-        forecast = Forecast(known, self.progress)
+        forecast = Forecast(known, self.progress, self.team)
         ledger = Ledger(known, tensors.aliases, self.metadata)
         Greedy(forecast, ledger).spend(self.budget)
         return forecast, ledger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,9 @@ from dither.core import BudgetError, SpecError
 from dither.data import Data, described, divergence, floats_of, has_nan, squared
 from dither.model import duplicate, evaluating, overlapping, separate, weights_of
 from dither.search.held_out import MANY, Split, hold_out
+from dither.team import ALONE, Team, fingerprint, nbytes_of
+
+_SAME_BATCHES = "give all of them the same batches in the same order; seed a loader that shuffles"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Bench:
         model: is left as it was.
         data: what it reads; kept in memory.
         evaluate: its score.
+        team: processes that run it together, each on some of the batches.
 
     Attributes:
         model: the same, or a copy.
@@ -86,7 +90,11 @@ class Bench:
     """
 
     def __init__(
-        self, model: object, data: Data, evaluate: Callable[[nn.Module], float] | None
+        self,
+        model: object,
+        data: Data,
+        evaluate: Callable[[nn.Module], float] | None,
+        team: Team = ALONE,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise SpecError(
@@ -99,23 +107,29 @@ class Bench:
             separate(weights_of(model.state_dict(keep_vars=True)))
         self.model = model
         self.data = data.held()
-        self._evaluate = evaluate
+        self.team, self._evaluate = team, evaluate
+        team.same("data", fingerprint(list(self.data), team), _SAME_BATCHES)
         self.note = ""
         self.trials: list[Trial] = []
         self.best: Archive | None = None
         self.failure: Exception | None = None
         with evaluating(model), torch.no_grad():
-            outputs = [self._output(self.data, n, batch) for n, batch in enumerate(self.data)]
+            outputs = self._outputs_of(self.data)
         split = Split.of(self.data) if evaluate else hold_out(model, self.data)
         self.part, self.rows, self._judged = split.fit, split.rows, split.judge
         self.held = split.held
         self.is_blind = not split.held and not evaluate and split.rows < MANY
         if split.held:
             with evaluating(model), torch.no_grad():
-                outputs = [self._output(self._judged, n, b) for n, b in enumerate(self._judged)]
+                outputs = self._outputs_of(self._judged)
         self._outputs = outputs
 
-    def _output(self, data: Data, number: int, batch: object) -> object:
+    def _outputs_of(self, data: Data) -> dict[str, object]:
+        """What the model gives for the batches that are this process's."""
+        batches = _numbered(data)
+        return {n: self._output(data, n, batches[n]) for n in self.team.mine(_costs(batches))}
+
+    def _output(self, data: Data, number: str, batch: object) -> object:
         """What of the model's output is compared; a batch that gives none is named.
 
         Raises:
@@ -150,8 +164,11 @@ class Bench:
         stage = f"{before.stage}, anew"
         note = f"fitted to all {self.rows} samples; distance as before"
         try:
-            archive = make()
-        except Exception as error:  # noqa: BLE001 - as in attempt
+            with self.team.section(stage):
+                archive = make()
+        except Exception as error:
+            if self.team.is_ended:
+                raise
             self._fail(stage, error, start)
             return
         seconds = time.monotonic() - start
@@ -177,9 +194,10 @@ class Bench:
         """
         start = time.monotonic()
         try:
-            archive = make()
+            with self.team.section(stage):
+                archive = make()
         except Exception as error:
-            if self.best is None and isinstance(error, BudgetError):
+            if self.team.is_ended or (self.best is None and isinstance(error, BudgetError)):
                 raise
             self._fail(stage, error, start)
             return False
@@ -218,13 +236,19 @@ class Bench:
         if archive.sites:
             apply(model, Encodings.from_json(archive.sites))
         load_into(model, archive)
+        batches = _numbered(self._judged)
+
+        def distances(numbers: Sequence[str]) -> dict[str, float]:
+            judge = self._judged
+            return {
+                n: self._distance(judge.output(model, batches[n]), self._outputs[n])
+                for n in numbers
+            }
+
         with evaluating(model), torch.no_grad():
-            distances = [
-                self._distance(self._judged.output(model, batch), output)
-                for batch, output in zip(self._judged, self._outputs, strict=True)
-            ]
+            each = self.team.collected("distances", distances, _costs(batches))
             score = None if self._evaluate is None else self._score(model)
-        return float(torch.tensor(distances, dtype=torch.float64).mean()), score
+        return float(torch.tensor(list(each.values()), dtype=torch.float64).mean()), score
 
     def _distance(self, output: object, original: object) -> float:
         found: object = self.data.distance(output, original)
@@ -238,11 +262,20 @@ class Bench:
             ) from error
 
     def _score(self, model: nn.Module) -> float:
-        assert self._evaluate is not None  # noqa: S101 - asked before
-        score = self._evaluate(model)
+        evaluate = self._evaluate
+        assert evaluate is not None  # noqa: S101 - asked before
+        score = self.team.first("scores", lambda: evaluate(model))
         try:
             return float(score)
         except (TypeError, ValueError) as error:
             raise SpecError(
                 f"evaluate gave {score!r}; it must return a number, of which more is better"
             ) from error
+
+
+def _numbered(data: Data) -> dict[str, object]:
+    return {str(number): batch for number, batch in enumerate(data)}
+
+
+def _costs(batches: Mapping[str, object]) -> dict[str, float]:
+    return {number: nbytes_of(batch) for number, batch in batches.items()}

@@ -66,7 +66,7 @@ class _Fitted:
 
     def calibrated(self) -> Archive:
         """Sensitivities from data."""
-        stats = statistics(self._model, self._data)
+        stats = statistics(self._model, self._data, self._job.team)
         self._bench.note = _said_of(enough(stats, self._data), self._bench)
         sensitivity = by_statistics(stats, self._job.sensitivity)
         self.found = self._job.spend(collect(self._model), sensitivity)
