@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+UNFINISHED: set[Path] = set()
+"""Temporary files there are now, for a process that ends without waiting for its threads."""
+
 _NAMED = 40
 """Characters of a file's name in that of its temporary file: systems take 255 bytes at most."""
 
@@ -30,6 +33,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     mode = target.stat().st_mode & 0o777 if target.exists() else None
     # The system takes the process's mask off: asking for it would change it for all threads.
     handle, temporary = _create(target, 0o666 if mode is None else mode)
+    UNFINISHED.add(temporary)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -41,6 +45,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        UNFINISHED.discard(temporary)
 
 
 def _create(target: Path, mode: int) -> tuple[int, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import signal
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +14,11 @@ from dither import __version__
 from dither.cli.console import (
     CHECK_FAILED,
     GOOD,
-    SIGNALLED,
     Printer,
     prepare_streams,
     user_errors,
 )
+from dither.cli.interrupt import answer_signals
 from dither.terminal import printable
 
 if TYPE_CHECKING:
@@ -70,18 +69,10 @@ _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or
 
 def main() -> None:
     """Run the command line."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
+    answer_signals()
     prepare_streams()
     warnings.formatwarning = lambda message, *_, **__: f"dither: {printable(str(message))}\n"
     app(prog_name="dither")
-
-
-def _end(number: int, _: object) -> None:
-    """End as an exception does: what is being written is removed."""
-    raise SystemExit(SIGNALLED + number)
 
 
 def _show_version(value: bool) -> None:

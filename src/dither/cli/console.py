@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dither.cli import interrupt
 from dither.terminal import printable
 
 _WIDE = 160
@@ -26,8 +27,8 @@ _WIDE = 160
 _PATIENCE = 1.0
 """Seconds after which work shows its progress."""
 
-GOOD, CHECK_FAILED, BAD_INPUT, SIGNALLED, INTERRUPTED = 0, 1, 2, 128, 130
-"""Exit statuses; of a signal, with its number added."""
+GOOD, CHECK_FAILED, BAD_INPUT = 0, 1, 2
+"""Exit statuses, beside those of signals."""
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 """What torch says of its allocators, in errors of no kind of their own."""
@@ -112,8 +113,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        interrupt.told()
+        typer.echo(interrupt.SAID, err=True)
+        raise typer.Exit(interrupt.INTERRUPTED) from None
     except Exception as error:
         message = _user_message(error)
         if message is None:

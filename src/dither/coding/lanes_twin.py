@@ -21,6 +21,8 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 NONE = np.zeros(0, np.uint8)
 BLOCK = 1 << 20
 """Symbols that are encoded at a time; it bounds the temporary memory."""
+_CALL = 1 << 24
+"""Symbols that are decoded in one call: a tenth of a second."""
 
 
 def seconds(count: int, lanes: int) -> float:
@@ -230,8 +232,15 @@ def decoded(
     run = DECODE.chosen(seconds(len(out), len(states)))
     if run is None:
         return None
-    state, chosen = states.copy(), NONE if contexts is None else contexts[: len(out)]
-    _checked(run(state, words, chosen, _slots(tables), out, precision), words)
+    state, slots, taken = states.copy(), _slots(tables), 0
+    block = max(_CALL // len(states), 1) * len(states)
+    for begin in range(0, len(out), block):  # in between, signals are answered
+        part = out[begin : begin + block]
+        chosen = NONE if contexts is None else contexts[begin : begin + len(part)]
+        taken += run(state, words[2 * taken :], chosen, slots, part, precision)
+        if 2 * taken > len(words):
+            break
+    _checked(taken, words)
     return state
 
 
