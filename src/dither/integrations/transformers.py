@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -29,6 +29,7 @@ from dither.activations import apply
 from dither.archive import Archive
 from dither.checkpoint import ARCHIVE_IN_FOLDER as WEIGHTS
 from dither.core import CheckpointError, DitherError, SpecError
+from dither.integrations.loop import RUN_STATE, add_penalty, begin, logged, withhold_extras
 from dither.integrations.model_folder import (
     METHOD,
     check_target,
@@ -39,7 +40,14 @@ from dither.model import SHADOWS, collect
 from dither.terminal import some_names
 from dither.train import Run
 
-__all__ = ["WEIGHTS", "DitherConfig", "DitherQuantizer", "push_to_hub", "save_pretrained"]
+__all__ = [
+    "WEIGHTS",
+    "DitherCallback",
+    "DitherConfig",
+    "DitherQuantizer",
+    "push_to_hub",
+    "save_pretrained",
+]
 
 Path_ = str | os.PathLike[str]
 
@@ -48,7 +56,7 @@ def save_pretrained(
     source: Archive | Run | Path_,
     folder: Path_,
     model: nn.Module | Path_ | None = None,
-    tokenizer: Any = None,  # noqa: ANN401 - whatever has a save_pretrained
+    tokenizer: Any = None,
 ) -> int:
     """Write a folder that ``from_pretrained`` reads wherever this module is imported.
 
@@ -105,7 +113,7 @@ def push_to_hub(folder: Path_, repo_id: str, **options: Any) -> str:
     return str(api.upload_folder(folder_path=folder, repo_id=made.repo_id))
 
 
-def _fitting(model: nn.Module, archive: Archive) -> Any:  # noqa: ANN401 - a PreTrainedModel
+def _fitting(model: nn.Module, archive: Archive) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise SpecError(
             f"a {type(model).__name__} is no model of transformers; give its folder instead, or "
@@ -118,6 +126,87 @@ def _fitting(model: nn.Module, archive: Archive) -> Any:  # noqa: ANN401 - a Pre
             "model that was compressed, or the folder, if that was what was compressed"
         )
     return model
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+class DitherCallback(TrainerCallback):  # type: ignore[misc]
+    """A run in transformers' ``Trainer``: penalty, steps, logs, checkpoints, and the file.
+
+    Attach before the ``Trainer`` is made. Whatever it evaluates is computed with what the file
+    would hold; checkpoints resume exactly. Name it before callbacks that should see what it logs,
+    predicted bytes and lambda.
+
+    Args:
+        run: of the model that the trainer gets.
+        folder: where the finished model goes, for ``from_pretrained``; None leaves it to you.
+        data: training batches for batch norm's statistics: see ``Run.finish``.
+        checkpoint: the folder that training resumes from, if that is none in ``output_dir``.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path_ | None = None,
+        data: Any = None,
+        checkpoint: Path_ | None = None,
+    ) -> None:
+        self.run = run
+        self.nbytes: int | None = None
+        self._folder, self._data, self._checkpoint = folder, data, checkpoint
+        self._withheld = [p for p in run.extras.parameters() if p.requires_grad]
+
+    def on_init_end(self, *_: object, model: nn.Module, **__: object) -> None:
+        """The trainer has its model, and no optimizer yet."""
+        if model is not self.run.model:
+            raise SpecError("the callback's run is of another model than the trainer's")
+        withhold_extras(self.run)
+
+    def on_train_begin(self, args: Any, state: Any, *_: object, **given: Any) -> None:
+        """Before the first step, after a checkpoint was read."""
+        optimizer = getattr(given["optimizer"], "optimizer", given["optimizer"])
+        begin(self.run, state.max_steps, self._withheld, [optimizer])
+        if state.global_step:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._restore(Path(self._checkpoint or folder))
+
+    def on_pre_optimizer_step(self, *_: object, optimizer: Any, **__: object) -> None:
+        """Gradients are complete, unscaled and clipped."""
+        scaler = getattr(optimizer, "scaler", None)
+        add_penalty(self.run, 1.0 if scaler is None else scaler.get_scale())
+
+    def on_optimizer_step(self, *_: object, **__: object) -> None:
+        """Gradients are still there."""
+        self.run.step()
+
+    def on_log(self, _: object, state: Any, *__: object, logs: dict[str, Any], **___: Any) -> None:
+        """Add to what callbacks behind this one, and the history, are told."""
+        if "loss" in logs:
+            logs.update(logged(self.run))
+            state.log_history[-1].update(logged(self.run))
+
+    def on_save(self, args: Any, state: Any, *_: object, **__: object) -> None:
+        """A checkpoint is written."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.run.state_dict(), folder / RUN_STATE)
+
+    def on_train_end(self, args: Any, state: Any, *_: object, **given: Any) -> None:
+        """After the last step, and after the best checkpoint was read, if that is asked for."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._restore(Path(state.best_model_checkpoint))
+        self.nbytes = self.run.finish(self._data)
+        if self._folder is not None and state.is_world_process_zero:
+            save_pretrained(self.run, self._folder, tokenizer=given.get("processing_class"))
+
+    def _restore(self, folder: Path) -> None:
+        if not (folder / RUN_STATE).is_file():
+            raise CheckpointError(
+                f"{str(folder)!r} has no {RUN_STATE}, without which the run cannot go on; name the "
+                "checkpoint that training resumes from: DitherCallback(run, checkpoint=...)"
+            )
+        self.run.load_state_dict(torch.load(folder / RUN_STATE, weights_only=True))
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -149,7 +238,7 @@ class DitherQuantizer(HfQuantizer):  # type: ignore[misc]
         """Plain weights are."""
         return True
 
-    def update_attn_implementation(self, config: Any) -> Any:  # noqa: ANN401 - the host's
+    def update_attn_implementation(self, config: Any) -> Any:
         """Called before the files are looked for: says which to take."""
         config.transformers_weights = WEIGHTS
         return config

@@ -57,8 +57,14 @@ class Extras:
                 optimizer.add_param_group(group)
             self._own = None
         else:
-            self._own = Adam(self.groups(), lr=1e-3)
+            self.train_alone()
         self._waited = -1
+
+    def train_alone(self) -> Adam:
+        """Let an Adam of our own, which is returned, train them, whatever trains the model."""
+        self._own = Adam(self.groups(), lr=1e-3)
+        self._waited = -1
+        return self._own
 
     def step(self) -> None:
         """Train them, if nobody else does."""
@@ -91,6 +97,4 @@ class Extras:
         """The inverse of :meth:`state_dict`."""
         if state is None:
             return
-        if self._own is None:
-            self._own = Adam(self.groups(), lr=1e-3)
-        self._own.load_state_dict(state)
+        (self._own or self.train_alone()).load_state_dict(state)
