@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ SHADOWS = "dither_shadows"
 
 SHADOW_OF = "_dither_base"
 """Where the class of a module in training keeps the module's own."""
+
+
+_TABLE_NAMES = ("emb", "wte", "shared.weight", "token")
 
 
 _LEAST_SIDE = 8
@@ -78,8 +82,10 @@ class Tensors:
 def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     """Parameters and persistent buffers of a model, or the tensors of a state dict.
 
-    Two names are tied when they show the same memory in the same way. Extra state of modules that
-    is no tensor is left out, with a warning.
+    They come in the order of their names, whatever the order of the dict, as everything that is
+    made of them depends on it. Two names are tied when they show the same memory in the same way;
+    the first is the model's first, or in a dict the one that a table would have. Extra state of
+    modules that is no tensor is left out, with a warning.
 
     Raises:
         CheckpointError: something is not a plain tensor with data.
@@ -91,20 +97,39 @@ def collect(source: nn.Module | Mapping[str, Tensor]) -> Tensors:
     {'1.weight': '0.weight'}
     """
     state = source.state_dict() if isinstance(source, nn.Module) else source
+    given = weights_of(without_extra_state(state))
+    for name, value in given.items():
+        _check(name, value)
     values: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
-    for name, value in weights_of(without_extra_state(state)).items():
-        _check(name, value)
+    for name in given if isinstance(source, nn.Module) else sorted(given, key=_as_first):
         # A conjugate view shares memory with numbers that differ.
-        tensor = value.detach().resolve_conj().resolve_neg()
+        tensor = given[name].detach().resolve_conj().resolve_neg()
         place = memory_of(tensor)
         if tensor.numel() and place in seen:
             aliases[name] = seen[place]
         else:
             seen[place] = name
             values[name] = tensor
+    values = {name: values[name] for name in sorted(values, key=by_number)}
+    aliases = {name: aliases[name] for name in sorted(aliases, key=by_number)}
     return Tensors(values, aliases, stacks_of(values, source))
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """The key that sorts names as people count.
+
+    >>> sorted(["h.10.weight", "h.9.weight", "h.weight"], key=by_number)
+    ['h.9.weight', 'h.10.weight', 'h.weight']
+    """
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")) if n % 2 else -1, part) for n, part in enumerate(parts)]
+
+
+def _as_first(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """The key that puts names of tables before those of the heads that are tied to them."""
+    return not any(part in name.lower() for part in _TABLE_NAMES), by_number(name)
 
 
 def stacks_of(

@@ -134,9 +134,9 @@ def levels(archive: dither.Archive) -> dict[str, list[int]]:
 
 
 # Upwards, as storage in float16 is no option for small numbers; and at sizes where no two choices
-# are so nearly equal that rounding decides.
+# are so nearly equal that rounding, or the bytes of a step in the index, decides.
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**3])
-@pytest.mark.parametrize("size", ["20%", "40%"])
+@pytest.mark.parametrize("size", ["20%", "50%"])
 def test_scale_does_not_matter(size: str, scale: float) -> None:
     one, other = (dither.compress(network(s), size) for s in (1.0, scale))
     assert levels(one) == levels(other)
