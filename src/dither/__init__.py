@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         LearnedCodebook,
         Plan,
         ProductCodes,
+        Pruned,
         QuantNoise,
         Run,
         StraightThrough,
@@ -91,6 +92,7 @@ __all__ = [  # noqa: RUF022 - by task
     "LSQ",
     "LearnedCodebook",
     "ProductCodes",
+    "Pruned",
     "QuantNoise",
     "StraightThrough",
     # and grids for activations and gradients.
@@ -110,8 +112,8 @@ _NAMES = {
     "report": "diagnose",
     "search": "compress plan",
     "train": (
-        "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes QuantNoise Run "
-        "StraightThrough attach"
+        "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes Pruned QuantNoise "
+        "Run StraightThrough attach"
     ),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import dither.train
 from dither import LSQ, Affine, Product, Run, SpecError, attach, load_into
 from dither.core import Encoder
+from dither.train import Cyclical, Gradual, Iterative, OneShot
 from dither.train.method import METHODS, Method
 
 Spec = Encoder | Method
@@ -254,6 +255,12 @@ def _known() -> Mapping[str, tuple[Method, ...]]:
             make(group=7, noise="uniform", param="noise"),
         ),
         "bayesian_bits": lambda make: (make(), make(max_bits=8, prune=True)),
+        "pruned": lambda make: (
+            make(LSQ(4), Gradual(0.75)),
+            make(LSQ(None), Cyclical(0.5, cycles=2), refresh=1),
+            make(Affine(4), OneShot(0.5), pattern="2:4"),
+            make(LSQ(4), Iterative(0.5, rounds=2), pattern="channels", refresh=1),
+        ),
         "product_codes": lambda make: (make(Product(4, points=16)),),
         "quant_noise": lambda make: (
             make(Affine(8), p=0.5),

@@ -22,10 +22,12 @@ from dither.train.oscillations import (
 )
 from dither.train.penalties import Kurtosis, Penalty, Size
 from dither.train.plan import Plan
+from dither.train.pruned import Pruned, Together
 from dither.train.quant_noise import QuantNoise
 from dither.train.ramp import Ramp
 from dither.train.run import Run
 from dither.train.schedules import Schedule, Vary, WarmUp
+from dither.train.sparsity import Cyclical, Gradual, Iterative, OneShot, Sparsity
 from dither.train.straight_through import StraightThrough
 from dither.train.surrogate import Surrogate, straight_through
 from dither.train.whole_layers import LayerDrop, drop_layers, share_layers
@@ -36,28 +38,35 @@ __all__ = [
     "BayesianBits",
     "Budget",
     "CountOscillations",
+    "Cyclical",
     "Dampening",
     "DiffQ",
     "DiffQSize",
     "FreezeOscillations",
     "GatePenalty",
+    "Gradual",
+    "Iterative",
     "IterativePQ",
     "Kurtosis",
     "LayerDrop",
     "LearnedCodebook",
     "Method",
     "Noise",
+    "OneShot",
     "Penalty",
     "Plan",
     "ProductCodes",
+    "Pruned",
     "QuantNoise",
     "Ramp",
     "Run",
     "Schedule",
     "Size",
+    "Sparsity",
     "StraightThrough",
     "Surrogate",
     "Teacher",
+    "Together",
     "Vary",
     "WarmUp",
     "attach",

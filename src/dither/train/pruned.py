@@ -1,0 +1,218 @@
+"""Weights of which some are exactly zero, in training and in the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dither.core import Encoded, Encoder, SpecError, Stats
+from dither.formats.settings import check_count
+from dither.train.attached import Attached
+from dither.train.method import Method, begin
+from dither.train.sparsity import Sparsity, sparsity_from_json
+from dither.train.surrogate import Surrogate, plain
+
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True)
+class Pruned(Method):
+    """Magnitude pruning around any other method or format.
+
+    The smallest weights of each tensor are zero: what reads them sees 0, their gradient is 0, and
+    in the file they are the code for 0, which costs what its frequency says. While sparsity climbs,
+    what is pruned stays so; in a new cycle of :class:`~dither.train.Cyclical` it comes back with
+    the value 0.
+
+    Attributes:
+        inner: how the others are stored; it must hold 0 exactly, as symmetric grids do.
+        sparsity: share of zeros over training; with ``pattern="n:m"`` the pattern is the end.
+        pattern: ``"n:m"``: at most n of m consecutive inputs of a row are kept, for kernels that
+            read such weights; ``"channels"``: whole rows (first axis), by their norm; None: any.
+        refresh: steps between two looks at the magnitudes.
+    """
+
+    name: ClassVar[str] = "pruned"
+
+    inner: Encoder | Method
+    sparsity: Sparsity
+    pattern: str | None = None
+    refresh: int = 10
+
+    def __post_init__(self) -> None:
+        check_count("Pruned", "refresh", self.refresh, 1, 1 << 30)
+        if not isinstance(self.sparsity, Sparsity):
+            raise SpecError(
+                f"Pruned(sparsity={self.sparsity!r}): give a schedule, as Gradual(0.9), "
+                "Cyclical(0.9), Iterative(0.9) or OneShot(0.9)"
+            )
+        if self.pattern in {None, "channels"}:
+            return
+        match = _N_OF_M.fullmatch(self.pattern or "")
+        if match is None or not 0 < int(match[1]) < int(match[2]):
+            raise SpecError(
+                f'Pruned(pattern={self.pattern!r}): give "n:m" with n < m, as "2:4", "channels", '
+                "or None"
+            )
+
+    def begin(self, weight: Tensor) -> Surrogate:
+        return Masked(self, weight)
+
+    def _written(self, value: object) -> object:
+        return value.to_json() if isinstance(value, Sparsity) else super()._written(value)
+
+    @classmethod
+    def _read(cls, value: object) -> object:
+        if isinstance(value, Mapping) and "sparsity" in value:
+            return sparsity_from_json(value)
+        return super()._read(value)
+
+
+class Masked(Surrogate):
+    """One weight under a mask, read through another surrogate.
+
+    Attributes:
+        inner: that one.
+        mask: bool, of the weight's shape; True where it is kept.
+        share: of zeros that is wanted instead of the schedule's, see :class:`Together`.
+    """
+
+    def __init__(self, spec: Pruned, weight: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.inner = begin(spec.inner, weight)
+        self.can_trim, self.lr = self.inner.can_trim, self.inner.lr
+        self.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        self.share: float | None = None
+        self._cycle = 0
+        self._before = 0.0  # progress at the last step
+
+    def noisy(self, weight: Tensor) -> Tensor:
+        kept = self.mask
+        values = weight * kept if self.inner.is_still else self.inner.noisy(weight * kept)
+        return values * kept
+
+    def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
+        self.inner.trim = self.trim
+        encoded = self.inner.encode(weight * self.mask.to(weight.device), stats)
+        if bool(encoded.decode()[~self.mask.cpu()].any()):
+            raise SpecError(
+                f"{self.spec.inner!r} does not hold 0 exactly, and pruned weights are 0: use a "
+                "symmetric grid, as LSQ, Affine(4) or StraightThrough"
+            )
+        return encoded
+
+    def soft_bits(self, weight: Tensor) -> Tensor:
+        return self.inner.soft_bits(weight * self.mask)
+
+    def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
+        self.inner.progress, self.inner.active = self.progress, self.active
+        cycle = self.spec.sparsity.cycle(self.progress)
+        has_ended = self.progress >= 1 > self._before
+        if step % self.spec.refresh == 0 or cycle != self._cycle or has_ended:
+            if cycle != self._cycle:
+                weight.masked_fill_(~self.mask, 0.0)  # sharded weights come back as they were
+                self.mask = torch.ones_like(self.mask)
+                self._cycle = cycle
+            mask = self._look(weight.float() * self.mask)
+            if not torch.equal(mask, self.mask):
+                self.reset()
+            self.mask = mask
+        self._before = self.progress
+        self.inner.draw(weight * self.mask, generator, step)
+
+    def _look(self, weight: Tensor) -> Tensor:
+        """The mask for magnitudes, in which what was pruned is 0."""
+        share = self.spec.sparsity.at(self.progress) if self.share is None else self.share
+        if not weight.numel() or not share:
+            return torch.ones_like(self.mask)
+        if self.spec.pattern == "channels" and weight.ndim:
+            norms = weight.reshape(len(weight), -1).norm(dim=1)
+            rows = _largest(norms, share)
+            return rows.reshape([-1] + [1] * (weight.ndim - 1)).expand(weight.shape).clone()
+        if self.spec.pattern is None or not weight.ndim:
+            return _largest(weight.abs().flatten(), share).reshape(weight.shape)
+        keep, size = map(int, self.spec.pattern.split(":"))
+        lost = min(share / self.spec.sparsity.end, 1.0) if self.spec.sparsity.end else 1.0
+        return _n_of_m(weight, size - round(lost * (size - keep)), size)
+
+    def renew(self) -> None:
+        self.inner.renew()
+
+    def nudge(self, octaves: float) -> None:
+        self.inner.nudge(octaves)
+
+    def start(self, encoded: Encoded) -> None:
+        self.inner.start(encoded)
+
+    def aside(self) -> dict[str, Any]:
+        return {
+            "mask": self.mask,
+            "cycle": self._cycle,
+            "share": self.share,
+            "inner": self.inner.aside(),
+        }
+
+    def load_aside(self, state: Mapping[str, Any]) -> None:
+        self.mask, self._cycle, self.share = state["mask"], state["cycle"], state["share"]
+        self.inner.load_aside(state["inner"])
+
+
+def _largest(magnitudes: Tensor, share: float) -> Tensor:
+    """Where the largest are, but for that share at least; ties are broken by their place."""
+    count = len(magnitudes) - math.ceil(round(share * len(magnitudes), 6))
+    mask = torch.zeros(len(magnitudes), dtype=torch.bool, device=magnitudes.device)
+    mask[magnitudes.argsort(descending=True, stable=True)[:count]] = True
+    return mask
+
+
+def _n_of_m(weight: Tensor, keep: int, size: int) -> Tensor:
+    """The largest ``keep`` of each ``size`` consecutive inputs; a last, shorter run is kept."""
+    rows = weight.abs().reshape(len(weight) if weight.ndim > 1 else 1, -1)
+    whole = rows.shape[1] // size * size
+    runs = rows[:, :whole].reshape(len(rows), -1, size)
+    order = runs.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    kept = torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order[..., :keep], value=True)
+    mask[:, :whole] = kept.reshape(len(rows), whole)
+    return mask.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class Together:
+    """A schedule that ranks the weights of all pruned tensors together: global magnitude pruning.
+
+    Attributes:
+        sparsity: of all of them; the tensors' own schedules say only when cycles begin.
+        refresh: steps between two looks, as that of the tensors.
+    """
+
+    sparsity: Sparsity
+    refresh: int = 10
+
+    def __call__(self, run: Attached, step: int) -> None:
+        if step % self.refresh and run.progress < 1:
+            return
+        found = [(s, plain(weight).float()) for _, s, weight in run.weights() if _is_masked(s)]
+        if not found:
+            raise SpecError("Together ranks pruned weights, and the plan has none; use Pruned(...)")
+        with torch.no_grad():
+            marks = [
+                (value * surrogate.mask).abs().flatten().cpu()
+                for surrogate, value in found
+                if isinstance(surrogate, Masked)
+            ]
+            kept = _largest(torch.cat(marks), self.sparsity.at(run.progress))
+        for (surrogate, _), part in zip(found, kept.split([len(m) for m in marks]), strict=True):
+            assert isinstance(surrogate, Masked)  # noqa: S101 - as found
+            surrogate.share = 1 - float(part.float().mean())
+
+
+def _is_masked(surrogate: Surrogate) -> bool:
+    return isinstance(surrogate, Masked)
