@@ -100,7 +100,7 @@ def test_masked_weights_stay_within_a_cycle_and_come_back_with_0() -> None:
     spec = Pruned(LSQ(8), Cyclical(0.9, cycles=2, until=0.5), refresh=1)
     run = attach(model, {"*.weight": spec}, steps=40)
     with torch.no_grad():
-        model[0].weight[:, :8].mul_(0.01)  # all that is of use, and pruned first
+        model.get_parameter("0.weight")[:, :8].mul_(0.01)  # all that is of use, and pruned first
     surrogate, weight = run.surrogates["0.weight"], run.parameter("0.weight")
     assert isinstance(surrogate, Masked)
     masks, values = [], []
@@ -135,7 +135,7 @@ def test_patterns() -> None:
 def test_all_tensors_are_ranked_together() -> None:
     model = network()
     with torch.no_grad():
-        model[0].weight.mul_(0.01)
+        model.get_parameter("0.weight").mul_(0.01)
     schedule = Gradual(0.5, until=0.5)
     run = attach(
         model,
