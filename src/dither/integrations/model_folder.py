@@ -29,7 +29,10 @@ _ASKS = "needs `pip install dither` and `import dither.integrations.transformers
 """The file that is missed where dither is unknown. It must end like weights, and never exists."""
 _INDEX = "model.safetensors.index.json"
 
-_CONFIG = "config.json"
+ADAPTER = "adapter_model.dither.safetensors"
+"""The file of an adapter's, in a folder that ``dither.integrations.peft`` reads."""
+
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS_OF_OTHERS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".npz"),
     *(".onnx", ".onnx_data", ".pb", ".tflite", ".mlmodel", ".xml", ".dither"),
@@ -37,8 +40,8 @@ _WEIGHTS_OF_OTHERS = {
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether transformers could read the folder."""
-    return (path / _CONFIG).is_file()
+    """Whether transformers, or peft, could read the folder."""
+    return (path / _CONFIG).is_file() or (path / _ADAPTER_CONFIG).is_file()
 
 
 def check_target(target: Path, source: Path | None = None) -> None:
@@ -55,7 +58,7 @@ def check_target(target: Path, source: Path | None = None) -> None:
         raise CheckpointError(f"the output {str(target)!r} lies in the model's own folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"the output {str(target)!r} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / WEIGHTS).is_file():
+    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
         raise CheckpointError(
             f"the folder {str(target)!r} exists and holds other files than a model that was "
             "compressed; remove it, or name another"
@@ -72,7 +75,9 @@ def copy_rest(source: Path, target: Path) -> None:
         CheckpointError: a file is a link out of it.
     """
     if not is_model_folder(source):
-        raise SpecError(f"{str(source)!r} is no model folder: it has no {_CONFIG}")
+        raise SpecError(
+            f"{str(source)!r} is no model folder: it has no {_CONFIG}, and no {_ADAPTER_CONFIG}"
+        )
     modules = module_folders(source)
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
@@ -119,6 +124,8 @@ def write_weights(archive: Archive, target: Path) -> int:
             quantized.
     """
     path = target / _CONFIG
+    if not path.is_file() and (target / _ADAPTER_CONFIG).is_file():
+        return _write_archive(archive, target / ADAPTER)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
@@ -128,9 +135,7 @@ def write_weights(archive: Archive, target: Path) -> int:
         raise CheckpointError(
             f"{str(path)!r} is of a model quantized by {method!r}; take the one that is not"
         )
-    with atomic_write(target / WEIGHTS) as file:
-        file.write(wrapper(archive.nbytes))
-        file.write(archive.to_bytes())
+    nbytes = _write_archive(archive, target / WEIGHTS)
     config["quantization_config"] = {"quant_method": METHOD}
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _main_dtype(archive)
@@ -138,7 +143,18 @@ def write_weights(archive: Archive, target: Path) -> int:
     for name, document in ((_INDEX, index), (_CONFIG, config)):
         with atomic_write(target / name) as file:
             file.write((json.dumps(document, indent=2) + "\n").encode())
-    return (target / WEIGHTS).stat().st_size
+    return nbytes
+
+
+def _write_archive(archive: Archive, path: Path) -> int:
+    with atomic_write(path) as file:
+        file.write(wrapper(archive.nbytes))
+        file.write(archive.to_bytes())
+    return path.stat().st_size
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() or (folder / ADAPTER).is_file()
 
 
 def _is_weights(place: Path) -> bool:
