@@ -14,10 +14,12 @@ from dither.formats import Affine, Product
 from dither.recipes import (
     Recipe,
     bayesian_bits,
+    cyclical_pruning,
     differentiable_quantization,
     diffq,
     ipq,
     oscillations,
+    pqk,
     quant_noise,
     quantized_distillation,
 )
@@ -84,6 +86,8 @@ RECIPES: dict[str, Callable[[nn.Module], Recipe]] = {
     "bayesian_bits": lambda m: bayesian_bits.recipe(m, inputs=INPUTS),
     "quantized_distillation": lambda m: quantized_distillation.recipe(m, 4),
     "differentiable_quantization": lambda m: differentiable_quantization.recipe(m, 8),
+    "cyclical_pruning": lambda m: cyclical_pruning.recipe(m, 0.6, 2, steps=STEPS, inner=LSQ(None)),
+    "pqk": lambda m: pqk.recipe(m, 4, 0.6, steps=STEPS),
     "oscillations freeze": lambda m: oscillations.recipe(m, 3, steps=STEPS),
     "oscillations dampen": lambda m: oscillations.recipe(m, 4, "dampen", steps=STEPS),
 }

@@ -13,10 +13,12 @@ Each file is meant to be read, copied and changed.
 
 from dither.recipes import (
     bayesian_bits,
+    cyclical_pruning,
     differentiable_quantization,
     diffq,
     ipq,
     oscillations,
+    pqk,
     quant_noise,
     quantized_distillation,
 )
@@ -25,10 +27,12 @@ from dither.recipes.recipe import Recipe
 __all__ = [
     "Recipe",
     "bayesian_bits",
+    "cyclical_pruning",
     "differentiable_quantization",
     "diffq",
     "ipq",
     "oscillations",
+    "pqk",
     "quant_noise",
     "quantized_distillation",
 ]

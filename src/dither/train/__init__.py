@@ -20,6 +20,7 @@ from dither.train.oscillations import (
     frozen_share,
     oscillating,
 )
+from dither.train.own_teacher import FixMasks, OwnTeacher
 from dither.train.penalties import Kurtosis, Penalty, Size
 from dither.train.plan import Plan
 from dither.train.pruned import Pruned, Together
@@ -42,6 +43,7 @@ __all__ = [
     "Dampening",
     "DiffQ",
     "DiffQSize",
+    "FixMasks",
     "FreezeOscillations",
     "GatePenalty",
     "Gradual",
@@ -53,6 +55,7 @@ __all__ = [
     "Method",
     "Noise",
     "OneShot",
+    "OwnTeacher",
     "Penalty",
     "Plan",
     "ProductCodes",

@@ -16,7 +16,7 @@ from dither.formats.settings import check_count
 from dither.train.attached import Attached
 from dither.train.method import Method, begin
 from dither.train.sparsity import Sparsity, sparsity_from_json
-from dither.train.surrogate import Surrogate, plain
+from dither.train.surrogate import Surrogate, plain, straight_through
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -33,6 +33,8 @@ class Pruned(Method):
     Attributes:
         inner: how the others are stored; it must hold 0 exactly, as symmetric grids do.
         sparsity: share of zeros over training; with ``pattern="n:m"`` the pattern is the end.
+        regrow: pruned weights go on training, by the gradient that their zeros get, and come back
+            at any look at which they are among the largest (Kim et al. 2021).
         pattern: ``"n:m"``: at most n of m consecutive inputs of a row are kept, for kernels that
             read such weights; ``"channels"``: whole rows (first axis), by their norm; None: any.
         refresh: steps between two looks at the magnitudes.
@@ -43,6 +45,7 @@ class Pruned(Method):
     inner: Encoder | Method
     sparsity: Sparsity
     pattern: str | None = None
+    regrow: bool = False
     refresh: int = 10
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class Masked(Surrogate):
         inner: that one.
         mask: bool, of the weight's shape; True where it is kept.
         share: of zeros that is wanted instead of the schedule's, see :class:`Together`.
+        is_fixed: whether the mask stays from now on, and what it hides trains no more.
+        teaches: whether all weights are read, as they are, see :class:`~dither.train.OwnTeacher`.
     """
 
     def __init__(self, spec: Pruned, weight: Tensor) -> None:
@@ -90,13 +95,18 @@ class Masked(Surrogate):
         self.can_trim, self.lr = self.inner.can_trim, self.inner.lr
         self.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         self.share: float | None = None
+        self.is_fixed = self.teaches = False
         self._cycle = 0
         self._before = 0.0  # progress at the last step
 
     def noisy(self, weight: Tensor) -> Tensor:
-        kept = self.mask
-        values = weight * kept if self.inner.is_still else self.inner.noisy(weight * kept)
-        return values * kept
+        if self.teaches:
+            return torch.where(self.mask, weight.detach(), weight)
+        kept = weight * self.mask
+        if self.spec.regrow and not self.is_fixed:
+            kept = straight_through(kept, weight)
+            return kept if self.inner.is_still else self.inner.noisy(kept)
+        return (kept if self.inner.is_still else self.inner.noisy(kept)) * self.mask
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         self.inner.trim = self.trim
@@ -115,12 +125,14 @@ class Masked(Surrogate):
         self.inner.progress, self.inner.active = self.progress, self.active
         cycle = self.spec.sparsity.cycle(self.progress)
         has_ended = self.progress >= 1 > self._before
-        if step % self.spec.refresh == 0 or cycle != self._cycle or has_ended:
+        is_due = step % self.spec.refresh == 0 or cycle != self._cycle or has_ended
+        if is_due and not self.is_fixed:
             if cycle != self._cycle:
                 weight.masked_fill_(~self.mask, 0.0)  # sharded weights come back as they were
                 self.mask = torch.ones_like(self.mask)
                 self._cycle = cycle
-            mask = self._look(weight.float() * self.mask)
+            seen = weight.float()
+            mask = self._look(seen if self.spec.regrow else seen * self.mask)
             if not torch.equal(mask, self.mask):
                 self.reset()
             self.mask = mask
@@ -156,11 +168,13 @@ class Masked(Surrogate):
             "mask": self.mask,
             "cycle": self._cycle,
             "share": self.share,
+            "is_fixed": self.is_fixed,
             "inner": self.inner.aside(),
         }
 
     def load_aside(self, state: Mapping[str, Any]) -> None:
         self.mask, self._cycle, self.share = state["mask"], state["cycle"], state["share"]
+        self.is_fixed = state["is_fixed"]
         self.inner.load_aside(state["inner"])
 
 
@@ -204,7 +218,7 @@ class Together:
             raise SpecError("Together ranks pruned weights, and the plan has none; use Pruned(...)")
         with torch.no_grad():
             marks = [
-                (value * surrogate.mask).abs().flatten().cpu()
+                (value if surrogate.spec.regrow else value * surrogate.mask).abs().flatten().cpu()
                 for surrogate, value in found
                 if isinstance(surrogate, Masked)
             ]
