@@ -24,7 +24,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help quick demo test lint pytest durations bench bench-full docs web web-test changelog
+.PHONY: help quick demo test lint pytest test-ray durations bench bench-full docs web web-test changelog
 .PHONY: format clean
 
 help:
@@ -55,6 +55,10 @@ lint: $(VENV)/.installed-dev
 
 pytest: $(VENV)/.installed-dev
 	$(PYTEST) --cov
+
+# A sweep on a Ray cluster of two nodes, both on this machine.
+test-ray: $(VENV)/.installed-ray
+	$(BIN)/python -m pytest -q tests/test_sweep_ray.py
 
 # Measures every test, to say which are slow.
 durations: $(VENV)/.installed-dev
@@ -134,6 +138,11 @@ $(VENV)/.installed-web: $(VENV)/.installed-bench
 
 packages/web/node_modules/.installed: packages/web/package-lock.json
 	cd packages/web && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+# Ray is large, and few need it: its test runs apart.
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(PIP) -e '.[dev,ray]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml

@@ -81,6 +81,11 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
+def _parts(text: str) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 @app.callback()
 def _options(
     *,
@@ -168,8 +173,61 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say in seconds what some sizes would do; nothing is compressed."""
-    wanted = [part.strip() for part in sizes.split(",") if part.strip()]
-    work.plan(Printer(as_json, quiet), source, wanted, key=key, picture=plot)
+    work.plan(Printer(as_json, quiet), source, _parts(sizes), key=key, picture=plot)
+
+
+@app.command()
+def sweep(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help=_SOURCE)],
+    *,
+    sizes: Annotated[
+        str, typer.Option(metavar="SIZES", help="With commas: 9MB,25%,12x.")
+    ] = "4x,8x,12x,16x",
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="METHODS",
+            help="With commas: data-free, data, int8, or MODULE:NAME of a function of "
+            "(model, nbytes, data, seed) that returns an archive.",
+        ),
+    ] = "data-free",
+    seeds: Annotated[str, typer.Option(metavar="SEEDS", help="With commas: 0,1,2.")] = "0",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="One line of JSON for each cell.")
+    ] = Path("sweep.jsonl"),
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="As of compress; a seed is passed on.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODULE:NAME", help="As of compress.")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Scores a model; else, the outputs' distance."),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the files in this folder.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once on this machine.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster, such as auto.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat cells that had an error.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw size against score: .svg, .png, .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress by sizes x methods x seeds x models; what was done before is not done again.
+
+    The exit status is 1 where a cell failed; the others go on.
+    """
+    wanted = work.Wanted(_parts(methods), _parts(sizes), _parts(seeds), data, model, evaluate, keep)
+    good = work.sweep(
+        Printer(as_json, quiet), sources, wanted, output, jobs=jobs, ray=ray, retry=retry, plot=plot
+    )
+    raise typer.Exit(GOOD if good else CHECK_FAILED)
 
 
 @app.command()

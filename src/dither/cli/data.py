@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.
     return model.eval()
 
 
-def data_of(text: str, source: Path, model: nn.Module) -> Data:
+def data_of(text: str, source: Path, model: nn.Module, seed: int | None = None) -> Data:
     """The batches that ``--data`` names, and how the model runs on them.
 
     Args:
@@ -75,13 +76,16 @@ def data_of(text: str, source: Path, model: nn.Module) -> Data:
             sample in each line, for a model folder with a ``tokenizer.json``.
         source: that folder.
         model: if it is one of transformers, its scores or last hidden states are what counts.
+        seed: is given to a function that has a parameter of this name.
 
     Raises:
         SpecError: there are none.
     """
     if ":" in text and not Path(text).exists():
         made = named(text, "--data")
-        loader: Iterable[Any] = made if isinstance(made, Iterable) else made()
+        seeded = seed is not None and callable(made) and "seed" in signature(made).parameters
+        given = {"seed": seed} if seeded else {}
+        loader: Iterable[Any] = made if isinstance(made, Iterable) else made(**given)
         return loader if isinstance(loader, Data) else scored(model, loader)
     path = Path(text)
     if not path.is_file():

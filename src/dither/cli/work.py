@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dither.archive import WRAPPER_NBYTES, Archive, load_weights
 from dither.archive import verify as find_faults
 from dither.cli import report
+from dither.cli.cells import METHODS, cells_of
 from dither.cli.compare import compare as compare_tensors
 from dither.cli.console import Printer
 from dither.cli.data import data_of, evaluate_of, model_of
@@ -23,6 +25,7 @@ from dither.cli.files import (
     open_source,
     write_tensors,
 )
+from dither.cli.sweep import sweep as run_sweep
 from dither.core import BudgetError, SpecError
 from dither.demo.story import run
 from dither.integrations.model_folder import own_weights, write_folder
@@ -131,6 +134,55 @@ def plan(
     report.print_outlook(printer, found)
     if picture is not None:
         printer.text(f"wrote {picture}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sweep goes through, and what its cells share."""
+
+    methods: Sequence[str]
+    sizes: Sequence[str]
+    seeds: Sequence[str]
+    data: str | None = None
+    model: str | None = None
+    evaluate: str | None = None
+    keep: Path | None = None
+
+
+def sweep(
+    printer: Printer,
+    sources: Sequence[Path],
+    wanted: Wanted,
+    results: Path,
+    **how: Any,
+) -> bool:
+    """Whether all cells of a sweep came to something.
+
+    Raises:
+        SpecError: there are no cells, or seeds that are no numbers.
+    """
+    try:
+        seeds = [int(seed) for seed in wanted.seeds]
+    except ValueError:
+        raise SpecError(f"seeds are whole numbers, not {', '.join(wanted.seeds)!r}") from None
+    if not (wanted.methods and wanted.sizes and seeds):
+        raise SpecError("a sweep has at least one method, one size and one seed")
+    for method in wanted.methods:
+        if method not in METHODS and ":" not in method:
+            raise SpecError(f"there is no method {method!r}: {', '.join(METHODS)}, or MODULE:NAME")
+    cells = cells_of(
+        map(str, sources),
+        wanted.methods,
+        wanted.sizes,
+        seeds,
+        data=wanted.data,
+        model=wanted.model,
+        evaluate=wanted.evaluate,
+        keep=None if wanted.keep is None else str(wanted.keep),
+    )
+    if wanted.keep is not None:
+        wanted.keep.mkdir(parents=True, exist_ok=True)
+    return run_sweep(printer, cells, results, **how)
 
 
 def inspect(printer: Printer, file: Path, max_size: str | None) -> None:

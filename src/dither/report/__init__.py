@@ -6,6 +6,7 @@ from dither.report.diagnosis import Diagnosis, Overall, Row
 from dither.report.layer_costs import diagnose
 from dither.report.page import page, save_page
 from dither.report.sizes import draw_sizes
+from dither.report.sweep import draw_sweep
 
 __all__ = [
     "Contents",
@@ -18,6 +19,7 @@ __all__ = [
     "contents",
     "diagnose",
     "draw_sizes",
+    "draw_sweep",
     "page",
     "save_page",
 ]

@@ -1,0 +1,250 @@
+"""Sweeps: every cell once, whatever some of them do, and on from where a killed one stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import dither
+from dither.cli import work
+from dither.cli.cells import Cell, cells_of, file_name, run_cell
+from dither.cli.console import Printer
+from dither.cli.sweep import append, read_rows
+from dither.core import CheckpointError
+from dither.report import draw_sweep
+
+PARTS = """
+import os, signal, time
+import torch
+from torch import nn
+import dither
+
+def build():
+    return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 8))
+
+def samples(seed):
+    torch.manual_seed(seed)
+    return [torch.randn(64, 24) for _ in range(3)]
+
+def score(model):
+    return -float(model(torch.ones(1, 24)).sum())
+
+def own(model, nbytes, data, seed):
+    assert seed in (3, 4)
+    return dither.compress(model, nbytes).to_bytes()
+
+def fails(model, nbytes, data, seed):
+    raise RuntimeError("no luck with\\nthis")
+
+def dies(model, nbytes, data, seed):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def greedy(model, nbytes, data, seed):
+    return dither.compress(model, 2 * nbytes)
+
+def slow(model, nbytes, data, seed):
+    with open("pids", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    while not os.path.exists("go"):
+        time.sleep(0.02)
+    return dither.compress(model, nbytes)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with weights and a module of the user's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 8))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "parts.py").write_text(PARTS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "parts", raising=False)
+    return tmp_path
+
+
+def command(*options: str) -> list[str]:
+    given = ("--model", "parts:build", "--data", "parts:samples")
+    return [sys.executable, "-m", "dither", "sweep", "model.safetensors", *given, *options]
+
+
+def swept(*options: str) -> tuple[int, dict[str, Any], str]:
+    done = subprocess.run(
+        command("--json", *options), capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+
+def cell(**given: Any) -> Cell:
+    plain = Cell("model.safetensors", "data-free", "4x", 3, "parts:samples", "parts:build")
+    return replace(plain, **given)
+
+
+def test_cells_that_fail_are_rows_and_the_others_go_on(folder: Path) -> None:
+    methods, results = "data-free,parts:own", folder / "sweep.jsonl"
+    options = ("--sizes", "4x", "--jobs", "2", "--keep", "files", "--plot", "sweep.svg")
+    status, found, _ = swept("--methods", methods, "--seeds", "3,4", *options)
+    assert status == 0
+    rows = {(row["method"], row["seed"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 3  # without data nothing depends on the seed
+    for row in rows.values():
+        assert row["nbytes"] <= row["budget"] == 24 * 48 + 48 + 48 * 8 + 8
+        assert row["distance"] > 0
+        assert row["score"] is None
+    assert rows["parts:own", 3]["distance"] != rows["parts:own", 4]["distance"]  # other samples
+    kept = [path.stat().st_size for path in (folder / "files").iterdir()]
+    assert kept == [rows["data-free", 3]["nbytes"]] * 3
+    assert b"<svg" in (folder / "sweep.svg").read_bytes()
+
+    before = results.read_bytes()
+    methods += ",parts:fails,parts:dies"
+    status, found, _ = swept("--methods", methods, "--seeds", "3", *options)
+    assert (status, found["failed"]) == (1, 2)
+    assert found["rows"][:2] == [rows["data-free", 3], rows["parts:own", 3]]
+    assert found["rows"][2]["error"] == "RuntimeError: no luck with"
+    assert "signal 9" in found["rows"][3]["error"]
+    assert results.read_bytes().startswith(before)  # nothing was done again
+    assert results.read_bytes().count(b"\n") == 5
+
+    (folder / "parts.py").write_text(PARTS.replace("def fails", "fails = own\ndef gone"))
+    methods = methods.removesuffix(",parts:dies")
+    assert swept("--methods", methods, "--seeds", "3", *options)[0] == 1  # an error is a result
+    assert results.read_bytes().count(b"\n") == 5
+    status, found, _ = swept("--methods", methods, "--seeds", "3", "--retry", *options)
+    assert (status, found["failed"]) == (0, 0)
+    assert results.read_bytes().count(b"\n") == 6
+
+
+def test_a_killed_sweep_leaves_no_process_and_goes_on(folder: Path) -> None:
+    options = ("--methods", "data-free,parts:slow", "--sizes", "4x,6x", "--seeds", "3", "-q")
+    first = subprocess.Popen(command(*options))
+    pids, results = folder / "pids", folder / "sweep.jsonl"
+    limit = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text().endswith("\n")) and time.monotonic() < limit:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    child = int(pids.read_text())
+    while Path(f"/proc/{child}").exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    before = results.read_bytes()
+    assert before.count(b"\n") == 1
+    results.write_bytes(before + before[:100])  # as if killed amid the next row
+    (folder / "go").touch()
+    assert subprocess.run(command(*options), check=False, timeout=120).returncode == 0
+    rows = read_rows(results)
+    assert [(row["method"], row["size"]) for row in rows.values()] == [
+        ("data-free", "4x"), ("parts:slow", "4x"), ("data-free", "6x"), ("parts:slow", "6x"),
+    ]  # fmt: skip
+    assert results.read_bytes().startswith(before)
+    assert len(pids.read_text().split()) == 3
+
+
+@pytest.mark.parametrize("method", ["data", "int8", "data-free"])
+def test_a_row_says_what_the_file_is(method: str, folder: Path) -> None:
+    row = run_cell(cell(method=method, evaluate="parts:score", keep=str(folder), size="3x"))
+    path = folder / file_name(cell(method=method, evaluate="parts:score", size="3x"))
+    with dither.open(path) as archive:
+        assert row["nbytes"] == archive.nbytes == path.stat().st_size <= row["budget"]
+        assert bool(archive.sites) == (method == "int8")
+    again = run_cell(cell(method=method, evaluate="parts:score", size="3x"))
+    assert {k: again[k] for k in ("sha256", "distance", "score")} == {
+        k: row[k] for k in ("sha256", "distance", "score")
+    }
+    assert isinstance(row["score"], float)
+
+
+def test_a_method_that_takes_more_bytes_than_it_may_fails(folder: Path) -> None:
+    with pytest.raises(dither.SpecError, match=r"'parts:greedy' made .* bytes of at most"):
+        run_cell(cell(method="parts:greedy"))
+    with pytest.raises(dither.SpecError, match="'data' needs --data"):
+        run_cell(cell(method="data", data=None))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"methods": ["gptq"]}, "there is no method 'gptq'"),
+        ({"seeds": ["a"]}, "seeds are whole numbers"),
+        ({"sizes": []}, "at least one method, one size"),
+        ({"results": "parts.py"}, "no result of a sweep"),
+        ({"plot": Path("plot.txt")}, "no picture"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_any_work(
+    given: dict[str, Any], said: str, folder: Path
+) -> None:
+    results, plot = Path(given.pop("results", "sweep.jsonl")), given.pop("plot", None)
+    wanted = work.Wanted(**{"methods": ["data-free"], "sizes": ["4x"], "seeds": ["0"], **given})
+    sources, printer = [folder / "model.safetensors"], Printer(as_json=False, quiet=True)
+    with pytest.raises(dither.DitherError, match=said):
+        work.sweep(printer, sources, wanted, results, jobs=1, ray=None, retry=False, plot=plot)
+    assert (folder / "parts.py").read_text(encoding="utf-8") == PARTS
+    assert not (folder / "sweep.jsonl").exists()
+
+
+def test_cells_are_all_combinations_each_once() -> None:
+    found = cells_of(["a", "b"], ["data-free", "data", "data"], ["4x", "8x"], [1, 2], data="d:d")
+    assert len(found) == len(set(found)) == 2 * 2 * (1 + 2)
+    assert len({one.key for one in found}) == len(found)
+    assert len({file_name(one) for one in found}) == len(found)
+    assert replace(found[0], keep="elsewhere").key == found[0].key
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12, 60, -3])
+def test_a_row_that_was_cut_off_was_not_run(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{**vars(cell(seed=seed)), "score": 1.0, "more": {"a": 1}} for seed in range(3)]
+    append(path, rows[0])
+    whole = path.read_bytes()
+    append(path, rows[1])
+    data = path.read_bytes()
+    path.write_bytes(data[: len(whole) + cut] if cut > 0 else data[:cut])
+    assert list(read_rows(path).values()) == rows[:1]
+    append(path, rows[2])
+    append(path, rows[1])
+    assert list(read_rows(path).values()) == [rows[0], rows[2], rows[1]]
+
+
+def test_other_files_are_no_results(tmp_path: Path) -> None:
+    for text in ("1\n", '{"a": 1}\n', "text\n", '["source"]\n'):
+        (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="line 1"):
+            read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("key", ["score", "distance", "bits for"])
+def test_the_picture_shows_what_all_rows_have(key: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            **vars(cell(method=method, seed=seed)),
+            "budget": budget,
+            "nbytes": budget - seed,
+            "values": 100,
+            "score": float(budget + seed) if key == "score" else None,
+            "distance": 1 / budget if key != "bits for" else None,
+        }
+        for method in ("data-free", "data")
+        for budget in (1000, 2000)
+        for seed in (0, 1)
+    ]
+    rows.append({**vars(cell(method="data")), "error": "none"})
+    draw_sweep(rows, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    shown = [found for found in ("score", "distance", "bits for") if f"<!-- {found}" in text]
+    assert shown == [key]
+    assert "<!-- data-free -->" in text
