@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import dither
+from dither import progress
 from dither.archive import Archive, load, write
 from dither.checkpoint import read_checkpoint
 from dither.cli import app, console
@@ -123,6 +124,28 @@ def test_progress_shows_what_takes_long(
         with Printer(*flags).progress("reading") as advance:
             time.sleep(0.1)
             advance("encoding", 1.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_gives_a_pipe_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Printer(as_json=False, quiet=False).progress("reading"):
+        progress.report("encoding", 0.5, "w")
+    assert capsys.readouterr().err == ""  # it took no ten seconds
+    monkeypatch.setattr(console, "_EVERY", 0.05)
+    with Printer(as_json=False, quiet=False).progress("reading"):
+        time.sleep(0.15)
+        with progress.part_of("calibrated"):
+            progress.report("encoding", 0.5, "odd\nname")
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "dither: reading, 0 % (after 5 s)"
+    assert lines[-1] == "dither: calibrated: encoding odd\\nname, 50 % (after 5 s)"
+    assert 3 <= len(lines) <= 10
+    for flags in ((True, False), (False, True)):
+        with Printer(*flags).progress("reading"):
+            time.sleep(0.1)
     assert capsys.readouterr().err == ""
 
 
@@ -463,7 +486,7 @@ def test_compare_odd_numbers() -> None:
     b["unsigned"] = (big + 1).to(torch.uint64)
     b["complex"] = torch.tensor([3 + 3.5j])
     b["types"] = torch.ones(2, dtype=torch.float16)
-    found = {item.name: item for item in compare(a, b, lambda *_: None).differences}
+    found = {item.name: item for item in compare(a, b).differences}
     equal = {name for name, item in found.items() if item.equal}
     assert equal == {"alike", "flags", "eight", "empty", "types"}
     assert all(found[name].sqnr == inf for name in equal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
@@ -171,6 +171,16 @@ class Data:
             raise SpecError(
                 "the loader gave no batch; a loader that is an iterator can be read once"
             )
+
+    @property
+    def count(self) -> int | None:
+        """How many batches there are; None where the loader does not say."""
+        if not isinstance(self.loader, Sized):
+            return None
+        try:
+            return len(self.loader) if self.batches is None else min(len(self.loader), self.batches)
+        except TypeError:  # one that streams has a length in name alone
+            return None
 
     def held(self) -> Data:
         """The same with all batches in memory, to be read again and again.

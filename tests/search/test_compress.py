@@ -168,14 +168,14 @@ def test_metadata_is_kept_and_counted() -> None:
 
 def test_progress() -> None:
     calls: list[tuple[str, float]] = []
-    dither.compress(network(), "10%", progress=lambda stage, share: calls.append((stage, share)))
-    assert calls[0][0] == "predicting"
-    stages = list(dict.fromkeys(stage for stage, _ in calls))
-    assert len(stages) > 1
-    for stage in stages:
-        shares = [share for s, share in calls if s == stage]
-        assert all(0 < share <= 1 for share in shares)
+    dither.compress(network(), "10%", progress=lambda what, share: calls.append((what, share)))
+    assert calls[0] == ("reading weights", 0.0)
+    for stage in ("predicting", "encoding, pass 1"):
+        shares = [share for what, share in calls if what.startswith(stage)]
+        assert shares == sorted(shares)
         assert shares[-1] == 1
+        heard = {what.removeprefix(f"{stage} ") for what, _ in calls if what.startswith(stage)}
+        assert heard == set(network())
 
 
 def test_the_order_of_a_dict_changes_no_byte(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -38,6 +39,7 @@ from dither.archive.table import table
 from dither.coding import CodingError, crc32, decode_array, decode_codes
 from dither.compiled import expect
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError
+from dither.progress import report
 
 Result = TypeVar("Result")
 
@@ -246,13 +248,15 @@ class Archive(Mapping[str, Tensor]):
         self, function: Callable[[str], Result], names: Sequence[str], count: int
     ) -> Iterator[Result]:
         """Results in the order of names, ``count`` of which are worked at side by side."""
+        done, total = 0, sum(entry.decoded_nbytes for entry in self._behind(names)) or 1
         for some in self._together(names):
-            with self._source.bringing(*_span(self._behind(some))):
-                if count == 1:
-                    yield from map(function, some)
-                    continue
-                with ThreadPoolExecutor(count) as pool:
-                    yield from pool.map(function, some)
+            with self._source.bringing(*_span(self._behind(some))), ExitStack() as opened:
+                pool = None if count == 1 else opened.enter_context(ThreadPoolExecutor(count))
+                results = map(function, some) if pool is None else pool.map(function, some)
+                for entry, result in zip(self._behind(some), results, strict=True):
+                    done += entry.decoded_nbytes
+                    report("decoding", done / total, entry.name)
+                    yield result
 
     def _together(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """Names whose bytes are worth asking for at once; all of them where that costs nothing."""

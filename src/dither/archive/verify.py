@@ -6,6 +6,7 @@ import os
 
 from dither.archive.reader import Archive
 from dither.core import ArchiveError
+from dither.progress import steps
 
 
 def verify(path: str | os.PathLike[str], max_nbytes: int | None = None) -> list[str]:
@@ -29,7 +30,8 @@ def verify(path: str | os.PathLike[str], max_nbytes: int | None = None) -> list[
             archive.check_total()
         except ArchiveError as error:
             return [str(error)]
-        for name in archive.entries:
+        entries = archive.entries
+        for name in steps("checking", entries, lambda name: entries[name].decoded_nbytes):
             try:
                 archive[name]
             except ArchiveError as error:

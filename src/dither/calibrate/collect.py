@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from dither.calibrate.stack_inputs import StackInputs
 from dither.core import STACKED, SpecError, Stats
 from dither.data import Data, Forward
 from dither.model import evaluating, own_class, parameters_of, stacks_of
+from dither.progress import report
 
 Loss = Callable[[Any, Any], Tensor]
 """A model's output and the batch to a scalar."""
@@ -74,10 +76,10 @@ def collect(
     """
     samples, watch = Data.of(data), Watch(model, most_inputs)
     squares: dict[str, Tensor] = {}
-    count = 0
+    count, total = 0, samples.count or math.inf
     with evaluating(model), watch.hooks():
-        for batch in samples:
-            count += 1
+        for count, batch in enumerate(samples, 1):
+            report("reading samples", min((count - 1) / total, 1.0))
             watch.mask = samples.shown(batch)
             if loss is None:
                 with torch.no_grad():

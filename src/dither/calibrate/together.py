@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from dither.calibrate.moments import Vectors
 from dither.core import Stats
 from dither.data import Data
 from dither.model import evaluating, memory_of, parameters_of
+from dither.progress import report
 from dither.team import Team, nbytes_of
 
 NumberedLoss = Callable[[Any, Any, int], Tensor]
@@ -42,7 +44,7 @@ def collect_together(
     """
     watch = Watch(model) if team.size == 1 else _Parcels(model)
     sums: dict[str, float] = {}
-    count = 0
+    count, total = 0, data.count or math.inf
     owners = team.owners(_costs(model))
     with team.section("statistics"), evaluating(model), watch.hooks():
         for window in _windows(data, 1 if team.size == 1 else _WINDOW * team.size):
@@ -58,6 +60,7 @@ def collect_together(
                 for name, square in made[number].items():
                     sums[name] = sums.get(name, 0.0) + square
             count += len(window)
+            report("reading samples", min(count / total, 1.0))
     sizes = {name: value.numel() for name, value in model.named_parameters()}
     means = {
         name: torch.tensor([total / count / sizes[name]], dtype=torch.float64)

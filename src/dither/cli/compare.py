@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dither.cli.console import Advance
+from dither.progress import steps
 from dither.report.signal_noise import decibels
 
 _CHUNK = 1 << 20
@@ -92,13 +92,12 @@ class Comparison:
         return [item.name for item in self.differences if item.sqnr < least]
 
 
-def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor], advance: Advance) -> Comparison:
+def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Comparison:
     """Compare what two sources hold under the same names."""
     common = [name for name in a if name in b]
     differences: list[Difference] = []
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for i, name in enumerate(common):
-        advance(f"comparing {name}", i / len(common))
+    for name in steps("comparing", common):
         left, right = a[name], b[name]
         if left.shape != right.shape:
             reshaped[name] = (tuple(left.shape), tuple(right.shape))

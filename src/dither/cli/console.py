@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,25 +17,23 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dither.cli import interrupt
+from dither.progress import Step, listening, report, spoken
 from dither.terminal import printable
 
 _WIDE = 160
 """Columns of a table that goes into a file or a pipe."""
 
-_PATIENCE = 1.0
-"""Seconds after which work shows its progress."""
+_PATIENCE, _EVERY = 2.0, 10.0
+"""Seconds after which work shows its progress, and between two lines in a file or a pipe."""
 
 GOOD, CHECK_FAILED, BAD_INPUT = 0, 1, 2
 """Exit statuses, beside those of signals."""
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 """What torch says of its allocators, in errors of no kind of their own."""
-
-Advance = Callable[[str, float], None]
-"""Reports progress: what is being done, and the fraction from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -70,31 +69,77 @@ class Printer:
         Console(markup=False, highlight=False, emoji=False, width=width).print(grid)
 
     @contextmanager
-    def progress(self, stage: str) -> Iterator[Advance]:
-        """Show progress on standard error once work has taken a second."""
-        console = Console(stderr=True)
-        if self.as_json or self.quiet or not console.is_terminal:
-            yield lambda _stage, _fraction: None
+    def progress(self, stage: str) -> Iterator[Callable[[str, float], None]]:
+        """Show on standard error where work is that takes long, as it reports it.
+
+        A terminal has one line, which is written anew; a file or a pipe gets one now and then.
+
+        Args:
+            stage: what is done at first.
+
+        Yields:
+            A hook for work that takes one: what is being done, and the share that is.
+        """
+        if self.as_json or self.quiet:
+            yield lambda _what, _share: None
             return
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-        bar = Progress(*columns, console=console, transient=True)
-        task = bar.add_task(stage, total=None)
-        # From a timer, so that it also appears while a single long step reports nothing.
-        timer = threading.Timer(_PATIENCE, bar.start)
-        timer.daemon = True
-        timer.start()
+        console = Console(stderr=True)
+        with (
+            _line(console, stage) if console.is_terminal else _lines(stage) as hear,
+            listening(hear),
+        ):
+            yield report
 
-        def advance(stage: str, fraction: float) -> None:
-            # Never quite full: a finished stage would stop the clock for those that follow.
-            part = min(fraction, 0.999)
-            bar.update(task, description=printable(stage), total=1.0, completed=part)
 
-        try:
-            yield advance
-        finally:
-            timer.cancel()
-            timer.join()
-            bar.stop()
+@contextmanager
+def _line(console: Console, stage: str) -> Iterator[Callable[[Step], None]]:
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+    )
+    bar = Progress(*columns, console=console, transient=True, expand=True)
+    task = bar.add_task(stage, total=None, left="")
+    # From a timer, so that it also appears while a single long step reports nothing.
+    timer = threading.Timer(_PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
+
+    def hear(step: Step) -> None:
+        # Never quite full: a finished stage would stop the clock for those that follow.
+        part = min(step.share, 0.999)
+        left = "" if step.left is None else f"about {spoken(step.left)} left of this"
+        bar.update(task, description=printable(step.what), total=1.0, completed=part, left=left)
+
+    try:
+        yield hear
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+@contextmanager
+def _lines(stage: str) -> Iterator[Callable[[Step], None]]:
+    start, ended = time.monotonic(), threading.Event()
+    last: list[Step] = [Step("", stage, "", 0.0)]
+
+    def say() -> None:
+        while not ended.wait(_EVERY):
+            after = spoken(time.monotonic() - start)
+            typer.echo(f"dither: {printable(str(last[0]))} (after {after})", err=True)
+
+    def hear(step: Step) -> None:
+        last[0] = step
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield hear
+    finally:
+        ended.set()
+        thread.join()
 
 
 def prepare_streams() -> None:

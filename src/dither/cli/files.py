@@ -19,9 +19,9 @@ from torch import Tensor
 from dither.archive import Archive, atomic_write, is_archive
 from dither.archive.layout import MAGIC
 from dither.checkpoint import ALIASES_KEY, TORCH_SUFFIXES, read_checkpoint
-from dither.cli.console import Advance
 from dither.core import DTYPES, ArchiveError, CheckpointError
 from dither.integrations.model_folder import check_target, is_model_folder
+from dither.progress import steps
 
 OUTPUT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
@@ -141,7 +141,7 @@ def _begins_as_archive(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
+def write_tensors(path: Path, archive: Archive) -> None:
     """Write a decoded archive in the kind that the suffix of ``path`` names, whole or not at all.
 
     ``.safetensors`` and ``.npz`` are written one tensor at a time. Ties are kept as shared tensors
@@ -165,9 +165,9 @@ def write_tensors(path: Path, archive: Archive, advance: Advance) -> None:
     _check_names(path, suffix, archive)
     with atomic_write(path) as file:
         if suffix == ".safetensors":
-            _write_safetensors(file, archive, advance)
+            _write_safetensors(file, archive)
         elif suffix == ".npz":
-            _write_npz(file, archive, advance)
+            _write_npz(file, archive)
         else:
             _write_torch(file, archive)
 
@@ -191,7 +191,7 @@ def _has_surrogates(name: str) -> bool:
     return any("\ud800" <= char <= "\udfff" for char in name)
 
 
-def _write_safetensors(file: BinaryIO, archive: Archive, advance: Advance) -> None:
+def _write_safetensors(file: BinaryIO, archive: Archive) -> None:
     """Write the format by hand: the library's writer holds all tensors, and all bytes, at once."""
     # Large items first keep every tensor aligned; the format allows no gaps.
     entries = sorted(archive.entries.values(), key=lambda e: (-DTYPES[e.dtype].itemsize, e.name))
@@ -212,16 +212,17 @@ def _write_safetensors(file: BinaryIO, archive: Archive, advance: Advance) -> No
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for i, entry in enumerate(entries):
-        advance(f"writing {entry.name}", i / len(entries))
-        file.write(archive[entry.name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    sizes = {entry.name: entry.decoded_nbytes for entry in entries}
+    file.writelines(
+        archive[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for name in steps("writing", sizes, sizes.__getitem__)
+    )
 
 
-def _write_npz(file: BinaryIO, archive: Archive, advance: Advance) -> None:
+def _write_npz(file: BinaryIO, archive: Archive) -> None:
     """As ``numpy.savez``, which takes no array called ``file`` and holds all of them at once."""
     with zipfile.ZipFile(file, "w") as members:
-        for i, name in enumerate(archive):
-            advance(f"writing {name}", i / len(archive))
+        for name in steps("writing", archive):
             with members.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, archive[name].numpy(), allow_pickle=False)
 

@@ -80,7 +80,7 @@ def _compress(
     (check_folder_output if to_folder else check_archive_output)(target, source)
     if to_folder and given is not None and given.model is not None:
         raise SpecError("a model folder has the names of its own model; with --model name a file")
-    with printer.progress(f"reading {source}") as advance:
+    with printer.progress(f"reading {source}"):
         state = load_weights(source, key)
         if to_folder:
             state = own_weights(source, state)
@@ -88,7 +88,7 @@ def _compress(
         values = sum(value.numel() for value in tensors.values.values())
         budget = parse_size(size, tensors.nbytes, values) - to_folder * WRAPPER_NBYTES
         if given is None:
-            archive = search(state, budget, progress=advance)
+            archive = search(state, budget)
         else:
             model = model_of(given.model, source, state)
             archive = search(
@@ -97,7 +97,6 @@ def _compress(
                 data=data_of(given.data, source, model),
                 evaluate=evaluate_of(given.evaluate),
                 activations=given.activations,
-                progress=advance,
             )
         if team.rank == 0 and to_folder:
             write_folder(archive, source, target)
@@ -125,8 +124,8 @@ def plan(
     """Predict what sizes would do to a source."""
     if picture is not None:
         check_picture(picture)
-    with printer.progress(f"reading {source}") as advance:
-        found = predict(load_weights(source, key), sizes, progress=advance)
+    with printer.progress(f"reading {source}"):
+        found = predict(load_weights(source, key), sizes)
     if picture is not None:
         make_folder(picture)
         draw_sizes(found, picture)
@@ -199,10 +198,10 @@ def decompress(printer: Printer, file: Path, output: Path | None, max_size: str 
     check_tensor_output(target, file, named=output is not None)
     with (
         Archive.open(file, _limit(max_size)) as archive,
-        printer.progress(f"decoding {file}") as advance,
+        printer.progress(f"decoding {file}"),
     ):
         make_folder(target)
-        write_tensors(target, archive, advance)
+        write_tensors(target, archive)
         tensors, aliases = len(archive.entries), dict(archive.aliases)
     nbytes = target.stat().st_size
     printer.document(
@@ -228,11 +227,11 @@ def compare(
     """Whether two sources have the same names and shapes, and no tensor is below ``min_sqnr``."""
     limit = _limit(max_size)
     with (
-        printer.progress("reading") as advance,
+        printer.progress("reading"),
         open_source(a, limit) as left,
         open_source(b, limit) as right,
     ):
-        found = compare_tensors(left, right, advance)
+        found = compare_tensors(left, right)
     below = [] if min_sqnr is None else found.below(min_sqnr)
     printer.document(report.comparison_document(found, below))
     report.print_comparison(printer, found, below, min_sqnr)
@@ -247,7 +246,7 @@ def write_page(
     check_page_output(target, file, against)
     limit = _limit(max_size)
     with (
-        printer.progress(f"reading {file}") as advance,
+        printer.progress(f"reading {file}"),
         Archive.open(file, limit) as archive,
         nullcontext() if against is None else open_source(against, limit) as source,
     ):
@@ -258,7 +257,6 @@ def write_page(
             title=file.name,
             against=source,
             checkpoint="" if against is None else against.name,
-            progress=advance,
         )
     printer.document(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dither.archive import Archive, Entry, describe
 from dither.core import DTYPES
+from dither.progress import steps
 from dither.report.signal_noise import Noise
 
 BINS = 96
@@ -114,7 +115,6 @@ def contents(
     archive: Archive,
     title: str,
     against: tuple[str, Mapping[str, Tensor]] | None = None,
-    progress: Callable[[str, float], None] | None = None,
 ) -> Contents:
     """Read what the page shows, one tensor at a time.
 
@@ -123,7 +123,6 @@ def contents(
             ``sensitivity`` may give a number by the name of a tensor.
         title: what to call it.
         against: name and tensors of what was compressed.
-        progress: called with what is read, and the share that is done.
 
     Raises:
         ArchiveError: the file is damaged.
@@ -135,9 +134,9 @@ def contents(
     total = Noise()
     found: list[Stored] = []
     lacking: list[str] = []
-    for place, (name, entry) in enumerate(archive.entries.items()):
-        if progress is not None:
-            progress(f"reading {name}", place / len(archive.entries))
+    sizes = {name: entry.decoded_nbytes for name, entry in archive.entries.items()}
+    for name in steps("reading", sizes, sizes.__getitem__):
+        entry = archive.entries[name]
         before = None if against is None else against[1].get(name)
         if against is not None and (before is None or tuple(before.shape) != entry.shape):
             lacking.append(name)

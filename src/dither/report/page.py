@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dither.archive import Archive, atomic_write
+from dither.progress import hooked
 from dither.report.contents import BINS, Contents, Histogram, Stored, contents
 from dither.report.style import STYLE
 from dither.report.treemap import squarified
@@ -66,7 +67,8 @@ def save_page(
                 progress=progress,
             )  # fmt: skip
     source = None if against is None else (checkpoint, against)
-    found = contents(archive, title or "archive", source, progress)
+    with hooked(progress):
+        found = contents(archive, title or "archive", source)
     with atomic_write(path) as file:
         # Names come from files: even what is no text must give a page.
         file.write(page(found).encode("utf-8", "backslashreplace"))

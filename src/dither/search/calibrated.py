@@ -16,6 +16,7 @@ from dither.core import Stats
 from dither.data import Data, Distance, divergence, floats_of, squared
 from dither.encoders.outputs import with_silent_groups
 from dither.model import evaluating
+from dither.progress import steps
 from dither.search.knowledge import Knowledge, Sensitivity
 from dither.search.row_steps import frequencies, steps_of
 from dither.search.sensitivity import data_free
@@ -179,7 +180,7 @@ def _by_noise_here(
 
     with evaluating(model), torch.no_grad():
         plain = list(outputs())
-        for name in names:
+        for name in steps("adding noise to", names):
             weight = weights[name]
             drawn = _noise(weight, generator)
             if name not in own:

@@ -14,8 +14,8 @@ from dither.compiled import expect
 from dither.core import SpecError
 from dither.data import Data
 from dither.model import Tensors, collect
+from dither.progress import Hook, hooked
 from dither.search.activation_trials import Sites
-from dither.search.forecast import Progress, silent
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
 from dither.search.sensitivity import data_free
@@ -39,7 +39,7 @@ def compress(
     activations: Sites | None = None,
     sensitivity: Sensitivity = data_free,
     metadata: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Archive:
     """Compress a model to a budget in file bytes.
 
@@ -67,7 +67,7 @@ def compress(
         activations: ``"int8"`` for what goes into modules with weights, or a plan of sites.
         sensitivity: what an error costs; by default read off the weights alone.
         metadata: JSON values to store in the file.
-        progress: called with a stage and the share of it that is done.
+        progress: called with what is being done and its share; :mod:`dither.progress` says more.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
@@ -85,8 +85,8 @@ def compress(
     expect(values * SECONDS)
     budget = parse_size(size, tensors.nbytes, values)
     _check_given(data, evaluate=evaluate, activations=activations)
-    with _team(budget, tensors) as team:
-        job = Job(budget, sensitivity, dict(metadata or {}), progress or silent, team)
+    with hooked(progress), _team(budget, tensors) as team:
+        job = Job(budget, sensitivity, dict(metadata or {}), team)
         if data is None:
             return job.archive(tensors)
         return with_data(Bench(source, Data.of(data), evaluate, team), job, activations)

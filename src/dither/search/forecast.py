@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 
 from dither.archive import code
+from dither.progress import report
 from dither.search.allocate import allocate
 from dither.search.knowledge import Choice, Knowledge
 from dither.search.ladder import Ladder
@@ -21,14 +22,6 @@ from dither.team import ALONE, Team
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done, 0 to 1."""
-
-
-def silent(stage: str, share: float) -> None:
-    """Show nothing."""
-
 
 AIM = 0.9985
 """Share of a budget that is allocated: predictions err."""
@@ -45,15 +38,12 @@ class Forecast:
 
     Args:
         tensors: their values, and what is known.
-        progress: called with a stage and the share of it that is done.
         team: processes that predict and encode together.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Knowledge], progress: Progress, team: Team = ALONE
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Knowledge], team: Team = ALONE) -> None:
         self.tensors = dict(tensors)
-        self.progress, self._team = progress, team
+        self._team = team
         self._ladders = self._map("predicting", Ladder.of, tensors)
         self._measured: dict[str, dict[float, float]] = {name: {} for name in tensors}
 
@@ -135,20 +125,28 @@ class Forecast:
     ) -> dict[str, Result]:
         """The same on the cores of this process; NumPy and torch release the lock."""
         done: dict[str, Result] = {}
+        sizes = {name: self.tensors[name].value.numel() for name in items}
+        total, passed = max(sum(sizes.values()), 1), 0
 
         def note(name: str, result: Result) -> None:
-            done[name] = result
-            self.progress(stage, len(done) / len(items))
+            nonlocal passed
+            done[name], passed = result, passed + sizes[name]
+            report(stage, passed / total, name)
 
         # Large tensors one after another, so that the copies of one at most are in memory.
         large = [name for name in items if self.tensors[name].value.numel() > _LARGE]
         small = [name for name in items if self.tensors[name].value.numel() <= _LARGE]
         for name in large:
+            report(stage, passed / total, name)
             note(name, function(items[name]))
         with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
             results = pool.map(function, (items[name] for name in small))
-            for name, result in zip(small, results, strict=True):
-                note(name, result)
+            try:
+                for name, result in zip(small, results, strict=True):
+                    note(name, result)
+            except BaseException:  # Ctrl-C, too: what has not begun is not waited for
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return done
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from dither.archive import Archive
 from dither.core import SpecError, on_cpu
 from dither.model import Tensors
-from dither.search.forecast import Forecast, Progress
+from dither.progress import report
+from dither.search.forecast import Forecast
 from dither.search.greedy import Greedy
 from dither.search.knowledge import Sensitivity, Weights
 from dither.search.ledger import Ledger
@@ -24,14 +25,12 @@ class Job:
         budget: bytes.
         sensitivity: what an error costs, where nothing else is measured.
         metadata: of the file.
-        progress: called with a stage and the share of it that is done.
         team: processes that do the job together.
     """
 
     budget: int
     sensitivity: Sensitivity
     metadata: Mapping[str, Any]
-    progress: Progress
     team: Team = ALONE
 
     def spend(
@@ -44,11 +43,12 @@ class Job:
             SpecError: a tensor is without a sensitivity.
         """
         values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
+        report("reading weights", 0.0)
         found = (sensitivity or self.sensitivity)(Weights(values, tensors.stacks))
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}
-        forecast = Forecast(known, self.progress, self.team)
+        forecast = Forecast(known, self.team)
         ledger = Ledger(known, tensors.aliases, self.metadata)
         Greedy(forecast, ledger).spend(self.budget)
         return forecast, ledger

@@ -14,6 +14,7 @@ from dither.encoders.gptq import GPTQ
 from dither.encoders.outputs import retargeted
 from dither.encoders.rdo import HIGH_RATE_STRENGTH
 from dither.encoders.viterbi import Viterbi
+from dither.progress import report
 from dither.search.calibrated import lean
 from dither.search.forecast import Forecast
 from dither.search.knowledge import Choice, Knowledge
@@ -129,9 +130,9 @@ class LayerOrder:
         start = ledger.decoded(others) | self._starts
         with self._layers.walk(fed, start=start, biases=True, batches=batches) as walk:
             for layer in walk:
-                forecast.progress(stage, 1 - len(turns.waiting) / len(fed))
+                report(stage, turns.share, layer.name)
                 layer.commit(turns.encode(layer))
-        forecast.progress(stage, 1.0)
+        report(stage, 1.0)
         return walk.moved, fed
 
     def _move(self, name: str, value: Tensor) -> None:
@@ -156,7 +157,13 @@ class _Turns:
     ) -> None:
         self._forecast, self._ledger, self._steer = forecast, ledger, steer
         self.waiting = {n: forecast.expected(n, ledger.choice(n).step or 1.0) for n in names}
+        self._sizes = {n: forecast.tensors[n].value.numel() for n in names}
         self._left = goal(budget) - ledger.nbytes + sum(map(ledger.measured, names))
+
+    @property
+    def share(self) -> float:
+        """Of the values, how many had their turn."""
+        return 1 - sum(self._sizes[n] for n in self.waiting) / max(sum(self._sizes.values()), 1)
 
     def encode(self, layer: Layer) -> Encoded:
         """Encode the weight whose turn it is; the last one fills what is left."""

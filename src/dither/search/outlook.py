@@ -14,7 +14,8 @@ import torch
 from dither.archive import code
 from dither.core import BudgetError, on_cpu
 from dither.model import collect
-from dither.search.forecast import PROBE, Forecast, Progress, silent
+from dither.progress import Hook, hooked, steps
+from dither.search.forecast import PROBE, Forecast
 from dither.search.knowledge import Choice, Knowledge, Sensitivity, Weights
 from dither.search.ledger import Ledger
 from dither.search.predict import can_quantize, noise_of, why_exact
@@ -91,7 +92,7 @@ def plan(
     sizes: Iterable[float | str] | float | str = SIZES,
     *,
     sensitivity: Sensitivity = data_free,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Outlook:
     """Predict what :func:`~dither.compress` without data makes of several sizes; write nothing.
 
@@ -126,11 +127,12 @@ def plan(
     values_here = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
     found = sensitivity(Weights(values_here, tensors.stacks))
     known = {name: found[name] for name in tensors.values}
-    forecast = Forecast(known, progress or silent)
-    overhead = Ledger(known, tensors.aliases, {}).expected_overhead
-    seconds = time.perf_counter() - start
-    middle = sorted(budgets.values())[len(budgets) // 2]
-    seconds += _probe(forecast, forecast.plan(middle, overhead))
+    with hooked(progress):
+        forecast = Forecast(known)
+        overhead = Ledger(known, tensors.aliases, {}).expected_overhead
+        seconds = time.perf_counter() - start
+        middle = sorted(budgets.values())[len(budgets) // 2]
+        seconds += _probe(forecast, forecast.plan(middle, overhead))
     least = [ladder.choices[0].nbytes for ladder in forecast.ladders().values()]
     rows = [
         _row(size, budget, forecast.plan(budget, overhead), known, overhead)
@@ -150,7 +152,7 @@ def _probe(forecast: Forecast, chosen: Mapping[str, Choice]) -> float:
     others = sorted((n for n in chosen if n not in probed), key=lambda name: -sizes[name])
     tried = others[::PROBE]
     start = time.perf_counter()
-    for name in tried:
+    for name in steps("probing", tried, sizes.__getitem__):
         code(chosen[name].encode(forecast.tensors[name]))
     rest = sum(sizes[name] for name in others) / max(sum(sizes[name] for name in tried), 1)
     return seconds + rest * (time.perf_counter() - start)

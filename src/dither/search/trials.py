@@ -15,6 +15,7 @@ from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
 from dither.data import Data, described, divergence, floats_of, has_nan, squared
 from dither.model import duplicate, evaluating, overlapping, separate, weights_of
+from dither.progress import part_of, steps
 from dither.search.held_out import MANY, Split, hold_out
 from dither.team import ALONE, Team, fingerprint, nbytes_of
 
@@ -127,7 +128,8 @@ class Bench:
     def _outputs_of(self, data: Data) -> dict[str, object]:
         """What the model gives for the batches that are this process's."""
         batches = _numbered(data)
-        return {n: self._output(data, n, batches[n]) for n in self.team.mine(_costs(batches))}
+        mine = self.team.mine(_costs(batches))
+        return {n: self._output(data, n, batches[n]) for n in steps("running the model", mine)}
 
     def _output(self, data: Data, number: str, batch: object) -> object:
         """What of the model's output is compared; a batch that gives none is named.
@@ -164,7 +166,7 @@ class Bench:
         stage = f"{before.stage}, anew"
         note = f"fitted to all {self.rows} samples; distance as before"
         try:
-            with self.team.section(stage):
+            with self.team.section(stage), part_of(stage):
                 archive = make()
         except Exception as error:
             if self.team.is_ended:
@@ -194,7 +196,7 @@ class Bench:
         """
         start = time.monotonic()
         try:
-            with self.team.section(stage):
+            with self.team.section(stage), part_of(stage):
                 archive = make()
         except Exception as error:
             if self.team.is_ended or (self.best is None and isinstance(error, BudgetError)):
@@ -220,7 +222,8 @@ class Bench:
         self.failure = self.failure or error
 
     def _judge(self, stage: str, archive: Archive, start: float, *, keep: bool) -> bool:
-        distance, score = self._measure(archive)
+        with part_of(stage):
+            distance, score = self._measure(archive)
         kept = next((trial.merit for trial in reversed(self.trials) if trial.kept), None)
         seconds = time.monotonic() - start
         trial = Trial(stage, archive.nbytes, distance, score, seconds, note=self.note)
@@ -242,7 +245,7 @@ class Bench:
             judge = self._judged
             return {
                 n: self._distance(judge.output(model, batches[n]), self._outputs[n])
-                for n in numbers
+                for n in steps("comparing outputs", numbers)
             }
 
         with evaluating(model), torch.no_grad():

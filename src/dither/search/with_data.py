@@ -45,7 +45,6 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
 
 def _try_fitted(bench: Bench, job: Job, model: nn.Module) -> None:
     """Sensitivities from data; then layers in sequence, which begin where those end."""
-    job.progress("measuring", 0.0)
     fitted = _Fitted(bench, job, model, bench.part)
     stages = ("calibrated", "calibrated, in sequence")
     kept = [bench.attempt(stages[0], fitted.calibrated)]
