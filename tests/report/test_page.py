@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import dither
 from dither.archive import Archive, pack, write
+from dither.archive.treemap import squarified
 from dither.cli import app
 from dither.core import ArchiveError
 from dither.formats import Affine, Raw
@@ -24,7 +25,6 @@ from dither.report import contents, page, save_page
 from dither.report.contents import BINS, HISTOGRAMS, histogram_of
 from dither.report.page import MOST_ROWS
 from dither.report.signal_noise import Noise
-from dither.report.treemap import squarified
 
 VOID = {"meta", "br", "wbr"}
 

@@ -62,3 +62,19 @@ def check_memory(entries: Collection[Entry], max_nbytes: int) -> None:
                 f"decoding would take {need} {what} max_nbytes={max_nbytes}; if you "
                 "trust the file, open it with a larger max_nbytes"
             )
+
+
+def check_all(entries: Collection[Entry], max_nbytes: int, size: int) -> None:
+    """Refuse to read all tensors of a file, one after the other, if that takes too much.
+
+    Raises:
+        ArchiveError: it takes more than ``max_nbytes``, and than is usual for a file of that size.
+    """
+    most = max(max_nbytes, default_limit(size))
+    work = sum(map(multiplications, entries)) // MULTIPLICATIONS
+    need = max(sum(map(working_nbytes, entries)), work)
+    if need > most:
+        raise ArchiveError(
+            f"reading all tensors would take {need} bytes, or the time for as many, where {most} "
+            f"are usual for a file of {size} bytes; if you trust it, allow more with max_nbytes"
+        )

@@ -26,13 +26,8 @@ from dither.archive.layout import (
     unpack_index,
     unpack_tail,
 )
-from dither.archive.limits import (
-    MULTIPLICATIONS,
-    check_memory,
-    default_limit,
-    multiplications,
-    working_nbytes,
-)
+from dither.archive.limits import check_all, check_memory, default_limit, working_nbytes
+from dither.archive.picture import notebook
 from dither.archive.remote import FIRST, RemoteSource, is_url
 from dither.archive.source import BytesSource, FileSource, Source
 from dither.archive.table import table
@@ -307,16 +302,7 @@ class Archive(Mapping[str, Tensor]):
         Raises:
             ArchiveError: they take more.
         """
-        most = max(self.max_nbytes, default_limit(self.nbytes))
-        entries = self._entries.values()
-        work = sum(map(multiplications, entries)) // MULTIPLICATIONS
-        need = max(sum(map(working_nbytes, entries)), work)
-        if need > most:
-            raise ArchiveError(
-                f"reading all tensors would take {need} bytes, or the time for as many, where "
-                f"{most} are usual for a file of {self.nbytes} bytes; if you trust it, allow more "
-                "with max_nbytes"
-            )
+        check_all(self._entries.values(), self.max_nbytes, self.nbytes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the archive, byte for byte, to a file which appears whole or not at all."""
@@ -346,6 +332,10 @@ class Archive(Mapping[str, Tensor]):
     def __str__(self) -> str:
         """A table: one line for each tensor and the sums."""
         return table(list(self._entries.values()), self.aliases, self.nbytes)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a map of the bytes, and a table of the largest tensors."""
+        return notebook(list(self._entries.values()), self.aliases, self.nbytes)
 
     def __repr__(self) -> str:
         """A short description."""

@@ -234,12 +234,15 @@ def sweep(
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
     *,
+    as_tree: Annotated[
+        bool, typer.Option("--tree", help="By modules, with the bytes beneath each.")
+    ] = False,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what an archive holds; nothing is decoded, so any size will do."""
-    work.inspect(Printer(as_json, quiet), file, max_size)
+    work.inspect(Printer(as_json, quiet), file, max_size, as_tree=as_tree)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dither.archive import Archive, Entry, describe
 from dither.cli.compare import Comparison
@@ -15,6 +15,10 @@ from dither.search import Outlook
 from dither.terminal import some_names
 
 _MOST_EXACT = 5
+_DEEPEST = 64
+"""Modules within modules in a tree; names of files that anyone may have made can be deeper."""
+_ITSELF = "(itself)"
+"""A tensor whose name is that of a module, too."""
 
 
 def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
@@ -95,12 +99,67 @@ def print_tensors(printer: Printer, archive: Archive) -> None:
     _print_total(printer, archive)
 
 
+def print_tree(printer: Printer, archive: Archive) -> None:
+    """An archive for people: one line for each module and tensor, with the bytes beneath it."""
+    rows = [
+        ("  " * depth + label, what, *_sizes(nbytes, numel), _share(nbytes, archive))
+        for depth, label, nbytes, numel, what in _tree(archive.entries)
+    ]
+    rest = _overhead(archive)
+    rows.append(("names, shapes, checksums", "", *_sizes(rest, 0), _share(rest, archive)))
+    printer.table(("module", "format", "bytes", "bits/value", "share"), rows, left=2)
+    _print_total(printer, archive)
+
+
+class _Line(NamedTuple):
+    """One line of a tree: a module, or a tensor, of which ``what`` says more."""
+
+    depth: int
+    label: str
+    nbytes: int
+    numel: int
+    what: str = ""
+
+
+def _tree(named: Mapping[str, Entry], depth: int = 0) -> list[_Line]:
+    """Lines of modules and what is in them, in the file's order, of entries by name.
+
+    A module with nothing but one module or tensor shares a line with it.
+    """
+    groups: dict[str, dict[str, Entry]] = {}
+    for name, entry in named.items():
+        first, _, rest = name.partition(".")
+        if not rest or depth == _DEEPEST:
+            first, rest = name, ""
+        groups.setdefault(first, {})[rest] = entry
+    lines: list[_Line] = []
+    for label, within in groups.items():
+        entries = within.values()
+        sums = sum(e.nbytes for e in entries), sum(e.numel for e in entries)
+        if len(within) == 1:
+            rest, entry = next(iter(within.items()))
+            what = f"{_shape(entry.shape)} {entry.dtype}, {describe(entry)}"
+            lines.append(_Line(depth, f"{label}.{rest}" if rest else label or _ITSELF, *sums, what))
+            continue
+        below = _tree(within, depth + 1)
+        if sum(line.depth == depth + 1 for line in below) == 1:  # a chain of modules
+            lines.append(_Line(depth, f"{label}.{below[0].label}", *sums))
+            lines += [line._replace(depth=line.depth - 1) for line in below[1:]]
+        else:
+            lines += [_Line(depth, label, *sums), *below]
+    return lines
+
+
 def _print_total(printer: Printer, archive: Archive) -> None:
     original = archive.original_nbytes
     printer.text(
         f"{archive.nbytes:,} bytes for {original:,} bytes of tensors, "
         f"{original / archive.nbytes:.2f}x smaller"
     )
+
+
+def _share(nbytes: int, archive: Archive) -> str:
+    return f"{100 * nbytes / archive.nbytes:.1f} %"
 
 
 def _overhead(archive: Archive) -> int:

@@ -184,12 +184,12 @@ def sweep(
     return run_sweep(printer, cells, results, **how)
 
 
-def inspect(printer: Printer, file: Path, max_size: str | None) -> None:
+def inspect(printer: Printer, file: Path, max_size: str | None, *, as_tree: bool) -> None:
     """Show an archive's index."""
     with Archive.open(file, _limit(max_size)) as archive:
         budget = archive.metadata.get("budget")
         printer.document({"file": str(file), **report.archive_document(archive, budget)})
-        report.print_tensors(printer, archive)
+        (report.print_tree if as_tree else report.print_tensors)(printer, archive)
 
 
 def decompress(printer: Printer, file: Path, output: Path | None, max_size: str | None) -> None:

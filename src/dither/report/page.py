@@ -5,29 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from dither.archive import Archive, atomic_write
+from dither.archive.picture import broken, drawn, gathered, shade, text
 from dither.progress import hooked
 from dither.report.contents import BINS, Contents, Histogram, Stored, contents
 from dither.report.style import STYLE
-from dither.report.treemap import squarified
 
 MOST_ROWS = 400
 """Tensors in the table, the largest; a page of thousands is no summary."""
-MOST_BOXES, LEAST_BOX = 120, 0.0015
-"""Boxes of the map, and the least share of the file that one stands for; the rest share one."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _BEST_SQNR = 60.0
-_DARKEST = 8.0
 _NOTHING = "&ndash;"
-_OVERHEAD = "names, shapes, checksums"
 
 
 def save_page(
@@ -89,7 +83,7 @@ def page(found: Contents) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(found.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{text(found.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body></html>\n"
     )
@@ -111,39 +105,28 @@ def _head(found: Contents) -> str:
     if found.sqnr is not None:
         tiles.append((_quality(found.sqnr), "signal to noise, all weights"))
     boxes = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
-    against = f"<p>Compared with {_text(found.against)}.</p>" if found.against else ""
+    against = f"<p>Compared with {text(found.against)}.</p>" if found.against else ""
     lacking = ""
     if found.lacking:
-        names = ", ".join(map(_text, found.lacking[:8]))
+        names = ", ".join(map(text, found.lacking[:8]))
         more = f" and {len(found.lacking) - 8} more" if len(found.lacking) > 8 else ""
         lacking = f"<p><b>Not in it, or of another shape:</b> {names}{more}.</p>"
-    return f'<h1>{_text(found.title)}</h1>{against}{lacking}<div class="tiles">{boxes}</div>'
+    return f'<h1>{text(found.title)}</h1>{against}{lacking}<div class="tiles">{boxes}</div>'
 
 
 # --- where the bytes go --------------------------------------------------------------------------
 
 
 def _spending(found: Contents) -> str:
-    ranked = sorted((t for t in found.tensors if t.nbytes), key=lambda t: -t.nbytes)
-    seen = [t for t in ranked[:MOST_BOXES] if t.nbytes >= LEAST_BOX * found.nbytes]
-    boxes = [(t.name, t.nbytes, t.bits) for t in seen]
-    rest = ranked[len(seen) :]
-    others: list[tuple[str, int, float | None]] = []
-    if rest:
-        name = rest[0].name if len(rest) == 1 else f"{len(rest):,} smaller tensors"
-        nbytes, numel = sum(t.nbytes for t in rest), sum(t.numel for t in rest)
-        others.append((name, nbytes, 8 * nbytes / numel if numel else None))
-    if found.overhead > 0:
-        others.append((_OVERHEAD, found.overhead, None))
-    boxes = sorted([*boxes, *others], key=lambda box: -box[1])
+    boxes = gathered(((t.name, t.nbytes, t.numel) for t in found.tensors), found.nbytes)
     if not boxes:
         return ""
     maps = [
-        f'<div class="map{kind}">{"".join(_boxes(boxes, found.nbytes, width, height))}</div>'
+        f'<div class="map{kind}">{drawn(boxes, found.nbytes, width, height)}</div>'
         for kind, width, height in (("", 1120, 448), (" tall", 360, 450))
     ]
     key = "".join(
-        f'<span><i style="background:{_shade(bits)[0]}"></i>{name}</span>'
+        f'<span><i style="background:{shade(bits)[0]}"></i>{name}</span>'
         for bits, name in [
             *((float(b), f"{b}") for b in (1, 2, 3, 4, 6)),
             (8.0, "8 bits and more"),
@@ -154,46 +137,6 @@ def _spending(found: Contents) -> str:
         "<h2>Where the bytes go</h2><p>Area: share of the file. Shade: bits for each value.</p>"
         f'{"".join(maps)}<div class="key">{key}</div>'
     )
-
-
-def _boxes(
-    boxes: Sequence[tuple[str, int, float | None]], total: int, width: float, height: float
-) -> Iterator[str]:
-    places = squarified([nbytes for _, nbytes, _ in boxes], width, height)
-    for (name, nbytes, bits), (left, top, wide, high) in zip(boxes, places, strict=True):
-        back, ink = _shade(bits)
-        share = f"{100 * nbytes / total:.1f} %"
-        text = f"{name}: {nbytes:,} bytes, {share}"
-        if bits is not None:
-            text += f", {bits:.2f} bits per value"
-        # A box that is too small for its words has its title only.
-        room = wide > 90 and high > 14.5 * (_lines(name, (wide - 12) / 6.8) + 1) + 8
-        words = f"<b>{_broken(name)}</b>{share}" if room else ""
-        yield (
-            f'<div title="{_text(text)}" style="left:{100 * left / width:.3f}%;'
-            f"top:{100 * top / height:.3f}%;width:{100 * wide / width:.3f}%;"
-            f"height:{100 * high / height:.3f}%;background:{back};color:{ink};"
-            f'{"" if room else "padding:0"}">{words}</div>'
-        )
-
-
-def _lines(name: str, letters: float) -> int:
-    """Lines that a name takes where so many letters fit into one, broken as ``_broken`` does."""
-    lines, used = 1, 0.0
-    for piece in re.findall(r"[^._]*[._]?", name):
-        if used and used + len(piece) > letters:
-            lines, used = lines + 1, 0.0
-        used += len(piece)
-        lines, used = lines + int(used // (letters + 1)), used % (letters + 1)
-    return lines
-
-
-def _shade(bits: float | None) -> tuple[str, str]:
-    """Background and ink: the more bits, the darker, so that it reads in grey, too."""
-    if bits is None:
-        return "#d9d9d9", "#1b1f24"
-    light = 92 - 62 * min(bits, _DARKEST) / _DARKEST
-    return f"hsl(211 52% {light:.0f}%)", "#fff" if light < 58 else "#10243a"
 
 
 # --- layer by layer ------------------------------------------------------------------------------
@@ -223,7 +166,7 @@ def _chart(
     bars = "".join(
         f'<rect class="bar" x="{i * step + 0.1 * step:.2f}" y="{100 - 100 * value / top:.2f}" '
         f'width="{0.8 * step:.2f}" height="{100 * value / top:.2f}">'
-        f"<title>{_text(tensor.name)}: {value:.2f} {unit}</title></rect>"
+        f"<title>{text(tensor.name)}: {value:.2f} {unit}</title></rect>"
         for i, (tensor, value) in enumerate(zip(tensors, values, strict=True))
     )
     return (
@@ -258,7 +201,7 @@ def _figure(tensor: Stored, histogram: Histogram) -> str:
     noise = "" if tensor.sqnr is None else f", {_quality(tensor.sqnr)}"
     beyond = f"{100 * histogram.outside:.2g} % beyond" if histogram.outside else ""
     return (
-        f"<figure><figcaption>{_broken(tensor.name)}<br><span>{_text(tensor.spec)}{noise}</span>"
+        f"<figure><figcaption>{broken(tensor.name)}<br><span>{text(tensor.spec)}{noise}</span>"
         f'</figcaption><svg viewBox="0 0 {BINS} 100" preserveAspectRatio="none" role="img" '
         f'aria-label="distribution of values">{shapes}</svg>'
         f'<div class="ends"><span>{histogram.low:.3g}</span><span>{beyond}</span>'
@@ -301,7 +244,7 @@ def _table(found: Contents) -> str:
             cells.append(_cell("sensitivity", shown, t.sensitivity, steepest))
         shape = "&times;".join(map(str, t.shape)) or "scalar"
         rows.append(
-            f"<tr><td>{_broken(t.name)}<small>{shape} {_text(t.dtype)}, {_text(t.spec)}</small>"
+            f"<tr><td>{broken(t.name)}<small>{shape} {text(t.dtype)}, {text(t.spec)}</small>"
             f"</td>{''.join(cells)}</tr>"
         )
     left = len(ranked) - len(rows)
@@ -324,16 +267,16 @@ def _cell(name: str, shown: str, value: float | None, most: float) -> str:
 def _rest(found: Contents) -> str:
     parts = []
     if found.aliases:
-        lines = "".join(f"<li>{_text(a)} = {_text(b)}</li>" for a, b in found.aliases.items())
+        lines = "".join(f"<li>{text(a)} = {text(b)}</li>" for a, b in found.aliases.items())
         parts.append(_folded(f"Tied weights: {len(found.aliases):,}", f"<ul>{lines}</ul>"))
     if found.sites:
         lines = "".join(
-            f"<li>{_text(site)}: {_NOTHING if bits is None else bits} bits</li>"
+            f"<li>{text(site)}: {_NOTHING if bits is None else bits} bits</li>"
             for site, bits in found.sites.items()
         )
         parts.append(_folded(f"Quantized activations: {len(found.sites):,}", f"<ul>{lines}</ul>"))
     if found.metadata:
-        parts.append(_folded("Metadata", f"<pre>{_text(_indented(found.metadata))}</pre>"))
+        parts.append(_folded("Metadata", f"<pre>{text(_indented(found.metadata))}</pre>"))
     return f"<h2>Also in the file</h2>{''.join(parts)}" if parts else ""
 
 
@@ -352,14 +295,3 @@ def _quality(value: float) -> str:
     if value == math.inf:
         return "exact"
     return "none" if value == -math.inf else f"{value:.1f} dB"
-
-
-def _text(value: object) -> str:
-    """Text for HTML; names come from files that anyone may have made."""
-    shown = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(value))
-    return escape(shown, quote=True)
-
-
-def _broken(name: str) -> str:
-    """A name that may break after its dots and underscores."""
-    return _text(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
