@@ -20,7 +20,7 @@ import torch
 from benchmarks.environment import describe
 from benchmarks.peak_memory import Peak, restart_for_exact_peaks
 from dither import Archive
-from dither.archive import ArchiveWriter, CodedPart, CodedTensor, code
+from dither.archive import ArchiveWriter, CodedPart, CodedTensor, Payload, code
 from dither.archive.limits import working_nbytes
 from dither.coding import encode_array, encode_codes
 from dither.coding.contexts import Contexts
@@ -58,16 +58,16 @@ def constant(shape: tuple[int, ...], holds: int | str, value: int) -> CodedPart:
         itemsize = DTYPES[holds].itemsize
         count = min(int(np.prod(shape)), 4096)
         codec, payload = encode_array(np.zeros(count * itemsize, np.uint8), itemsize)
-        return CodedPart(codec, shape, None, holds, payload)
+        return CodedPart(codec, shape, None, holds, Payload.of(payload))
     if int(np.prod(shape)) < 64 or holds == 1:
         codec, payload = encode_codes(np.full(shape, value, np.int32), holds)
-        return CodedPart(codec, shape, holds, None, payload)
+        return CodedPart(codec, shape, holds, None, Payload.of(payload))
     # Two tables, so that there is a context for each code, and a window, so that it is moved.
     only = np.zeros(1, np.int64)
     table = Steps(only, only, 0, 0, 0, gaps=True)
     contexts = Contexts({len(shape) - 1: np.zeros(1, np.uint8)}, 0, 2)
     head = Head(8, 0, Window(0, value, 1, 0), contexts, [table, table], [("bits", b"")])
-    return CodedPart("rans", shape, holds, None, head.write(len(shape), holds))
+    return CodedPart("rans", shape, holds, None, Payload.of(head.write(len(shape), holds)))
 
 
 def vast(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
     from dither.report import diagnose
-    from dither.search import compress, plan
+    from dither.search import compress, compress_to, plan
     from dither.train import (
         LSQ,
         BayesianBits,
@@ -49,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.
     "compress",
+    "compress_to",
     "plan",
     "Data",
     "load",
@@ -110,7 +111,7 @@ _NAMES = {
     ),
     "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
     "report": "diagnose",
-    "search": "compress plan",
+    "search": "compress compress_to plan",
     "train": (
         "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes Pruned QuantNoise "
         "Run StraightThrough attach"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +29,26 @@ class Writable(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Payload:
+    """Bytes of a part, in memory or where they can be read again.
+
+    Attributes:
+        nbytes: how many.
+        crc: their CRC-32.
+        read: gives them.
+    """
+
+    nbytes: int
+    crc: int
+    read: Callable[[], bytes]
+
+    @classmethod
+    def of(cls, data: bytes) -> Payload:
+        """Bytes in memory."""
+        return cls(len(data), crc32(data), partial(bytes, data))
+
+
 class CodedPart(NamedTuple):
     """One part, coded: ``alphabet`` is set for codes, ``dtype`` for numbers."""
 
@@ -34,7 +56,7 @@ class CodedPart(NamedTuple):
     shape: tuple[int, ...]
     alphabet: int | None
     dtype: str | None
-    payload: bytes
+    payload: Payload
 
 
 class CodedTensor(NamedTuple):
@@ -48,13 +70,14 @@ class CodedTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the payloads; the index is not included."""
-        return sum(len(part.payload) for part in self.parts.values())
+        return sum(part.payload.nbytes for part in self.parts.values())
 
 
 class ArchiveWriter:
     """Writes tensors to a binary stream one after another.
 
-    Nothing is readable before :meth:`finish`. The stream need not be seekable.
+    Nothing is readable before :meth:`finish`. The stream need not be seekable; without one, bytes
+    are counted, and large payloads are not read.
 
     >>> stream = io.BytesIO()
     >>> writer = ArchiveWriter(stream)
@@ -65,7 +88,7 @@ class ArchiveWriter:
     True
     """
 
-    def __init__(self, stream: Writable) -> None:
+    def __init__(self, stream: Writable | None) -> None:
         self._stream = stream
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
@@ -103,14 +126,17 @@ class ArchiveWriter:
 
     def _part(self, name: str, part: CodedPart) -> Part:
         codec, shape, alphabet, dtype, payload = part
-        if len(payload) <= INLINE_NBYTES:
-            return Part(name, codec, shape, alphabet, dtype, len(payload), inline=payload)
-        offset = self._offset
-        self._write(payload)
-        return Part(name, codec, shape, alphabet, dtype, len(payload), crc32(payload), offset)
+        nbytes, offset = payload.nbytes, self._offset
+        if nbytes <= INLINE_NBYTES:
+            return Part(name, codec, shape, alphabet, dtype, nbytes, inline=payload.read())
+        if self._stream is not None:
+            self._stream.write(payload.read())
+        self._offset += nbytes
+        return Part(name, codec, shape, alphabet, dtype, nbytes, payload.crc, offset)
 
     def _write(self, data: bytes) -> None:
-        self._stream.write(data)
+        if self._stream is not None:
+            self._stream.write(data)
         self._offset += len(data)
 
 
@@ -122,14 +148,15 @@ def code(encoded: Encoded) -> CodedTensor:
     for name, values in encoded.params.items():
         codec, payload = encode_array(_to_bytes(values), values.element_size())
         shape = tuple(values.shape)
-        parts[name] = CodedPart(codec, shape, None, dtype_name(values.dtype), payload)
+        kept = Payload.of(payload)
+        parts[name] = CodedPart(codec, shape, None, dtype_name(values.dtype), kept)
     return CodedTensor(encoded.format, encoded.shape, dtype_name(encoded.dtype), parts)
 
 
 def _code_codes(part: Codes, machine: tuple[int, int] | None) -> CodedPart:
     values = part.values.detach().cpu().numpy()
     codec, payload = encode_codes(values, part.alphabet, machine)
-    return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, payload)
+    return CodedPart(codec, tuple(part.values.shape), part.alphabet, None, Payload.of(payload))
 
 
 def _to_bytes(values: Tensor) -> NDArray[np.uint8]:
@@ -166,7 +193,7 @@ def packed_nbytes(
     sites: Mapping[str, Any] | None = None,
 ) -> int:
     """The exact size of the archive that :func:`pack` would make."""
-    return _write_all(ArchiveWriter(_Sink()), tensors, aliases, metadata, sites)
+    return _write_all(ArchiveWriter(None), tensors, aliases, metadata, sites)
 
 
 def write(
@@ -179,13 +206,6 @@ def write(
     """Write an archive to ``path``, which appears whole or not at all; returns its bytes."""
     with atomic_write(path) as file:
         return _write_all(ArchiveWriter(file), tensors, aliases, metadata, sites)
-
-
-class _Sink:
-    """A stream that keeps nothing."""
-
-    def write(self, data: bytes, /) -> None:
-        pass
 
 
 def _write_all(

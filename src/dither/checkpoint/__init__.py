@@ -6,6 +6,7 @@ without pickle. Tied weights, where a file records them, share memory in the res
 
 from dither.checkpoint.conversion import converted
 from dither.checkpoint.kinds import TORCH_SUFFIXES
+from dither.checkpoint.mapped import Pages
 from dither.checkpoint.reading import ARCHIVE_IN_FOLDER, inside_folder, read_checkpoint
 from dither.checkpoint.safetensors_files import ALIASES_KEY
 from dither.checkpoint.wrappers import plain_names
@@ -14,6 +15,7 @@ __all__ = [
     "ALIASES_KEY",
     "ARCHIVE_IN_FOLDER",
     "TORCH_SUFFIXES",
+    "Pages",
     "converted",
     "inside_folder",
     "plain_names",

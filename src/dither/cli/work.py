@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from dither.archive import WRAPPER_NBYTES, Archive, load_weights
 from dither.archive import verify as find_faults
@@ -31,7 +33,7 @@ from dither.demo.story import run
 from dither.integrations.model_folder import own_weights, write_folder
 from dither.model import collect
 from dither.report import check_picture, draw_sizes, save_page
-from dither.search import Trial, parse_size
+from dither.search import Trial, compress_to, parse_size
 from dither.search import compress as search
 from dither.search import plan as predict
 from dither.team import Team, joined
@@ -81,28 +83,29 @@ def _compress(
     if to_folder and given is not None and given.model is not None:
         raise SpecError("a model folder has the names of its own model; with --model name a file")
     with printer.progress(f"reading {source}"):
-        state = load_weights(source, key)
-        if to_folder:
-            state = own_weights(source, state)
-        tensors = collect(state)
-        values = sum(value.numel() for value in tensors.values.values())
-        budget = parse_size(size, tensors.nbytes, values) - to_folder * WRAPPER_NBYTES
-        if given is None:
-            archive = search(state, budget)
-        else:
-            model = model_of(given.model, source, state)
-            archive = search(
-                model,
-                budget,
-                data=data_of(given.data, source, model),
-                evaluate=evaluate_of(given.evaluate),
-                activations=given.activations,
-            )
-        if team.rank == 0 and to_folder:
-            write_folder(archive, source, target)
-        elif team.rank == 0:
+        if team.rank == 0:
             make_folder(target)
-            archive.save(target)
+        how: dict[str, Any] = {}
+        weights: Path | Mapping[str, Tensor] | nn.Module = source
+        wanted: int | str = size
+        if given is not None or key is not None or to_folder:
+            state = load_weights(source, key)
+            weights = state = own_weights(source, state) if to_folder else state
+            wanted = _budget(size, state) - to_folder * WRAPPER_NBYTES
+        if given is not None:
+            weights = model = model_of(given.model, source, state)
+            how["data"] = data_of(given.data, source, model)
+            how["evaluate"] = evaluate_of(given.evaluate)
+            how["activations"] = given.activations
+        if to_folder:
+            archive = search(weights, wanted, **how)
+            if team.rank == 0:
+                write_folder(archive, source, target)
+        else:
+            archive = compress_to(target, weights, wanted, **how)
+            archive.close()
+    values = sum(entry.numel for entry in archive.entries.values())
+    budget = parse_size(wanted, archive.original_nbytes, values)
     document = report.archive_document(archive, budget)
     trials = [trial for trial in archive.trials if isinstance(trial, Trial)]
     tried = {"trials": [asdict(trial) for trial in trials]} if trials else {}
@@ -116,6 +119,13 @@ def _compress(
             "what matters: give a few hundred samples with --data, or a larger size"
         )
     printer.text(f"wrote {target}")
+
+
+def _budget(size: str, state: Mapping[str, Tensor]) -> int:
+    """A size in bytes, of tensors as their source has them."""
+    tensors = collect(state)
+    values = sum(value.numel() for value in tensors.values.values())
+    return parse_size(size, tensors.nbytes, values)
 
 
 def plan(

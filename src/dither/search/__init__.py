@@ -2,6 +2,7 @@
 
 from dither.search.calibrated import calibrated
 from dither.search.compress import compress
+from dither.search.compress_to import compress_to
 from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
 from dither.search.ledger import Ledger
 from dither.search.outlook import Outlook, SizeOutlook, plan
@@ -30,6 +31,7 @@ __all__ = [
     "calibrated",
     "can_quantize",
     "compress",
+    "compress_to",
     "data_free",
     "fills",
     "parse_size",

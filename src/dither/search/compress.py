@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dither.archive import Archive
+from dither.checkpoint import Pages
 from dither.compiled import expect
 from dither.core import SpecError
 from dither.data import Data
 from dither.model import Tensors, collect
 from dither.progress import Hook, hooked
 from dither.search.activation_trials import Sites
+from dither.search.coder import Coder
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
 from dither.search.sensitivity import data_free
@@ -79,30 +83,58 @@ def compress(
     >>> 4925 <= compress(weights, size="8x").nbytes <= 5000
     True
     """
-    source = weights_in(source, "compress", run=data is not None)
-    tensors = collect(source)
-    values = sum(value.numel() for value in tensors.values.values())
-    expect(values * SECONDS)
-    budget = parse_size(size, tensors.nbytes, values)
-    _check_given(data, evaluate=evaluate, activations=activations)
-    with hooked(progress), _team(budget, tensors) as team:
-        job = Job(budget, sensitivity, dict(metadata or {}), team)
+    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
+    coder = Coder(release=asked.pages.release)
+    with hooked(progress), asked.together() as team:
+        job = Job(asked.budget, sensitivity, dict(metadata or {}), team, coder)
         if data is None:
-            return job.archive(tensors)
-        return with_data(Bench(source, Data.of(data), evaluate, team), job, activations)
+            return job.archive(asked.tensors)
+        return with_data(Bench(asked.source, Data.of(data), evaluate, team), job, activations)
 
 
-def _check_given(data: object, **others: object) -> None:
-    """Refuse what goes with data, where there are none."""
-    for name, value in others.items():
-        if data is None and value is not None:
-            raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+@dataclass(frozen=True)
+class Asked:
+    """What is to be compressed.
 
+    Attributes:
+        source: a model, or tensors by name.
+        tensors: of it.
+        budget: bytes.
+        pages: memory of files that nobody else has seen, and which can be given back.
+    """
 
-@contextmanager
-def _team(budget: int, tensors: Tensors) -> Iterator[Team]:
-    """The processes that do the job, once all are known to compress the same to the same size."""
-    advice = "give all of them the same model and size"
-    with team_of("compress") as team:
-        team.same("sizes and tensors", (budget, fingerprint(tensors.values, team)), advice)
-        yield team
+    source: nn.Module | Mapping[str, Tensor]
+    tensors: Tensors
+    budget: int
+    pages: Pages
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        size: int | str,
+        data: object,
+        *,
+        evaluate: object = None,
+        activations: object = None,
+    ) -> Asked:
+        """Read the source; refuse what does not go together."""
+        found = weights_in(source, "compress", run=data is not None)
+        tensors = collect(found)
+        values = sum(value.numel() for value in tensors.values.values())
+        expect(values * SECONDS)
+        budget = parse_size(size, tensors.nbytes, values)
+        for name, value in {"evaluate": evaluate, "activations": activations}.items():
+            if data is None and value is not None:
+                raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
+        is_own = isinstance(source, str | os.PathLike)
+        return cls(found, tensors, budget, Pages.of(tensors.values.values() if is_own else ()))
+
+    @contextmanager
+    def together(self) -> Iterator[Team]:
+        """The processes that do the job, once all are known to compress the same to a size."""
+        advice = "give all of them the same model and size"
+        with team_of("compress") as team:
+            values = fingerprint(self.tensors.values, team)
+            team.same("sizes and tensors", (self.budget, values), advice)
+            yield team

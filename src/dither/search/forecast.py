@@ -11,9 +11,10 @@ from zlib import crc32
 
 import torch
 
-from dither.archive import code
+from dither.archive import CodedTensor
 from dither.progress import report
 from dither.search.allocate import allocate
+from dither.search.coder import PROBE, Coder
 from dither.search.knowledge import Choice, Knowledge
 from dither.search.ladder import Ladder
 from dither.search.ledger import Ledger
@@ -27,9 +28,6 @@ AIM = 0.9985
 """Share of a budget that is allocated: predictions err."""
 
 _PROBED = 1 << 16
-PROBE = 6
-"""One row of so many of a large tensor is coded first."""
-
 _LARGE = 1 << 21
 
 
@@ -39,12 +37,15 @@ class Forecast:
     Args:
         tensors: their values, and what is known.
         team: processes that predict and encode together.
+        coder: predicts and codes single tensors.
     """
 
-    def __init__(self, tensors: Mapping[str, Knowledge], team: Team = ALONE) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Knowledge], team: Team = ALONE, coder: Coder | None = None
+    ) -> None:
         self.tensors = dict(tensors)
-        self._team = team
-        self._ladders = self._map("predicting", Ladder.of, tensors)
+        self._team, self._coder = team, coder or Coder()
+        self._ladders = self._map("predicting", self._coder.ladder, tensors)
         self._measured: dict[str, dict[float, float]] = {name: {} for name in tensors}
 
     def ladders(self) -> dict[str, Ladder]:
@@ -77,8 +78,12 @@ class Forecast:
     def change(self, tensors: Mapping[str, Knowledge]) -> None:
         """Know something else of some tensors; what was measured of them is forgotten."""
         self.tensors |= tensors
-        self._ladders |= self._map("predicting", Ladder.of, tensors)
+        self._ladders |= self._map("predicting", self._coder.ladder, tensors)
         self._measured |= {name: {} for name in tensors}
+
+    def code(self, name: str, choice: Choice) -> CodedTensor:
+        """A tensor as a choice codes it."""
+        return self._coder.code(self.tensors[name], choice)
 
     def probe(self, chosen: Mapping[str, Choice]) -> AbstractSet[str]:
         """Learn what large tensors take from a part of their rows, before any is coded whole.
@@ -87,14 +92,14 @@ class Forecast:
             their names.
         """
         parts = {
-            name: (self.tensors[name].every(PROBE), choice)
+            name: (self.tensors[name], choice)
             for name, choice in chosen.items()
             if choice.step is not None and _can_probe(self.tensors[name])
         }
-        coded = self._map("probing", lambda item: code(item[1].encode(item[0])), parts)
-        for name, (part, choice) in parts.items():
-            share = part.value.numel() / self.tensors[name].value.numel()
-            self.note(name, choice.step, coded[name].nbytes / share + GRID_INDEX_NBYTES)
+        nbytes = self._map("probing", lambda item: self._coder.probe(*item), parts)
+        for name, (known, choice) in parts.items():
+            share = known.every(PROBE).value.numel() / known.value.numel()
+            self.note(name, choice.step, nbytes[name] / share + GRID_INDEX_NBYTES)
         return parts.keys()
 
     def encode(self, chosen: Mapping[str, Choice], ledger: Ledger, stage: str) -> None:
@@ -104,8 +109,8 @@ class Forecast:
             for name, choice in chosen.items()
             if name not in ledger or not ledger.choice(name).is_like(choice)
         }
-        items = {name: (self.tensors[name], choice) for name, choice in changed.items()}
-        coded = self._map(stage, lambda item: code(item[1].encode(item[0])), items)
+        items = {name: (name, choice) for name, choice in changed.items()}
+        coded = self._map(stage, lambda item: self.code(*item), items)
         for name, choice in changed.items():
             self.note(name, choice.step, ledger.put(name, choice, coded[name]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dither.archive import code
 from dither.core import BudgetError
 from dither.search.allocate import allocate
 from dither.search.forecast import Forecast, without_axes
@@ -70,10 +69,10 @@ class Greedy:
             size, overhead = ledger.nbytes, ledger.overhead
             if fills(size, budget) or abs(size - budget) < _CLOSE * budget:
                 break
-        size = land(ledger, forecast.tensors, budget)
+        size = land(ledger, forecast, budget)
         if size > budget:
             self._shrink(budget)
-            size = land(ledger, forecast.tensors, budget)
+            size = land(ledger, forecast, budget)
         return size
 
     def _holds(self, chosen: dict[str, Choice]) -> bool:
@@ -101,10 +100,10 @@ class Greedy:
         Raises:
             BudgetError: it is larger than the budget.
         """
-        ledger, tensors, candidates = self._ledger, self._forecast.tensors, {}
+        ledger, candidates = self._ledger, {}
         for name in ledger.names:
             cheap = self._forecast.cheapest(name, _NEARLY)
-            tried = [(choice, code(choice.encode(tensors[name]))) for choice in cheap]
+            tried = [(choice, self._forecast.code(name, choice)) for choice in cheap]
             best = min(
                 tried, key=lambda t: t[1].nbytes + GRID_INDEX_NBYTES * (t[0].step is not None)
             )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dither.archive import Archive
 from dither.core import SpecError, on_cpu
 from dither.model import Tensors
 from dither.progress import report
+from dither.search.coder import Coder
 from dither.search.forecast import Forecast
 from dither.search.greedy import Greedy
 from dither.search.knowledge import Sensitivity, Weights
@@ -26,12 +27,14 @@ class Job:
         sensitivity: what an error costs, where nothing else is measured.
         metadata: of the file.
         team: processes that do the job together.
+        coder: predicts and codes single tensors.
     """
 
     budget: int
     sensitivity: Sensitivity
     metadata: Mapping[str, Any]
     team: Team = ALONE
+    coder: Coder = field(default_factory=Coder)
 
     def spend(
         self, tensors: Tensors, sensitivity: Sensitivity | None = None
@@ -44,11 +47,12 @@ class Job:
         """
         values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
         report("reading weights", 0.0)
-        found = (sensitivity or self.sensitivity)(Weights(values, tensors.stacks))
+        weights = Weights(values, tensors.stacks, self.coder.release)
+        found = (sensitivity or self.sensitivity)(weights)
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}
-        forecast = Forecast(known, self.team)
+        forecast = Forecast(known, self.team, self.coder)
         ledger = Ledger(known, tensors.aliases, self.metadata)
         Greedy(forecast, ledger).spend(self.budget)
         return forecast, ledger

@@ -16,7 +16,7 @@ from dither.model import stacks_of
 _STACK = 3
 
 
-def _keep() -> None:
+def keep_all() -> None:
     """What is done for tensors in memory once they were looked at: nothing."""
 
 
@@ -31,7 +31,7 @@ class Weights(dict[str, Tensor]):
         self,
         values: Mapping[str, Tensor],
         stacks: frozenset[str] | None = None,
-        release: Callable[[], None] = _keep,
+        release: Callable[[], None] = keep_all,
     ) -> None:
         super().__init__(values)
         self.stacks = stacks_of(values, values) if stacks is None else stacks

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from dither.archive import code
-from dither.search.knowledge import Knowledge, short
+from dither.search.forecast import Forecast
+from dither.search.knowledge import short
 from dither.search.ledger import Ledger
 from dither.search.size import ENOUGH, SLACK_NBYTES, fills
 
@@ -21,7 +20,7 @@ _FINE_STEPS = 1 << 12
 
 def land(
     ledger: Ledger,
-    tensors: Mapping[str, Knowledge],
+    forecast: Forecast,
     budget: int,
     frozen: AbstractSet[str] = frozenset(),
 ) -> int:
@@ -31,7 +30,7 @@ def land(
 
     Args:
         ledger: holds all tensors.
-        tensors: their values, and what is known.
+        forecast: has what is known of them, and codes them.
         budget: bytes.
         frozen: names that must stay as they are.
     """
@@ -41,7 +40,7 @@ def land(
         if name is None:
             break
         tried.add(name)
-        size = _fit(ledger, tensors[name], name, budget, size)
+        size = _fit(ledger, forecast, name, budget, size)
     return size
 
 
@@ -65,12 +64,13 @@ def _pick(ledger: Ledger, gap: int, tried: set[str]) -> str | None:
     return max(grids, key=lambda name: grids[name], default=None)
 
 
-def _fit(ledger: Ledger, known: Knowledge, name: str, budget: int, size: int) -> int:
+def _fit(ledger: Ledger, forecast: Forecast, name: str, budget: int, size: int) -> int:
     """Search for the step of one tensor at which the file fills its budget; its new size.
 
     Positions are octaves finer than now; sizes at either side of the goal enclose it.
     """
     choice, coded, wanted = ledger.choice(name), ledger.coded(name), goal(budget)
+    known = forecast.tensors[name]
     best = (size, choice, coded)
     under, over = ((0.0, size), None) if size <= wanted else (None, (0.0, size))
     # One octave of the step is one bit for each value, and less where codes are few.
@@ -81,7 +81,7 @@ def _fit(ledger: Ledger, known: Knowledge, name: str, budget: int, size: int) ->
         if best[2].nbytes < _FINE_STEPS or known.rows is not None:
             step = short(step)
         changed = choice.at(step)
-        coded = code(changed.encode(known))
+        coded = forecast.code(name, changed)
         ledger.put(name, changed, coded)
         measured = ledger.nbytes
         if _miss(measured, budget) < _miss(best[0], budget):

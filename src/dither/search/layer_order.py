@@ -83,7 +83,7 @@ class LayerOrder:
             moved, fed = self._round(aim, batches, steer=True)
             for name, value in moved.items():
                 self._move(self._ledger.aliases.get(name, name), value)
-            size = land(self._ledger, self._forecast.tensors, budget, frozen=set(fed))
+            size = land(self._ledger, self._forecast, budget, frozen=set(fed))
             if best < size <= budget:
                 best, kept = size, self._ledger.rows()
             if budget >= size >= min(LEAST_SHARE * budget, budget - SLACK_NBYTES):
@@ -142,7 +142,7 @@ class LayerOrder:
         known = replace(self._forecast.tensors[name], value=self._shaped(name, value))
         self._forecast.tensors[name] = known
         choice = self._ledger.choice(name)
-        self._ledger.put(name, choice, code(choice.encode(known)))
+        self._ledger.put(name, choice, self._forecast.code(name, choice))
 
 
 def _is_constant(value: Tensor) -> bool:

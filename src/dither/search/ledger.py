@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from dither.archive import Archive, CodedTensor, pack, packed_nbytes
+from dither.archive import Archive, CodedTensor, pack, packed_nbytes, write
 from dither.search.knowledge import Choice
 from dither.search.predict import GRID_INDEX_NBYTES
 
@@ -84,6 +85,10 @@ class Ledger:
         """Values of some tensors as the file would hold them."""
         archive = pack({name: self.coded(name) for name in names})
         return {name: archive[name] for name in archive}
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, one tensor after the other."""
+        write(path, self._ordered(), self.aliases, self._metadata)
 
     def archive(self) -> Archive:
         """The file."""

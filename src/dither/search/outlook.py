@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from dither.archive import code
 from dither.core import BudgetError, on_cpu
 from dither.model import collect
 from dither.progress import Hook, hooked, steps
-from dither.search.forecast import PROBE, Forecast
+from dither.search.coder import PROBE
+from dither.search.forecast import Forecast
 from dither.search.knowledge import Choice, Knowledge, Sensitivity, Weights
 from dither.search.ledger import Ledger
 from dither.search.predict import can_quantize, noise_of, why_exact
@@ -153,7 +153,7 @@ def _probe(forecast: Forecast, chosen: Mapping[str, Choice]) -> float:
     tried = others[::PROBE]
     start = time.perf_counter()
     for name in steps("probing", tried, sizes.__getitem__):
-        code(chosen[name].encode(forecast.tensors[name]))
+        forecast.code(name, chosen[name])
     rest = sum(sizes[name] for name in others) / max(sum(sizes[name] for name in tried), 1)
     return seconds + rest * (time.perf_counter() - start)
 

@@ -1,0 +1,121 @@
+"""Carries choices out, or remembers what came of it in an earlier process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from dither.archive import CodedTensor, code
+from dither.encoders.outputs import PIECE
+from dither.search.journal import Journal
+from dither.search.knowledge import Choice, Knowledge, keep_all
+from dither.search.ladder import Ladder
+from dither.search.proposers import PROPOSERS, Stored
+
+PROBE = 6
+"""One row of so many of a large tensor is coded first."""
+
+_PROPOSERS = {repr(proposer): proposer for proposer in (*PROPOSERS, Stored(torch.float16))}
+"""Those that can be written down."""
+
+
+class Coder:
+    """Predicts and codes tensors, one at a time.
+
+    With a journal, results are looked up there first, and payloads are on disk. Each is found by a
+    digest of all that it depends on: values, what is known of them, and the choice.
+
+    Args:
+        journal: of the job, if there is one.
+        release: gives back the memory of files that tensors show, after each that was looked at.
+    """
+
+    def __init__(
+        self, journal: Journal | None = None, release: Callable[[], None] = keep_all
+    ) -> None:
+        self.release = release
+        self._journal = journal
+        self._digests: dict[int, tuple[ref[Tensor], bytes]] = {}
+
+    def ladder(self, known: Knowledge) -> Ladder:
+        """All choices worth taking."""
+        journal = self._kept()
+        if journal is None:
+            return self._predicted(known)
+        key = self._key("ladder", known)
+        said = journal.recall(key)
+        if said is not None:
+            rows = ((nbytes, loss, _PROPOSERS[who], *rest) for nbytes, loss, who, *rest in said)
+            return Ladder(tuple(Choice(*row) for row in rows))
+        ladder = self._predicted(known)
+        said = [
+            (float(c.nbytes), float(c.loss), repr(c.proposer), c.step, c.fed)
+            for c in ladder.choices
+        ]
+        if all(row[2] in _PROPOSERS for row in said):
+            journal.note(key, said)
+        return ladder
+
+    def probe(self, known: Knowledge, choice: Choice) -> int:
+        """Bytes of every :data:`PROBE`-th row."""
+        journal = self._kept()
+        key = b"" if journal is None else self._key("probe", known, choice)
+        nbytes: int | None = None if journal is None else journal.recall(key)
+        if nbytes is None:
+            nbytes = self._coded(known.every(PROBE), choice).nbytes
+            if journal is not None:
+                journal.note(key, nbytes)
+        return nbytes
+
+    def code(self, known: Knowledge, choice: Choice) -> CodedTensor:
+        """A whole tensor."""
+        journal = self._kept()
+        found = None if journal is None else journal.recall_coded(self._key("code", known, choice))
+        if found is not None:
+            return found
+        coded = self._coded(known, choice)
+        journal = self._kept(coded.nbytes)
+        return coded if journal is None else journal.keep(self._key("code", known, choice), coded)
+
+    def _kept(self, nbytes: int = 0) -> Journal | None:
+        journal = self._journal
+        return journal if journal is not None and journal.is_kept(nbytes) else None
+
+    def _predicted(self, known: Knowledge) -> Ladder:
+        ladder = Ladder.of(known)
+        self.release()
+        return ladder
+
+    def _coded(self, known: Knowledge, choice: Choice) -> CodedTensor:
+        encoded = choice.encode(known)
+        self.release()
+        coded = code(encoded)
+        self.release()  # what is stored as it is was read again
+        return coded
+
+    def _key(self, what: str, known: Knowledge, choice: Choice | None = None) -> bytes:
+        """A digest of all that a result depends on."""
+        digest = hashlib.sha256()
+        for tensor in (known.value, known.rows, known.gram, known.axes):
+            digest.update(b"none" if tensor is None else self._digest(tensor))
+        numbers = (float(known.sensitivity), known.coarsest, known.least)
+        chosen = None if choice is None else (choice.proposer, choice.step, choice.fed)
+        digest.update(repr((what, numbers, known.proposers, chosen)).encode())
+        self.release()
+        return digest.digest()
+
+    def _digest(self, tensor: Tensor) -> bytes:
+        """Of shape, type and values; taken once, since nobody changes them meanwhile."""
+        owner, found = self._digests.get(id(tensor), (None, b""))
+        if owner is not None and owner() is tensor:
+            return found
+        digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        for part in tensor.detach().reshape(-1).split(PIECE):
+            flat = part.contiguous() if part.stride() == (1,) else part.clone()
+            digest.update(flat.view(torch.uint8).numpy())
+        self._digests[id(tensor)] = ref(tensor), digest.digest()
+        return digest.digest()

@@ -1,0 +1,132 @@
+"""The main job with a file as its end: it may be larger than memory, and be interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dither.archive import Archive
+from dither.core import BudgetError
+from dither.data import Data
+from dither.progress import Hook, hooked, report
+from dither.search.activation_trials import Sites
+from dither.search.coder import Coder
+from dither.search.compress import Asked
+from dither.search.job import Job
+from dither.search.journal import Journal
+from dither.search.sensitivity import data_free
+from dither.search.source import Source
+from dither.search.trials import Bench
+from dither.search.with_data import with_data
+from dither.team import Team
+
+
+@torch.inference_mode(mode=False)
+def compress_to(
+    output: str | os.PathLike[str],
+    source: Source,
+    size: int | str,
+    *,
+    data: Data | Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    activations: Sites | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Hook | None = None,
+) -> Archive:
+    """Compress a model to a file, as :func:`~dither.compress` does; the bytes are the same.
+
+    Of a file or folder of safetensors, one tensor at a time is in memory where there are no data:
+    each is read when its turn comes, first for predictions and then to be coded. What it takes at
+    its peak is at most 2.5 times the largest tensor in float32 and 1 GB.
+
+    What takes more than a few seconds keeps a journal beside the output, ``OUTPUT.journal``, until
+    the output is there. After an interruption of any kind, the same call goes on where that ends,
+    and makes the same file. A journal of another job is not used, with a warning. With data, models
+    run anew, and only encodings are remembered. Several processes that share the work keep none.
+
+    Args:
+        output: the file, which appears whole or not at all; its folder exists.
+        source: as for :func:`~dither.compress`, like all that follow.
+        size: bytes, or a text.
+        data: a loader, or :class:`~dither.Data`.
+        evaluate: the score of a model.
+        activations: ``"int8"``, or a plan of sites.
+        metadata: JSON values to store in the file.
+        progress: called with a stage and the share of it that is done.
+
+    Returns:
+        The archive, open.
+
+    Raises:
+        BudgetError: the size is not understood or cannot be reached.
+        CheckpointError: the source holds something else than plain tensors, or cannot be read.
+        SpecError: something needs data or the model, and there is none; the model is attached.
+        OSError: the output or its journal cannot be written.
+    """
+    path = _within(Path(output))
+    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
+    about = _about(asked, dict(metadata or {}), activations)
+    trials: tuple[object, ...] = ()
+    with hooked(progress), asked.together() as team, _journal(path, about, team) as journal:
+        coder = Coder(journal, asked.pages.release)
+        job = Job(asked.budget, data_free, about["metadata"], team, coder)
+        if data is None:
+            ledger = job.spend(asked.tensors)[1]
+            team.first("writing", partial(ledger.write, path))
+        else:
+            bench = Bench(asked.source, Data.of(data), evaluate, team)
+            archive = with_data(bench, job, activations)
+            team.first("writing", partial(archive.save, path))
+            trials = archive.trials
+    made = Archive.open(path)
+    made.trials = trials
+    return made
+
+
+def _within(path: Path) -> Path:
+    """A path in a folder that exists: nobody wants to hear after hours that it does not."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for the output; make it")
+    return path
+
+
+@contextmanager
+def _journal(path: Path, about: Mapping[str, Any], team: Team) -> Iterator[Journal | None]:
+    """A journal beside a file, which goes with success; several processes keep none."""
+    if team.size > 1:
+        yield None
+        return
+    journal = Journal(path.with_name(f"{path.name}.journal"), about)
+    try:
+        if journal.resumed:
+            report(f"going on from {journal.path.name}", 0.0)
+        yield journal
+        journal.remove()
+    except BudgetError:
+        journal.remove()
+        raise
+    finally:
+        journal.close()
+
+
+def _about(asked: Asked, metadata: dict[str, Any], activations: Sites | None) -> dict[str, Any]:
+    """What tells a job from another; values of tensors and data are in the keys of results."""
+    digest = hashlib.sha256()
+    for name, value in asked.tensors.values.items():
+        digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
+    digest.update(repr((dict(asked.tensors.aliases), sorted(asked.tensors.stacks))).encode())
+    return {
+        "tensors": digest.hexdigest(),
+        "budget": asked.budget,
+        "metadata": metadata,
+        "activations": repr(activations),
+        "torch": torch.__version__,
+    }
