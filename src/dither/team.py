@@ -82,6 +82,11 @@ class Team:
         self._depth = 0  # of sections
         self._ended = sys.maxsize  # the outermost section that the last error ends
 
+    @property
+    def ranks(self) -> range:
+        """Of all processes."""
+        return range(self.size)
+
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Who computes what: the dearest first, each to the process that has least to do."""
         loads = [0.0] * self.size

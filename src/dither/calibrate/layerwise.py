@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from dither.calibrate.lockstep import MOST_KEPT, Lockstep, can_wait
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
+from dither.calibrate.together import Inputs, moments_together
 from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError, Stats, on_cpu
 from dither.data import Data
 from dither.model import duplicate, evaluating, weights_of
+from dither.team import ALONE, Team, nbytes_of
 
 
 def in_sequence(
@@ -105,6 +107,7 @@ class Layerwise:
         data: a loader of batches, or :class:`~dither.Data`; kept in memory.
         most_inputs: of one Gram matrix.
         most_kept: bytes that waiting passes may hold, about; 0 lets none wait.
+        team: processes that each run some of the batches, and commit the same weights.
 
     Attributes:
         order: of the weights.
@@ -118,9 +121,10 @@ class Layerwise:
         *,
         most_inputs: int = MOST_INPUTS,
         most_kept: int = MOST_KEPT,
+        team: Team = ALONE,
     ) -> None:
         self.model, self.data = model, Data.of(data).held()
-        self.most_inputs, self.most_kept = most_inputs, most_kept
+        self.most_inputs, self.most_kept, self.team = most_inputs, most_kept, team
         first = next(iter(self.data))
         self.order: Order = find_order(model, first, self.data.forward)
         self.receivers = find_receivers(model, first, self.data.forward)
@@ -242,17 +246,36 @@ class Walk:
 
     def _measure(self, group: tuple[str, ...]) -> tuple[dict[str, Moments], Keep]:
         """Moments of a group's inputs in the first model, and how they lie to the second's."""
-        order = self._layers.order
+        order, team, most = self._layers.order, self._layers.team, self._layers.most_inputs
         watches = [Keep(model, group, order.calls[group]) for model in self._models]
         watches[0].outputs |= order.outputs
+        names = group[:1] if order.shared[group] else group
+        batches = {str(number): batch for number, batch in enumerate(self._data)}
+        own = team.mine({number: nbytes_of(batch) for number, batch in batches.items()})
+        each = ((int(n), self._seen(names, group, int(n), batches[n], watches)) for n in own)
+        if team.size > 1:
+            return moments_together(dict(each), names, most, team), watches[0]
         moments: dict[str, Moments] = {}
-        for number, batch in enumerate(self._data):
-            for name, vectors, wanted in _paired(*self._inputs(group, number, batch, watches)):
-                if name == group[0] or not order.shared[group]:
-                    seen = moments.setdefault(name, Moments(self._layers.most_inputs))
-                    # Experts are given other tokens, even where they are given as many.
-                    seen.add(vectors, None if name in watches[0].stacks else wanted)
+        for _, inputs in each:
+            for name, vectors, wanted in inputs:
+                moments.setdefault(name, Moments(most)).add(vectors, wanted)
         return moments, watches[0]
+
+    def _seen(
+        self,
+        names: Collection[str],
+        group: tuple[str, ...],
+        number: int,
+        batch: object,
+        watches: list[Keep],
+    ) -> Inputs:
+        """What a batch brings to some weights of a group."""
+        return [
+            # Experts are given other tokens, even where they are given as many.
+            (name, vectors, None if name in watches[0].stacks else wanted)
+            for name, vectors, wanted in _paired(*self._inputs(group, number, batch, watches))
+            if name in names
+        ]
 
     def _inputs(
         self, group: tuple[str, ...], number: int, batch: object, watches: list[Keep]

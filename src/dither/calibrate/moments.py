@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.nn import functional
 MOST_INPUTS = 4096
 """Inputs of one Gram matrix, 64 MiB; more are cut into equal blocks."""
 
+
+SQUARES, CROSSED = "squares", "crossed"
+"""Second moments of inputs, and of what they should be with what they are."""
 
 Vectors = Tensor | Sequence[Tensor]
 """Input vectors ``(groups, vectors, inputs)``, or ``(vectors, inputs)`` for each group."""
@@ -47,13 +50,19 @@ class Moments:
         """Input vectors seen, in the group that saw most."""
         return 0 if self._counts is None else int(self._counts.max())
 
-    def add(self, vectors: Vectors, original: Vectors | None = None) -> None:
+    def add(
+        self,
+        vectors: Vectors,
+        original: Vectors | None = None,
+        kinds: Collection[str] = (SQUARES, CROSSED),
+    ) -> None:
         """Count more input vectors.
 
         Args:
             vectors: ``(groups, vectors, inputs)``, or for each group ``(vectors, inputs)``.
             original: what they should be, of the same shape, for the cross moments. Once they are
                 not known, there are no cross moments.
+            kinds: of second moments to sum up; for the others see :meth:`join`.
         """
         self._is_paired = self._is_paired and original is not None
         for group, some in enumerate(vectors):
@@ -64,12 +73,13 @@ class Moments:
             if not len(some):
                 continue
             blocks = _cut(some, *self._squares.shape[1:3])
-            self._squares[group].baddbmm_(blocks.transpose(1, 2), blocks)
+            if SQUARES in kinds:
+                self._squares[group].baddbmm_(blocks.transpose(1, 2), blocks)
             self._sums[group] += some.sum(0, dtype=torch.float64)
             self._counts[group] += len(some)
             self.low = min(self.low, float(some.min()))
             self.high = max(self.high, float(some.max()))
-            if original is not None:
+            if original is not None and CROSSED in kinds:
                 if self._crossed is None:
                     self._crossed = torch.zeros_like(self._squares)
                     self._wanted = torch.zeros_like(self._sums)
@@ -77,6 +87,11 @@ class Moments:
                 self._wanted[group] += original[group].sum(0, dtype=torch.float64)
                 wanted = _cut(original[group], *self._squares.shape[1:3])
                 self._crossed[group].baddbmm_(wanted.transpose(1, 2), blocks)
+
+    def join(self, other: Moments) -> None:
+        """Take the cross moments from another, which was given the same vectors."""
+        self._crossed, self._wanted = other._crossed, other._wanted
+        self._is_paired = other._is_paired
 
     def gram(self) -> Tensor | None:
         """Mean second moments, ``(inputs, inputs)`` or ``(n, inputs, inputs)``."""

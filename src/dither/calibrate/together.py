@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.calibrate.collect import Watch, gradients
-from dither.calibrate.moments import Vectors
+from dither.calibrate.moments import CROSSED, SQUARES, Moments, Vectors
 from dither.core import Stats
 from dither.data import Data
 from dither.model import evaluating, memory_of, parameters_of
@@ -67,6 +67,54 @@ def collect_together(
         for name, total in sums.items()
     }
     return _joined(watch, means, team, _costs(model))
+
+
+Inputs = list[tuple[str, Vectors, Vectors | None]]
+"""What a batch brings: names of weights, their input vectors, and what these should be."""
+
+
+def moments_together(
+    seen: Mapping[int, Inputs], names: Sequence[str], most: int, team: Team
+) -> dict[str, Moments]:
+    """Moments of some weights' inputs, of batches that several processes ran.
+
+    Second moments of each kind have an owner, which is sent what is in them, and sums up in the
+    order of batches.
+
+    Args:
+        seen: by number of batch, what this process saw.
+        names: of all weights that may be among them.
+        most: inputs of one Gram matrix.
+        team: the processes.
+    """
+    owners = team.owners({f"{kind} {name}": 1.0 for name in names for kind in (SQUARES, CROSSED)})
+    parts = [{n: _for_owner(some, owners, rank) for n, some in seen.items()} for rank in team.ranks]
+    came = {n: some for got in team.exchange("inputs", parts) for n, some in got.items()}
+    found: dict[str, Moments] = {}
+    for number in sorted(came):
+        for name, vectors, wanted in came[number]:
+            kinds = [k for k in (SQUARES, CROSSED) if owners[f"{k} {name}"] == team.rank]
+            for kind in kinds:
+                moments = found.setdefault(f"{kind} {name}", Moments(most))
+                moments.add(vectors, wanted, (kind,))
+    every = {
+        key: m for got in team.exchange("moments", [found] * team.size) for key, m in got.items()
+    }
+    joined = {}
+    for name in names:
+        if f"{SQUARES} {name}" in every:
+            joined[name] = every[f"{SQUARES} {name}"]
+            joined[name].join(every[f"{CROSSED} {name}"])
+    return joined
+
+
+def _for_owner(seen: Inputs, owners: Mapping[str, int], rank: int) -> Inputs:
+    """What a process needs of a batch's inputs."""
+    return [
+        (name, vectors, wanted if owners[f"{CROSSED} {name}"] == rank else None)
+        for name, vectors, wanted in seen
+        if rank in (owners[f"{SQUARES} {name}"], owners[f"{CROSSED} {name}"])
+    ]
 
 
 def _run(

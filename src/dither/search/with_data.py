@@ -73,7 +73,7 @@ class _Fitted:
 
     def ordered(self) -> Archive | None:
         """Layers in sequence, from where the other ended; None where there are none."""
-        layers = Layerwise(self._model, self._data)
+        layers = Layerwise(self._model, self._data, team=self._job.team)
         if not layers.order.names or self.found is None:
             return None
         forecast, ledger = self.found
