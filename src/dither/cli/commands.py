@@ -309,6 +309,10 @@ def report(
         Path | None,
         typer.Option(metavar="CHECKPOINT", help=f"What was compressed, for errors: {_SOURCE}"),
     ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(metavar="OTHER", help="A second archive, to be shown beside the first."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="By default ./FILE.html."),
@@ -318,7 +322,11 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write an HTML page: where the bytes go, bits and errors of tensors, their distributions."""
-    work.write_page(Printer(as_json, quiet), file, output, against=against, max_size=max_size)
+    printer = Printer(as_json, quiet)
+    if beside is None:
+        work.write_page(printer, file, output, against=against, max_size=max_size)
+    else:
+        work.write_pair(printer, (file, beside), output, against=against, max_size=max_size)
 
 
 @app.command()

@@ -32,7 +32,7 @@ from dither.core import BudgetError, SpecError
 from dither.demo.story import run
 from dither.integrations.model_folder import own_weights, write_folder
 from dither.model import collect
-from dither.report import check_picture, draw_sizes, save_page
+from dither.report import check_picture, draw_sizes, save_page, save_pair
 from dither.search import Trial, compress_to, parse_size
 from dither.search import compress as search
 from dither.search import plan as predict
@@ -279,6 +279,33 @@ def write_page(
         }
     )
     printer.text(f"wrote {target}: {len(found.tensors)} tensors, {found.nbytes:,} bytes")
+
+
+def write_pair(
+    printer: Printer,
+    files: tuple[Path, Path],
+    output: Path | None,
+    *,
+    against: Path | None,
+    max_size: str | None,
+) -> None:
+    """Write a page about two archives, compared with a checkpoint if there is one."""
+    target = output or Path(f"{_stem(files[0])}.html")
+    for file in files:
+        check_page_output(target, file, against)
+    limit = _limit(max_size)
+    with (
+        printer.progress(f"reading {files[0]} and {files[1]}"),
+        Archive.open(files[0], limit) as one,
+        Archive.open(files[1], limit) as other,
+        nullcontext() if against is None else open_source(against, limit) as source,
+    ):
+        make_folder(target)
+        named = None if against is None or source is None else (against.name, source)
+        found = save_pair(target, (one, other), (str(files[0]), str(files[1])), named)
+    sides = [{"file": f.title, "nbytes": f.nbytes, "sqnr_db": f.sqnr} for f in found]
+    printer.document({"output": str(target), "files": sides})
+    printer.text(f"wrote {target}: {found[0].nbytes:,} and {found[1].nbytes:,} bytes")
 
 
 def demo(printer: Printer, out: Path, *, quick: bool) -> bool:

@@ -20,8 +20,9 @@ MOST_ROWS = 400
 """Tensors in the table, the largest; a page of thousands is no summary."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_BEST_SQNR = 60.0
-_NOTHING = "&ndash;"
+BEST_SQNR = 60.0
+"""Decibels at which a bar is full."""
+NOTHING = "&ndash;"
 
 
 def save_page(
@@ -79,11 +80,16 @@ def page(found: Contents) -> str:
         _table(found),
         _rest(found),
     ]
+    return document(found.title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of parts, which may be empty."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(found.title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body></html>\n"
     )
@@ -99,11 +105,11 @@ def _head(found: Contents) -> str:
     tiles = [
         (f"{found.nbytes:,}", f"bytes in the file{spent}"),
         (f"{ratio:.2f}&times;", f"smaller than {found.original_nbytes:,} bytes of tensors"),
-        (f"{8 * found.nbytes / values:.2f}" if values else _NOTHING, "bits per value, all told"),
+        (f"{8 * found.nbytes / values:.2f}" if values else NOTHING, "bits per value, all told"),
         (f"{len(found.tensors):,}", f"tensors, {values:,} values"),
     ]
     if found.sqnr is not None:
-        tiles.append((_quality(found.sqnr), "signal to noise, all weights"))
+        tiles.append((quality(found.sqnr), "signal to noise, all weights"))
     boxes = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
     against = f"<p>Compared with {text(found.against)}.</p>" if found.against else ""
     lacking = ""
@@ -151,7 +157,7 @@ def _by_order(found: Contents) -> str:
     bits = [t.bits or 0.0 for t in matrices]
     charts = [_chart(matrices, bits, max(*bits, 1.0), "bits per value", "bits")]
     if any(t.sqnr is not None for t in matrices):
-        noise = [min(max(t.sqnr or 0.0, 0.0), _BEST_SQNR) for t in matrices]
+        noise = [min(max(t.sqnr or 0.0, 0.0), BEST_SQNR) for t in matrices]
         charts.append(_chart(matrices, noise, max(*noise, 1.0), "SQNR in dB", "dB"))
     return (
         "<h2>Layer by layer</h2><p>Tensors of two or more dimensions, in the order of the file.</p>"
@@ -198,7 +204,7 @@ def _figure(tensor: Stored, histogram: Histogram) -> str:
     if histogram.before:
         shapes += f'<path class="before" d="{_outline(histogram.before)}"/>'
     shapes += f'<path class="after" d="{_outline(histogram.after)}"/>'
-    noise = "" if tensor.sqnr is None else f", {_quality(tensor.sqnr)}"
+    noise = "" if tensor.sqnr is None else f", {quality(tensor.sqnr)}"
     beyond = f"{100 * histogram.outside:.2g} % beyond" if histogram.outside else ""
     return (
         f"<figure><figcaption>{broken(tensor.name)}<br><span>{text(tensor.spec)}{noise}</span>"
@@ -232,16 +238,16 @@ def _table(found: Contents) -> str:
     steepest = max((t.sensitivity or 0.0 for t in ranked), default=0.0)
     rows = []
     for t in ranked[:MOST_ROWS]:
-        cells = [_cell("bytes", f"{t.nbytes:,}", t.nbytes, most)]
+        cells = [cell("bytes", f"{t.nbytes:,}", t.nbytes, most)]
         cells.append(
-            _cell("bits per value", _NOTHING if t.bits is None else f"{t.bits:.2f}", t.bits, widest)
+            cell("bits per value", NOTHING if t.bits is None else f"{t.bits:.2f}", t.bits, widest)
         )
         if has_noise:
-            shown = _NOTHING if t.sqnr is None else _quality(t.sqnr)
-            cells.append(_cell("SQNR", shown, t.sqnr, _BEST_SQNR))
+            shown = NOTHING if t.sqnr is None else quality(t.sqnr)
+            cells.append(cell("SQNR", shown, t.sqnr, BEST_SQNR))
         if has_cost:
-            shown = _NOTHING if t.sensitivity is None else f"{t.sensitivity:.3g}"
-            cells.append(_cell("sensitivity", shown, t.sensitivity, steepest))
+            shown = NOTHING if t.sensitivity is None else f"{t.sensitivity:.3g}"
+            cells.append(cell("sensitivity", shown, t.sensitivity, steepest))
         shape = "&times;".join(map(str, t.shape)) or "scalar"
         rows.append(
             f"<tr><td>{broken(t.name)}<small>{shape} {text(t.dtype)}, {text(t.spec)}</small>"
@@ -256,7 +262,7 @@ def _table(found: Contents) -> str:
     )
 
 
-def _cell(name: str, shown: str, value: float | None, most: float) -> str:
+def cell(name: str, shown: str, value: float | None, most: float) -> str:
     """A number with a bar beneath."""
     share = 0.0
     if value is not None and most > 0 and not math.isnan(value):
@@ -271,7 +277,7 @@ def _rest(found: Contents) -> str:
         parts.append(_folded(f"Tied weights: {len(found.aliases):,}", f"<ul>{lines}</ul>"))
     if found.sites:
         lines = "".join(
-            f"<li>{text(site)}: {_NOTHING if bits is None else bits} bits</li>"
+            f"<li>{text(site)}: {NOTHING if bits is None else bits} bits</li>"
             for site, bits in found.sites.items()
         )
         parts.append(_folded(f"Quantized activations: {len(found.sites):,}", f"<ul>{lines}</ul>"))
@@ -291,7 +297,8 @@ def _indented(values: Mapping[str, Any]) -> str:
         return "nested too deeply to be shown"
 
 
-def _quality(value: float) -> str:
+def quality(value: float) -> str:
+    """A ratio in words: all may be equal, or nothing."""
     if value == math.inf:
         return "exact"
     return "none" if value == -math.inf else f"{value:.1f} dB"
