@@ -209,14 +209,8 @@ function factors(settings, parts, _, shape) {
   const most = alphabets.map((alphabet, i) => Math.max(zeros[i], alphabet - 1 - zeros[i]));
   must(BigInt(most[0]) * BigInt(most[1]) * BigInt(rank) < 2n ** 53n, "inexact sums");
   const scale = parts.singles("scale", [settings.axis === 0 ? rows : 1], settings.scale_dtype);
-  for (let i = 0; i < left.length; i++) left[i] -= zeros[0];
   for (let i = 0; i < right.length; i++) right[i] -= zeros[1];
-  const out = multiply(left, right, rows, rank, columns);
-  eachStretch(out.length, columns, (start, end, row) => {
-    const s = scale[settings.axis === 0 ? row : 0];
-    for (let i = start; i < end; i++) out[i] *= s;
-  });
-  return out;
+  return multiply({ left, zero: zeros[0], right, rows, rank, columns, scale });
 }
 
 const DECODERS = { raw, affine, codebook, product: productCode, mixed, trellis, factors };

@@ -26,7 +26,7 @@ const ARRAYS = {
 
 /** The array of a type that holds these bytes, which are copied. */
 export function toArray(bytes, type) {
-  return new ARRAYS[type](Uint8Array.from(bytes).buffer);
+  return new ARRAYS[type](new Uint8Array(bytes).buffer);
 }
 
 /** Bits of the exponent and of the fraction, and the largest finite value. */

@@ -119,19 +119,26 @@ function readContext(data, head, shape, count) {
   if (head.axes.length === 0) return null;
   let sums = new Int16Array([-head.offset]);
   const axes = new Map(head.axes.map((item) => [item.axis, item]));
-  for (let axis = 0; axis < shape.length; axis++) {
+  const last = shape.length - 1;
+  for (let axis = 0; axis < last; axis++) {
     const length = shape[axis];
     const classes = axes.has(axis) ? readClasses(data, axes.get(axis), length) : null;
     const more = new Int16Array(sums.length * length);
     for (let i = 0, at = 0; i < sums.length; i++) {
-      for (let j = 0; j < length; j++) more[at++] = sums[i] + (classes ? classes[j] : 0);
+      for (let j = 0; j < length; j++) more[at++] = sums[i] + (classes === null ? 0 : classes[j]);
     }
     sums = more;
   }
-  const context = new Uint8Array(count);
-  const last = head.contexts - 1;
-  for (let i = 0; i < count; i++) context[i] = Math.min(Math.max(sums[i], 0), last);
-  return context;
+  const clipped = new Uint8Array(count);
+  const classes = axes.has(last) ? readClasses(data, axes.get(last), shape[last]) : null;
+  const most = head.contexts - 1;
+  for (let i = 0, at = 0; i < sums.length; i++) {
+    for (let j = 0; j < shape[last]; j++) {
+      const sum = sums[i] + (classes === null ? 0 : classes[j]);
+      clipped[at++] = sum < 0 ? 0 : sum > most ? most : sum;
+    }
+  }
+  return clipped;
 }
 
 function readClasses(data, { classes, coded }, length) {
@@ -197,9 +204,7 @@ function decodeStream(stream, head, context, count) {
   const data = new Bytes(stream);
   const states = readStates(data, lanes);
   must(data.left % 2 === 0, "half a word");
-  const bytes = data.rest();
-  const words = new Uint16Array(bytes.length / 2);
-  for (let i = 0; i < words.length; i++) words[i] = bytes[2 * i] | (bytes[2 * i + 1] << 8);
+  const words = new Uint16Array(new Uint8Array(data.rest()).buffer); // this machine is little-endian, too
 
   const body = (rows - tail) * lanes;
   const registers = new Uint8Array(machine ? head.stride : 0);
