@@ -32,8 +32,8 @@ from packages.python import dither_decode
 
 MAX_NBYTES = 1 << 24
 READER = Path(__file__).parents[1] / "packages" / "js" / "tools" / "verdicts.js"
-CHUNK = 2000
-"""Files that one process of node reads."""
+CHUNK = 1000
+"""Files that are held at once, and that one process of node reads."""
 
 Verdict = str | dict[str, str]
 """``refused``, ``limit``, or the digest of each tensor."""
@@ -75,14 +75,13 @@ def by_python(data: bytes) -> Verdict:
 
 def by_javascript(files: Sequence[bytes]) -> Iterator[Verdict]:
     """What the decoder in JavaScript says of each file; needs ``node``."""
-    for start in range(0, len(files), CHUNK):
-        with tempfile.NamedTemporaryFile(suffix=".files") as stream:
-            for data in files[start : start + CHUNK]:
-                stream.write(struct.pack("<I", len(data)) + data)
-            stream.flush()
-            command = ["node", str(READER), stream.name, str(MAX_NBYTES)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-        yield from map(json.loads, done.stdout.splitlines())
+    with tempfile.NamedTemporaryFile(suffix=".files") as stream:
+        for data in files:
+            stream.write(struct.pack("<I", len(data)) + data)
+        stream.flush()
+        command = ["node", str(READER), stream.name, str(MAX_NBYTES)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    yield from map(json.loads, done.stdout.splitlines())
 
 
 def kind_of(verdict: Verdict) -> str:
@@ -125,11 +124,10 @@ def readers() -> dict[str, Callable[[Sequence[bytes]], Iterator[Verdict]]]:
     return found
 
 
-def run(count: int, seed: int) -> tuple[Counter[str], list[str]]:
-    """Let all read ``count`` mutated files."""
-    cases = Cases(seed)
-    numbered = ((number, cases.case(number)) for number in range(count))
-    named = ((f"seed {seed}, number {n}, {what}", data) for n, (what, data, _) in numbered)
+def run(cases: Cases, numbers: range) -> tuple[Counter[str], list[str]]:
+    """Let all read the mutated files of some numbers."""
+    numbered = ((number, cases.case(number)) for number in numbers)
+    named = ((f"seed {cases.seed}, number {n}, {what}", data) for n, (what, data, _) in numbered)
     return compare(named, readers())
 
 
@@ -141,16 +139,22 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    outcomes, differences = run(arguments.count, arguments.seed)
-    for line in differences:
-        print(line, file=sys.stderr)
+    cases = Cases(arguments.seed)
+    outcomes: Counter[str] = Counter()
+    differences: list[str] = []
+    for start in range(0, arguments.count, CHUNK):
+        numbers = range(start, min(start + CHUNK, arguments.count))
+        found, wrong = run(cases, numbers)
+        outcomes, differences = outcomes + found, differences + wrong
+        for line in wrong:
+            print(line, file=sys.stderr, flush=True)
+        if arguments.json:
+            result = {"count": numbers.stop, "seed": arguments.seed}
+            result |= {"outcomes": dict(sorted(outcomes.items())), "differences": differences}
+            arguments.json.write_text(json.dumps(describe() | result, indent=1) + "\n")
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:8,}  {outcome}")
     print(f"{len(differences)} differences in {arguments.count:,} files")
-    if arguments.json:
-        result = {"count": arguments.count, "seed": arguments.seed}
-        result |= {"outcomes": dict(sorted(outcomes.items())), "differences": differences}
-        arguments.json.write_text(json.dumps(describe() | result, indent=1) + "\n")
     return 1 if differences else 0
 
 

@@ -1,15 +1,19 @@
 """The decoders in `packages` read what the library reads, and refuse what it refuses."""
 
 import ast
+import math
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.bad_files import Cases
 from benchmarks.decoder_size import DECODER, minified
+from benchmarks.decoding_memory import vast_cases
 from benchmarks.small_decoders import by_python, compare, run
 from dither import Archive
 from dither.archive import pack
@@ -23,7 +27,7 @@ FILES = sorted(FOLDER.glob("*.dither"))
 
 
 def test_mutated_files_have_one_verdict() -> None:
-    outcomes, differences = run(300, seed=1)
+    outcomes, differences = run(Cases(seed=1), range(300))
     assert differences == []
     assert outcomes["python: read"] > 30
     assert outcomes["python: refused"] > 100
@@ -87,6 +91,20 @@ def test_streams_of_one_lane_and_of_many(count: int) -> None:
     head = dither_decode.read_head(part["payload"], part["shape"], part["holds"])
     assert head.lanes == 1 if count < 10_000 else head.lanes >= 64
     assert np.array_equal(archive["w"], Archive.from_bytes(data)["w"].numpy())
+
+
+@pytest.mark.parametrize("name", ["trellis float8", "codebook", "factors vector", "raw half"])
+def test_decoding_takes_no_more_memory_than_is_counted(name: str) -> None:
+    archive = dither_decode.Archive(vast_cases(1500)[name]())
+    tensor = archive.tensors["t"]
+    counts = [math.prod(part["shape"]) for part in tensor.parts.values()]
+    tracemalloc.start()
+    try:
+        archive.stored("t")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 16 * (math.prod(tensor.shape) + sum(counts)) + (8 << 20)
 
 
 def test_what_takes_too_much_is_refused_before_it_is_taken() -> None:
