@@ -11,16 +11,19 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import dither
 from benchmarks.tasks import resnet20_cifar10
 from benchmarks.training import keep, main, report, take_up, write_file
+
+Planned = Callable[[nn.Module], dither.Plan | None]
 
 BATCH = 128
 RATE = 3e-3
@@ -36,15 +39,25 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence * TEMPERATURE**2
 
 
-def train(budget: int, seed: int, epochs: float, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Train to a budget and save the file; resumes from the folder."""
+def train(
+    budget: int, seed: int, epochs: float, folder: Path, planned: Planned = lambda _: None
+) -> tuple[Path, dict[str, Any]]:
+    """Train to a budget and save the file; resumes from the folder.
+
+    Args:
+        budget: bytes.
+        seed: of batches and noise.
+        epochs: how long.
+        folder: for the state and the file.
+        planned: the plan for the model, or None for what a budget does by default.
+    """
     batches = resnet20_cifar10.Batches(BATCH, seed)
     steps = round(epochs * batches.per_epoch)
     torch.manual_seed(seed)
     teacher = resnet20_cifar10.load()
     teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = copy.deepcopy(teacher)
-    run = dither.attach(model, budget=budget, steps=steps, noise=seed)
+    run = dither.attach(model, planned(model), budget=budget, steps=steps, noise=seed)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     run.join(optimizer)
     rates = [group["lr"] for group in optimizer.param_groups]
