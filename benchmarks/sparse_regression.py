@@ -25,7 +25,7 @@ from dither.train.pruned import Masked
 from dither.train.sparsity import Sparsity
 
 RESULTS = Path(__file__).parent / "results"
-FEATURES, SAMPLES, STEPS, RATE = 200, 120, 3000, 0.05
+FEATURES, SAMPLES, STEPS, RATE = 200, 120, 2000, 0.02
 NOISE = 0.3
 
 
@@ -64,7 +64,7 @@ def found(sparsity: Sparsity, support: int, correlation: float, seed: int) -> fl
     model = nn.Linear(FEATURES, 1, bias=False)
     run = attach(model, {"weight": Pruned(Raw(), sparsity)}, steps=STEPS)
     rate = getattr(sparsity, "rate", None)
-    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         some = torch.randint(SAMPLES, (32,), generator=generator)

@@ -5,6 +5,7 @@ from dither.rewrite.bias import correct_bias, correct_biases, expected_input
 from dither.rewrite.channels import free_pairs
 from dither.rewrite.equalize import absorb_biases, chains, equalize
 from dither.rewrite.fold import Channels, fold_batch_norm
+from dither.rewrite.remove import remove_channels
 
 __all__ = [
     "Channels",
@@ -18,4 +19,5 @@ __all__ = [
     "fold_batch_norm",
     "free_pairs",
     "norms",
+    "remove_channels",
 ]

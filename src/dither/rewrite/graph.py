@@ -26,6 +26,9 @@ _METHODS = {"relu", "relu_", "flatten", "contiguous"}
 class Graph:
     """The calls of a model's modules.
 
+    Attributes:
+        nodes: of the trace, in the order of execution.
+
     Raises:
         SpecError: torch.fx cannot trace the model: its calls depend on values.
     """
@@ -39,12 +42,12 @@ class Graph:
                 "the layers that follow each other"
             ) from error
         self._modules = dict(model.named_modules())
-        self._nodes = list(graph.nodes)
+        self.nodes = list(graph.nodes)
         self._calls: dict[str, int] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             if node.op == "call_module":
                 self._calls[str(node.target)] = self._calls.get(str(node.target), 0) + 1
-        self._read = {str(n.target) for n in self._nodes if n.op == "get_attr"}
+        self._read = {str(n.target) for n in self.nodes if n.op == "get_attr"}
 
     def pairs(
         self,
@@ -60,7 +63,7 @@ class Graph:
             between: whether positively homogeneous activations and pooling may stand between.
         """
         found = []
-        for node in self._nodes:
+        for node in self.nodes:
             if not self._is(node, first):
                 continue
             reader = self._reader(node)
@@ -70,17 +73,25 @@ class Graph:
                 found.append((str(node.target), str(reader.target)))
         return found
 
+    def module(self, node: fx.Node) -> nn.Module:
+        """The module that a node calls."""
+        module: nn.Module = self._modules[str(node.target)]
+        return module
+
+    def is_called_once(self, node: fx.Node) -> bool:
+        """Whether no other node calls the module of this one, or reads its parameters."""
+        name = str(node.target)
+        return self._calls[name] == 1 and not any(r.startswith(f"{name}.") for r in self._read)
+
     def _reader(self, node: fx.Node) -> fx.Node | None:
         """The only node that reads this one."""
         users = list(node.users)
         return users[0] if len(users) == 1 else None
 
     def _is(self, node: fx.Node, kind: type | object) -> bool:
-        if node.op != "call_module" or self._calls[str(node.target)] > 1:
+        if node.op != "call_module" or not self.is_called_once(node):
             return False
-        used_elsewhere = any(name.startswith(f"{node.target}.") for name in self._read)
-        module = self._modules[str(node.target)]
-        return isinstance(module, kind) and not used_elsewhere  # type: ignore[arg-type]
+        return isinstance(self.module(node), kind)  # type: ignore[arg-type]
 
     def _is_homogeneous(self, node: fx.Node) -> bool:
         if node.op == "call_module":
