@@ -120,6 +120,10 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
     if width in (8, 16):
         out[:] = np.frombuffer(payload, "u1" if width == 8 else "<u2")
         return out
+    if 8 % width == 0 and count <= CHUNK:
+        columns = source[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
+        np.bitwise_and(columns.reshape(-1)[:count], (1 << width) - 1, out=out)
+        return out
     if bits_twin.unpacked(source, width, out):
         return out
     spans = _spans(width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,9 +24,16 @@ def _rotate(planes: list[Bytes]) -> list[Bytes]:
 
 
 def _rotate_back(numbers: Bytes) -> None:
-    """The inverse of :func:`_rotate`, in place, of ``(numbers, planes)``."""
+    """The inverse of :func:`_rotate`, in place, of contiguous ``(numbers, planes)``."""
+    size = numbers.shape[1]
     for begin in range(0, len(numbers), CHUNK):
         part = numbers[begin : begin + CHUNK]
+        if size in (2, 4, 8):
+            whole: NDArray[Any] = part.view(f"<u{size}")
+            low = whole << whole.dtype.type(8 * size - 1)
+            whole >>= whole.dtype.type(1)
+            whole |= low
+            continue
         above = np.roll(part, -1, axis=1)
         part >>= 1
         part |= above << 7

@@ -32,13 +32,12 @@ def seconds(count: int, lanes: int) -> float:
 
 def _slots(tables: Sequence[Table]) -> NDArray[np.uint64]:
     """What every slot stands for, table after table."""
-    found = []
-    for table in tables:
-        shares = table.frequencies
-        starts = np.repeat(np.cumsum(shares) - shares, shares)
-        entries = np.repeat((table.symbols << 32) | shares, shares)
-        found.append(entries | ((np.arange(len(starts)) - starts) << 16))
-    return np.concatenate(found).astype(np.uint64)
+    shares = np.concatenate([table.frequencies for table in tables])
+    symbols = np.concatenate([table.symbols for table in tables])
+    ends = np.cumsum(shares)
+    entries = np.repeat((symbols << 32) + shares - ((ends - shares) << 16), shares)
+    entries += np.arange(ends[-1]) << 16  # places within symbols, once the starts are taken off
+    return entries.view(np.uint64)
 
 
 def decode_loop(

@@ -193,18 +193,21 @@ class Factors(Format):
     def decode(self, encoded: Encoded) -> Tensor:
         """Exact sums of products, one conversion to float32, one float32 multiplication."""
         rows, columns = rows_of(encoded.shape)
-        zero = encoded.codes["zero"].values.to(torch.float64)
         left, right = encoded.codes["left"].values, encoded.codes["right"].values
+        # Float32 holds sums below 2**24, in any order, in half the time.
+        is_small = left.device.type == "cpu" and self._most_sum(encoded) < 1 << 24
+        kind = torch.float32 if is_small else torch.float64
+        zero = encoded.codes["zero"].values.to(kind)
         scale = encoded.params["scale"]
         out = torch.empty(rows, columns, dtype=encoded.dtype, device=left.device)
         width = max(1, min(columns, _BOX // max(len(right), 1)))
         height = max(1, _BOX // max(width, len(right)))
         for begin in range(0, columns, width):
             along = slice(begin, begin + width)
-            wide = right[:, along].to(torch.float64) - zero[1]
+            wide = right[:, along].to(kind) - zero[1]
             for start in range(0, rows, height):
                 part = slice(start, start + height)
-                sums = _sums(left[part].to(torch.float64) - zero[0], wide)
+                sums = _sums(left[part].to(kind) - zero[0], wide)
                 steps = scale if self.axis is None else scale[part, None]
                 out[part, along] = restore(sums.mul_(steps.float()), encoded.dtype)
         return out.reshape(encoded.shape)
@@ -235,16 +238,22 @@ class Factors(Format):
         expect_codes(encoded, "right", (rank, columns), None)
         expect_codes(encoded, "zero", (2,), MAX_ALPHABET)
         expect_param(encoded, "scale", (rows if self.axis == 0 else 1,), self.scale_dtype)
+        if self._most_sum(encoded) >= EXACT:
+            raise SpecError(
+                f"sums of {rank} products of integers of {left.alphabet} and {right.alphabet} "
+                "values may reach 2**53, and would not be exact; give a larger step or a coarser "
+                "right factor"
+            )
+
+    def _most_sum(self, encoded: Encoded) -> int:
+        """A bound of all sums, by the alphabets alone."""
+        left, right = encoded.codes["left"], encoded.codes["right"]
         zeros = encoded.codes["zero"].values.tolist()
         most = [
             max(zero, part.alphabet - 1 - zero)
             for zero, part in zip(zeros, (left, right), strict=True)
         ]
-        if most[0] * most[1] * rank >= EXACT:
-            raise SpecError(
-                f"sums of {rank} products of integers up to {most[0]} and {most[1]} may reach "
-                "2**53, and would not be exact; give a larger step or a coarser right factor"
-            )
+        return int(most[0] * most[1] * len(right.values))
 
     def _right(self, params: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """The right factor, checked, int32."""
@@ -349,14 +358,18 @@ def _inverse(right: Tensor) -> tuple[Tensor, float]:
 
 def _sums(left: Tensor, right: Tensor) -> Tensor:
     """Exact sums in float32. Adding 0 makes 0 of the -0 that some orders of summation leave."""
+    if left.dtype == torch.float32:
+        return _product(left, right)
     if left.device.type == "cpu" and left.numel() and right.numel():
         largest = float(left.abs().sum(1).max()) * float(right.abs().max())
         if largest < 1 << 24:
-            # Float32 holds these sums, in any order, in half the time; but torch's own product may
-            # be set to round its factors (`torch.set_float32_matmul_precision`).
-            product = left.float().numpy() @ right.float().numpy()
-            return torch.from_numpy(product).add_(0.0)
+            return _product(left.float(), right.float())
     return (left @ right).add_(0.0).float()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The same in float32, which holds them: NumPy's, since torch's may be set to round factors."""
+    return torch.from_numpy(left.numpy() @ right.numpy()).add_(0.0)
 
 
 def _matrix(weight: Tensor) -> Tensor:
