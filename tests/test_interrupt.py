@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,51 @@ def test_work_that_looks_for_no_signals_is_ended(
     assert status == 128 + number
     assert said == ("interrupted\n" if number == signal.SIGINT else "")
     assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
+_BUSY = """
+import sys
+import torch
+from dither.cli import console, main
+
+console._EVERY = 0.02
+main()
+"""
+_TASK = """
+import torch
+
+def model():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(320, 320) for _ in range(8)]
+    return torch.nn.Sequential(*layers)
+
+data = [torch.randn(64, 320) for _ in range(16)]
+"""
+
+
+@pytest.mark.parametrize(
+    "stage", ["predicting", "encoding, pass", "reading samples", "in sequence"]
+)
+def test_compressing_with_data_is_ended_in_every_stage(stage: str, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(_TASK)
+    scope: dict[str, Any] = {}
+    exec(_TASK, scope)
+    torch.save(scope["model"]().state_dict(), tmp_path / "w.pt")
+    command = [sys.executable, "-c", _BUSY, "compress", "w.pt", "--size", "200kB"]
+    command += ["--model", "task:model", "--data", "task:data"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        while stage not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        status = process.wait(10)
+    finally:
+        process.kill()
+    process.stderr.close()
+    assert status == 130
+    assert [line for line in rest.splitlines() if not line.startswith("dither: ")] == [
+        "interrupted"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"task.py", "w.pt"}
