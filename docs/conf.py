@@ -25,6 +25,8 @@ myst_enable_extensions = ["deflist"]
 autodoc_default_options = {"members": True, "no-value": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+# Hosts of integrations: their own pages say what they are.
+autodoc_mock_imports = ["lightning", "peft", "transformers"]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields stand in the class's own docstring, once
 

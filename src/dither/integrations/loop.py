@@ -67,7 +67,7 @@ def add_penalty(run: Run, scale: float = 1.0) -> None:
     own = run.extras.parameters()
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     for parameter in own:
-        if several:
+        if several and not hasattr(parameter, "full_tensor"):  # those of FSDP are averaged
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
