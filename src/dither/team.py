@@ -38,6 +38,9 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(hours=1)
 """How long processes wait for one that still lives; one that ended is missed at once."""
 
+MEETING = timedelta(minutes=10)
+"""How long they wait for all to come to a job."""
+
 _current: ContextVar[Team | None] = ContextVar("team", default=None)
 """What jobs within are done by, whatever the default group."""
 
@@ -259,7 +262,7 @@ def team_of(what: str) -> Iterator[Team]:
     """The processes of the default group, if there is one, for one job that all of them do."""
     current = _current.get()
     if current is None and distributed.is_available() and distributed.is_initialized():
-        group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        group = _met(what)
         try:
             with _led(Team(group), what) as team:
                 yield team
@@ -268,6 +271,26 @@ def team_of(what: str) -> Iterator[Team]:
     else:
         with (current or ALONE).section(what):
             yield current or ALONE
+
+
+def _met(what: str) -> distributed.ProcessGroup:
+    """A group of all processes on the CPU, once all have come.
+
+    Raises:
+        TeamError: some did not.
+    """
+    try:
+        met = distributed.new_group(backend="gloo", timeout=MEETING)
+        distributed.barrier(met)
+    except RuntimeError as error:
+        raise TeamError(
+            f"not all of the {distributed.get_world_size()} processes came to {what} within "
+            f"{MEETING}: each of them has to call it, or the one that does without the others, "
+            "within `with dither.team.alone():`"
+        ) from error
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    distributed.destroy_process_group(met)
+    return group
 
 
 @contextmanager

@@ -92,6 +92,16 @@ def test_a_killed_process_is_missed_at_once(tmp_path: Path) -> None:
     assert told["seconds"] < 30
 
 
+def test_a_process_that_does_not_come_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    ranks = started("missing", tmp_path)
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    assert "not all of the 2 processes came to compress within 0:00:02" in told["said"]
+    assert "alone()" in told["said"]
+    assert told["seconds"] < 30
+
+
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "dither", *map(str, arguments)]

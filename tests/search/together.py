@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dither
+from dither import team
 from dither.data import divergence
 from dither.team import alone
 
@@ -37,7 +39,7 @@ class Tokens(nn.Module):
         scores = self.query(x) @ self.key(x).mT / 5
         x = self.norm(x + scores.softmax(-1) @ self.value(x))
         rows, chosen = x.reshape(-1, 24), self.gate(x).argmax(-1).reshape(-1)
-        made = torch.zeros(len(rows), 32)
+        made = torch.zeros(len(rows), 32, dtype=x.dtype)
         for number, expert in enumerate(self.experts):
             made[chosen == number] = nn.functional.linear(rows[chosen == number], expert)
         x = x + self.down(self.up(x).relu()) + made[:, :24].reshape(x.shape)
@@ -76,6 +78,11 @@ def with_data() -> dither.Archive:
     return dither.compress(tokens(), "9x", data=dither.Data(ids(), distance=divergence))
 
 
+def one_batch() -> dither.Archive:
+    """One process has none of its own."""
+    return dither.compress(tokens().half(), "5x", data=ids(150, (6,)))
+
+
 def few_samples() -> dither.Archive:
     return dither.compress(tokens(), "7x", data=ids(3))
 
@@ -90,9 +97,8 @@ def without_gradients() -> dither.Archive:
     return dither.compress(Silent(), "8x", data=[torch.randn(50, 40) for _ in range(3)])
 
 
-FILES: dict[str, Callable[[], dither.Archive]] = {
-    f.__name__: f for f in (without_data, with_data, few_samples, with_score, without_gradients)
-}
+_MAKERS = (without_data, with_data, one_batch, few_samples, with_score, without_gradients)
+FILES: dict[str, Callable[[], dither.Archive]] = {f.__name__: f for f in _MAKERS}
 
 
 class _Failing(nn.Module):
@@ -162,6 +168,7 @@ def main(rank: int, folder: Path) -> None:
             fail()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is compared
             found[name] = f"{type(error).__name__}: {error}"
+    dither.attach(tokens(rank), budget="6x", steps=4)  # replicas that are not equal yet
     if rank == 0:
         with alone():
             found["alone"] = digest(without_data(), folder / "alone")
@@ -191,5 +198,22 @@ def killed(rank: int, folder: Path) -> None:
         os._exit(0)  # of the group nothing can be closed
 
 
+def missing(rank: int, folder: Path) -> None:
+    """One process has other things to do."""
+    team.MEETING = timedelta(seconds=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank == 0:
+        start = time.monotonic()
+        try:
+            without_data()
+        except dither.DitherError as error:
+            told = json.dumps({"said": str(error), "seconds": time.monotonic() - start})
+            (folder / "told.json").write_text(told, encoding="utf-8")
+    while not (folder / "told.json").exists():
+        time.sleep(0.05)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    {"main": main, "killed": killed}[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))
+    PROGRAMS = {"main": main, "killed": killed, "missing": missing}
+    PROGRAMS[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))

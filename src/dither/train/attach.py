@@ -15,6 +15,7 @@ from dither.activations import placed
 from dither.core import SpecError
 from dither.model import collect, inner, overlapping
 from dither.search import Grid, Knowledge, Sensitivity, Stored, compress, parse_size
+from dither.team import alone
 from dither.terminal import some_names
 from dither.train.controller import Budget, Controller
 from dither.train.default_plan import default_plan
@@ -171,7 +172,8 @@ def _begin(
     start = None
     if budget is not None:
         size = budget.size if budget.start is None else budget.start
-        start = compress(model, size, sensitivity=partial(_on_grids, budget.sensitivity))
+        with alone():  # replicas are made equal later, or this is but one of them
+            start = compress(model, size, sensitivity=partial(_on_grids, budget.sensitivity))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     surrogates = {}
     for name, spec in specs.items():
