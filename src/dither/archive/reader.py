@@ -28,8 +28,8 @@ from dither.archive.layout import (
 )
 from dither.archive.limits import check_all, check_memory, default_limit, working_nbytes
 from dither.archive.picture import notebook
-from dither.archive.remote import FIRST, RemoteSource, is_url
-from dither.archive.source import BytesSource, FileSource, Source
+from dither.archive.remote import FIRST
+from dither.archive.source import BytesSource, Source, source_of, unwrapped
 from dither.archive.table import table
 from dither.coding import CodingError, crc32, decode_array, decode_codes
 from dither.compiled import expect
@@ -94,13 +94,12 @@ class Archive(Mapping[str, Tensor]):
             ArchiveError: the file is no archive or is damaged.
             OSError: the file cannot be read.
         """
-        source = RemoteSource(path) if is_url(path) else FileSource(path)
-        return cls(source, max_nbytes)
+        return cls(source_of(path), max_nbytes)
 
     @classmethod
     def from_bytes(cls, data: bytes, max_nbytes: int | None = None) -> Self:
         """The archive that ``data`` holds."""
-        return cls(BytesSource(data), max_nbytes)
+        return cls(unwrapped(BytesSource(data)), max_nbytes)
 
     def close(self) -> None:
         """Close the file; tensors that were read stay."""

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from dither.archive.remote import RemoteSource
+from dither.archive.remote import RemoteSource, is_url
 from dither.core import ArchiveError
 
 _TAIL = 16
@@ -25,7 +25,7 @@ def wrapper(nbytes: int) -> bytes:
     """What makes a file of safetensors of an archive of ``nbytes`` that follows.
 
     The file has one tensor of bytes, ``dither``. Loaders that want safetensors pass it on, and
-    :class:`FileSource` reads the archive where it stands.
+    :func:`unwrapped` reads the archive where it stands.
 
     >>> from safetensors.torch import load
     >>> bytes(load(wrapper(3) + b"abc")["dither"].tolist())
@@ -69,8 +69,6 @@ class BytesSource(Near):
 class FileSource(Near):
     """A file, read at any place by any thread of any process that shares its descriptor.
 
-    Of one in safetensors' clothes, see :func:`wrapper`, only the archive is seen.
-
     A forked process shares the place at which a file is read, too: it is never used, but where the
     system has no reading at a place, and no fork either. A copy, a pickle and a spawned process
     open the file anew, by the path that it had, and refuse another that stands there by then.
@@ -80,10 +78,7 @@ class FileSource(Near):
         self._path = Path(path).absolute()
         self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115 - closed with the archive
         self._lock = threading.Lock()
-        self._start, self.size = 0, os.fstat(self._file.fileno()).st_size
-        within = self.size - WRAPPER_NBYTES
-        if within > 0 and self.read(0, WRAPPER_NBYTES) == wrapper(within):
-            self._start, self.size = WRAPPER_NBYTES, within
+        self.size = os.fstat(self._file.fileno()).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on.
@@ -103,7 +98,6 @@ class FileSource(Near):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _read(self, offset: int, length: int) -> bytes:
-        offset += self._start
         if hasattr(os, "pread"):
             return os.pread(self._file.fileno(), length, offset)
         with self._lock:
@@ -134,4 +128,47 @@ def _reopened(path: Path, size: int, tail: bytes) -> FileSource:
     return source
 
 
-Source = BytesSource | FileSource | RemoteSource
+class WrappedSource:
+    """An archive that is one tensor of a file of safetensors: see :func:`wrapper`."""
+
+    def __init__(self, whole: BytesSource | FileSource | RemoteSource) -> None:
+        self._whole = whole
+        self.size, self.ahead = whole.size - WRAPPER_NBYTES, whole.ahead
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on."""
+        return self._whole.read(offset + WRAPPER_NBYTES, length)
+
+    def bringing(self, begin: int, end: int) -> AbstractContextManager[None]:
+        """Ask for a range at once, and read from it within the block."""
+        return self._whole.bringing(begin + WRAPPER_NBYTES, end + WRAPPER_NBYTES)
+
+    def check_unchanged(self) -> None:
+        """See that the file is the one that was opened, as far as that is known."""
+        self._whole.check_unchanged()
+
+    def close(self) -> None:
+        """End reading."""
+        self._whole.close()
+
+
+Source = BytesSource | FileSource | RemoteSource | WrappedSource
+
+
+def source_of(path: str | os.PathLike[str]) -> Source:
+    """The archive in a file or behind a URL, which may be one of safetensors.
+
+    A URL costs a request more to see that, so it says so by its end.
+    """
+    if is_url(path):
+        remote = RemoteSource(path)
+        return unwrapped(remote) if path.partition("?")[0].endswith(".safetensors") else remote
+    return unwrapped(FileSource(path))
+
+
+def unwrapped(whole: BytesSource | FileSource | RemoteSource) -> Source:
+    """The archive within a file of safetensors, if it is one."""
+    within = whole.size - WRAPPER_NBYTES
+    if within > 0 and whole.read(0, WRAPPER_NBYTES) == wrapper(within):
+        return WrappedSource(whole)
+    return whole
