@@ -6,8 +6,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
@@ -35,6 +33,7 @@ from dither.coding import CodingError, crc32, decode_array, decode_codes
 from dither.compiled import expect
 from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError
 from dither.progress import report
+from dither.threads import side_by_side
 
 Result = TypeVar("Result")
 
@@ -244,9 +243,8 @@ class Archive(Mapping[str, Tensor]):
         """Results in the order of names, ``count`` of which are worked at side by side."""
         done, total = 0, sum(entry.decoded_nbytes for entry in self._behind(names)) or 1
         for some in self._together(names):
-            with self._source.bringing(*_span(self._behind(some))), ExitStack() as opened:
-                pool = None if count == 1 else opened.enter_context(ThreadPoolExecutor(count))
-                results = map(function, some) if pool is None else pool.map(function, some)
+            bringing = self._source.bringing(*_span(self._behind(some)))
+            with bringing, side_by_side(function, some, count) as results:
                 for entry, result in zip(self._behind(some), results, strict=True):
                     done += entry.decoded_nbytes
                     report("decoding", done / total, entry.name)

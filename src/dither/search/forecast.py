@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 from zlib import crc32
@@ -20,6 +19,7 @@ from dither.search.ladder import Ladder
 from dither.search.ledger import Ledger
 from dither.search.predict import GRID_INDEX_NBYTES
 from dither.team import ALONE, Team
+from dither.threads import side_by_side
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -144,14 +144,10 @@ class Forecast:
         for name in large:
             report(stage, passed / total, name)
             note(name, function(items[name]))
-        with ThreadPoolExecutor(max_workers=min(4, torch.get_num_threads())) as pool:
-            results = pool.map(function, (items[name] for name in small))
-            try:
-                for name, result in zip(small, results, strict=True):
-                    note(name, result)
-            except BaseException:  # Ctrl-C, too: what has not begun is not waited for
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        count = min(4, torch.get_num_threads())
+        with side_by_side(function, (items[name] for name in small), count) as results:
+            for name, result in zip(small, results, strict=True):
+                note(name, result)
         return done
 
 

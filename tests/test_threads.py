@@ -1,0 +1,98 @@
+"""Threads do nothing more once whoever waits for them has stopped."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import dither
+from dither.archive import Archive, reader
+from dither.progress import hooked
+from dither.search.forecast import Forecast
+from dither.search.ladder import Ladder
+from dither.threads import side_by_side
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(reader, "_WORTH_THREADS", 0)
+
+
+def tensors(count: int) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {f"w{i:02}": torch.randn(64, 64, generator=draw) for i in range(count)}
+
+
+def stop_at(stage: str) -> Callable[[str, float], None]:
+    def hook(what: str, share: float) -> None:
+        if what.startswith(stage):
+            raise KeyboardInterrupt
+
+    return hook
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_results_come_in_order(count: int) -> None:
+    with side_by_side(lambda i: i * i, range(20), count) as found:
+        assert list(found) == [i * i for i in range(20)]
+
+
+def test_what_is_queued_is_not_begun_after_an_error() -> None:
+    begun: list[int] = []
+    gate = threading.Event()
+
+    def work(i: int) -> int:
+        begun.append(i)
+        if i:
+            gate.wait(10)
+        return i
+
+    def stop() -> None:
+        with side_by_side(work, range(50), 2) as found:
+            assert next(found) == 0
+            gate.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert len(begun) < 40
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    """As many numbers as a method of a class was called since."""
+    calls: list[int] = []
+    method = getattr(owner, name)
+
+    def noted(*args: object) -> object:
+        calls.append(1)
+        return method(*args)
+
+    is_static = isinstance(owner.__dict__[name], staticmethod | classmethod)
+    monkeypatch.setattr(owner, name, staticmethod(noted) if is_static else noted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("stage", "owner", "name"),
+    [
+        ("predicting", Ladder, "of"),
+        ("encoding, pass 1", Forecast, "code"),
+    ],
+)
+def test_compressing_stops_where_it_is(
+    stage: str, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch, owner, name)
+    with pytest.raises(KeyboardInterrupt):
+        dither.compress(tensors(60), "8x", progress=stop_at(stage))
+    assert 1 <= len(calls) < 30
+
+
+def test_loading_stops_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = dither.compress(tensors(60), "8x")
+    calls = counted(monkeypatch, Archive, "__getitem__")
+    with pytest.raises(KeyboardInterrupt), hooked(stop_at("decoding")):
+        archive.state_dict()
+    assert 1 <= len(calls) < 30
