@@ -21,6 +21,7 @@ from dither.core import CheckpointError, SpecError
 from dither.testing import same_bits
 from tests.test_hf_folders import (
     BERT,
+    GPT2,
     HEADS,
     LLAMA,
     RENAMED,
@@ -377,3 +378,30 @@ def test_modules_of_sentence_transformers_stay_as_they_are(place: Path) -> None:
     dither.load_into(whole[0].auto_model, place / "out" / WEIGHTS)
     assert (whole.encode(["w1 w2 w3", "w4"]) == one).all()
     assert not (one == other).all()
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_parts_go_where_a_device_map_says(where: str, place: Path) -> None:
+    """Also to a disk: what is read from the decoded file later on is kept as long as the model."""
+    pytest.importorskip("accelerate", reason="NEEDS accelerate, for device maps")
+    model: Any = build("GPT2LMHeadModel", {**GPT2, "n_layer": 2})
+    archive = dither.compress(model, "4x")
+    save_pretrained(archive, place / "out", model)
+    dither.load_into(model, archive)
+    parts = ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head", "transformer.h.0")
+    read = transformers.AutoModelForCausalLM.from_pretrained(
+        place / "out",
+        device_map=dict.fromkeys(parts, "cpu") | {"transformer.h.1": where},
+        offload_folder=str(place / "offload"),
+    )
+    assert same(read, model)
+
+
+def test_a_tokenizer_is_saved_with_the_model(place: Path) -> None:
+    write_tokenizer(place)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json"))
+    model: Any = build("BertForMaskedLM", BERT)
+    for _ in range(2):  # over the first
+        save_pretrained(dither.compress(model, "4x"), place / "out", model, tokenizer)
+    words = transformers.pipeline("feature-extraction", str(place / "out"), device=-1)
+    assert len(words("w1 w2 w3")[0]) == 3
