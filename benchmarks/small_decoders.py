@@ -44,7 +44,7 @@ def digest(kind: str, shape: Sequence[int], data: bytes) -> str:
     part = {"complex64": "float32", "complex128": "float64"}.get(kind, kind)
     if part in dither_decode.FLOATING:
         bits = np.frombuffer(data, f"<u{dither_decode.SIZES[part]}").copy()
-        bits[np.isnan(dither_decode.to_doubles(data, part))] = np.iinfo(bits.dtype).max
+        bits[np.isnan(dither_decode.to_numbers(data, part))] = np.iinfo(bits.dtype).max
         data = bits.tobytes()
     return hashlib.sha256(f"{kind} {'x'.join(map(str, shape))}\n".encode() + data).hexdigest()
 

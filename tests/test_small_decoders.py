@@ -14,6 +14,7 @@ import torch
 from benchmarks.bad_files import Cases
 from benchmarks.decoder_size import DECODER, minified
 from benchmarks.decoding_memory import vast_cases
+from benchmarks.lines import code_lines
 from benchmarks.small_decoders import by_python, compare, run
 from dither import Archive
 from dither.archive import pack
@@ -40,6 +41,10 @@ def test_a_difference_is_found() -> None:
         "other": lambda files: ("refused" for _ in files),
     }
     assert len(compare(cases, readers)[1]) == len(FILES)
+
+
+def test_one_file_has_at_most_600_lines_of_code() -> None:
+    assert code_lines(DECODER.read_text(encoding="utf-8")) <= 600
 
 
 def test_one_file_needs_numpy_and_nothing_else() -> None:
@@ -88,7 +93,8 @@ def test_streams_of_one_lane_and_of_many(count: int) -> None:
     data = pack({"w": GPTQ(0.3).encode(weight)}).to_bytes()
     archive = dither_decode.Archive(data)
     part = archive.tensors["w"].parts["levels"]
-    head = dither_decode.read_head(part["payload"], part["shape"], part["holds"])
+    reader = dither_decode.Reader(part["payload"])
+    head = dither_decode.read_head(reader, part["shape"], part["holds"])
     assert head.lanes == 1 if count < 10_000 else head.lanes >= 64
     assert np.array_equal(archive["w"], Archive.from_bytes(data)["w"].numpy())
 

@@ -55,7 +55,7 @@ def are_equal(a: tuple[str, tuple[int, ...], bytes], b: tuple[str, tuple[int, ..
     if a == b or a[:2] != b[:2]:
         return a == b
     kind = {"complex64": "float32", "complex128": "float64"}.get(a[0], a[0])
-    x, y = (independent.to_doubles(tensor[2], kind) for tensor in (a, b))
+    x, y = (independent.to_numbers(tensor[2], kind) for tensor in (a, b))
     return kind in independent.FLOATING and np.array_equal(x, y, equal_nan=True)
 
 
