@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import dither
 from dither.archive import Archive
+from dither.checkpoint import read_checkpoint
 from dither.cli import app
 from dither.core import CheckpointError, SpecError
 from dither.testing import same_bits
@@ -29,6 +30,7 @@ from tests.test_hf_folders import (
     build,
     place,
     run,
+    write_text,
     write_tokenizer,
 )
 
@@ -301,7 +303,27 @@ def test_the_file_of_weights_is_an_archive_for_all_of_dither(place: Path) -> Non
     assert (place / "plain.dither").read_bytes() == archive.to_bytes()
     assert dither.load_into(model, path).exact
     with pytest.raises(CheckpointError, match="is an archive"):
-        dither.compress(place / "out", "8x")
+        read_checkpoint(place / "out")
+
+
+def test_a_folder_is_an_archive_for_all_of_dither(place: Path) -> None:
+    """Commands and functions that take a file take the folder, also to make another one of it."""
+    model: Any = build("BertForSequenceClassification", {**BERT, "num_labels": 3})
+    model.save_pretrained(place / "m")
+    write_tokenizer(place / "m")
+    write_text(place / "lines.txt")
+    whole = run("compress", "m", "--size", "3x", "-o", "out/")
+    assert dither.load_into(model, place / "out").exact
+    assert run("inspect", "out")["nbytes"] == whole["nbytes"]
+    assert run("verify", "out")["good"]
+    assert run("compare", "m", "out")["same_names"]
+    assert run("report", "out", "--against", "m")["output"] == "out.html"
+    less = run("compress", "out", "--size", "6x", "-o", "less/", "--data", "lines.txt")
+    assert less["nbytes"] < whole["nbytes"]
+    dither.load_into(model, place / "less")
+    assert same(
+        transformers.AutoModelForSequenceClassification.from_pretrained(place / "less"), model
+    )
 
 
 def test_nothing_is_left_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dither.archive.layout import MAGIC
 from dither.archive.reader import Archive
 from dither.archive.source import WRAPPER_NBYTES, wrapper
-from dither.checkpoint import converted, plain_names, read_checkpoint
+from dither.checkpoint import archive_in, converted, plain_names, read_checkpoint
 from dither.core import DTYPES, CheckpointError
 from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
 from dither.terminal import some_names
@@ -107,8 +107,11 @@ def load_weights(path: str | os.PathLike[str], key: str | None = None) -> dict[s
 
 
 def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is an archive by its name or its first bytes, also one in safetensors."""
-    path = Path(path)
+    """Whether a file is an archive by its name or its first bytes, also one in safetensors.
+
+    So is a model folder that holds one.
+    """
+    path = archive_in(Path(path))
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dither.archive.remote import RemoteSource, is_url
+from dither.checkpoint import archive_in
 from dither.core import ArchiveError
 
 _TAIL = 16
@@ -156,14 +157,14 @@ Source = BytesSource | FileSource | RemoteSource | WrappedSource
 
 
 def source_of(path: str | os.PathLike[str]) -> Source:
-    """The archive in a file or behind a URL, which may be one of safetensors.
+    """The archive in a file, a model folder or behind a URL; the file may be one of safetensors.
 
     A URL costs a request more to see that, so it says so by its end.
     """
     if is_url(path):
         remote = RemoteSource(path)
         return unwrapped(remote) if path.partition("?")[0].endswith(".safetensors") else remote
-    return unwrapped(FileSource(path))
+    return unwrapped(FileSource(archive_in(Path(path))))
 
 
 def unwrapped(whole: BytesSource | FileSource | RemoteSource) -> Source:

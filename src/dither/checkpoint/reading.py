@@ -16,8 +16,11 @@ from dither.checkpoint.torch_files import read_torch
 from dither.core import DTYPES, CheckpointError
 from dither.terminal import some_names
 
-ARCHIVE_IN_FOLDER = "model.dither.safetensors"
-"""What dither calls its archive in a folder that transformers reads."""
+ARCHIVE_IN_FOLDER, ADAPTER_IN_FOLDER = (
+    "model.dither.safetensors",
+    "adapter_model.dither.safetensors",
+)
+"""What dither calls its archive in a folder that transformers or peft reads."""
 _WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -58,6 +61,14 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> dic
     return tensors
 
 
+def archive_in(path: Path) -> Path:
+    """The archive in a model folder that holds one; any other path as it is."""
+    for name in (ARCHIVE_IN_FOLDER, ADAPTER_IN_FOLDER):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
 def _read_file(path: Path, key: str | None = None) -> dict[str, Tensor]:
     kind = kind_of(path)
     if kind == TORCH:
@@ -66,8 +77,8 @@ def _read_file(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
-    if (folder / ARCHIVE_IN_FOLDER).is_file():
-        return _read_file(folder / ARCHIVE_IN_FOLDER)  # which says that it is an archive
+    if (held := archive_in(folder)) != folder:
+        return _read_file(held)  # which says that it is an archive
     modules = _modules(folder)
     for name in (*_WHOLE_FILES[:1], *_INDEX_FILES[:1], *_WHOLE_FILES[1:], *_INDEX_FILES[1:]):
         if (folder / name).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import groupby
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dither.archive import is_archive
 from dither.core import CheckpointError, DitherError, SpecError
 from dither.data import Data, call, divergence, squared
 from dither.model import evaluating
@@ -41,6 +43,8 @@ def folder_model(source: Path) -> nn.Module:
         raise DitherError(
             'a model folder is built by transformers; run: pip install "dither[hf]"'
         ) from error
+    if is_archive(source):
+        importlib.import_module("dither.integrations.transformers")  # which teaches it to read them
     try:
         config = transformers.AutoConfig.from_pretrained(str(source))  # type: ignore[no-untyped-call,unused-ignore]
         named = [getattr(transformers, name, None) for name in config.architectures or ()]

@@ -18,8 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dither.archive import Archive, atomic_write, wrapper
-from dither.checkpoint import ARCHIVE_IN_FOLDER as WEIGHTS
-from dither.checkpoint import inside_folder
+from dither.checkpoint import ADAPTER_IN_FOLDER, ARCHIVE_IN_FOLDER, archive_in, inside_folder
 from dither.core import DTYPES, CheckpointError, SpecError
 
 METHOD = "dither"
@@ -28,9 +27,6 @@ METHOD = "dither"
 _ASKS = "needs `pip install dither` and `import dither.integrations.transformers`.safetensors"
 """The file that is missed where dither is unknown. It must end like weights, and never exists."""
 _INDEX = "model.safetensors.index.json"
-
-ADAPTER = "adapter_model.dither.safetensors"
-"""The file of an adapter's, in a folder that ``dither.integrations.peft`` reads."""
 
 _CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS_OF_OTHERS = {
@@ -58,7 +54,7 @@ def check_target(target: Path, source: Path | None = None) -> None:
         raise CheckpointError(f"the output {str(target)!r} lies in the model's own folder")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"the output {str(target)!r} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
+    if target.is_dir() and any(target.iterdir()) and archive_in(target) == target:
         raise CheckpointError(
             f"the folder {str(target)!r} exists and holds other files than a model that was "
             "compressed; remove it, or name another"
@@ -125,7 +121,7 @@ def write_weights(archive: Archive, target: Path) -> int:
     """
     path = target / _CONFIG
     if not path.is_file() and (target / _ADAPTER_CONFIG).is_file():
-        return _write_archive(archive, target / ADAPTER)
+        return _write_archive(archive, target / ADAPTER_IN_FOLDER)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method", METHOD)
@@ -135,7 +131,7 @@ def write_weights(archive: Archive, target: Path) -> int:
         raise CheckpointError(
             f"{str(path)!r} is of a model quantized by {method!r}; take the one that is not"
         )
-    nbytes = _write_archive(archive, target / WEIGHTS)
+    nbytes = _write_archive(archive, target / ARCHIVE_IN_FOLDER)
     config["quantization_config"] = {"quant_method": METHOD}
     if not (config.get("dtype") or config.get("torch_dtype")):
         config["dtype"] = _main_dtype(archive)
@@ -151,10 +147,6 @@ def _write_archive(archive: Archive, path: Path) -> int:
         file.write(wrapper(archive.nbytes))
         file.write(archive.to_bytes())
     return path.stat().st_size
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or (folder / ADAPTER).is_file()
 
 
 def _is_weights(place: Path) -> bool:

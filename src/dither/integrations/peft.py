@@ -24,8 +24,9 @@ from peft import (
 from torch import nn
 
 from dither.archive import Archive, pack
+from dither.checkpoint import ADAPTER_IN_FOLDER as ADAPTER
 from dither.core import CheckpointError
-from dither.integrations.model_folder import ADAPTER, check_target, copy_rest, write_weights
+from dither.integrations.model_folder import check_target, copy_rest, write_weights
 from dither.terminal import some_names
 from dither.train import Run
 
