@@ -67,7 +67,7 @@ def compress(path: Path, size: int) -> None:
         start, cpu, clock = time.monotonic(), time.process_time(), Clock(team)
         archive = dither.compress(model, size, data=data)
         clock.stop()
-        used = (time.monotonic() - start, time.process_time() - cpu, clock.spans)
+        used = (time.monotonic() - start, time.process_time() - cpu, list(clock.spans))
         seconds, cpus, spans = zip(*team.exchange("seconds", [used] * team.size), strict=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         peaks = team.exchange("memory", [peak] * team.size)
