@@ -33,9 +33,8 @@ Named = tuple[str, tuple[int, ...]]
 """A tensor's name and shape."""
 
 
-def layers(gb: float) -> list[Named]:
+def layers(gb: float, width: int) -> list[Named]:
     """Names and shapes of bfloat16 tensors of about so many gigabytes: a table, and layers."""
-    width = 4096 if gb >= 3 else 2048 if gb >= 1 else 1024
     inner, left = width * 43 // 16, int(gb * 1e9 / 2)
     found: list[Named] = [("model.embed_tokens.weight", (8 * width, width))]
     left -= 8 * width * width
@@ -54,7 +53,7 @@ def layers(gb: float) -> list[Named]:
     return found
 
 
-def make(folder: Path, gb: float) -> None:
+def make(folder: Path, listed: list[Named]) -> None:
     """Write the shards and their index."""
     import torch
     from safetensors.torch import save_file
@@ -69,7 +68,7 @@ def make(folder: Path, gb: float) -> None:
         return values.mul_(shape[1] ** -0.5).bfloat16()
 
     placed: dict[str, str] = {}
-    for number, part in enumerate(_shards(layers(gb))):
+    for number, part in enumerate(_shards(listed)):
         file = f"model-{number:05}.safetensors"
         tensors = {name: value(shape, len(placed) + i) for i, (name, shape) in enumerate(part)}
         save_file(tensors, folder / file)
@@ -146,13 +145,14 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     source.mkdir()
     own = [sys.executable, "-m", "benchmarks.larger_than_memory", "--make", str(source)]
     # In a process of its own: a child's peak begins with the memory of its parent.
-    subprocess.run([*own, "--gb", str(options.gb)], check=True)
-    shapes = [shape for _, shape in layers(options.gb)]
+    subprocess.run([*own, "--gb", str(options.gb), "--width", str(options.width)], check=True)
+    shapes = [shape for _, shape in layers(options.gb, options.width)]
     values, largest = sum(map(math.prod, shapes)), max(map(math.prod, shapes))
     output = folder / "whole.dither"
     seconds, peak = measured(source, output, options.size)
     result = {
         "size": options.size,
+        "width": options.width,
         "tensors": len(shapes),
         "values": values,
         "source_nbytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
@@ -179,6 +179,7 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--gb", type=float, default=0.3, help="gigabytes of bfloat16 (0.3)")
+    parser.add_argument("--width", type=int, default=4096, help="of the model (4096)")
     parser.add_argument("--size", default="4x", help="of the file (4x)")
     parser.add_argument("--kill", type=int, default=0, help="how often (0)")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,7 +188,7 @@ def main() -> int:
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make:
-        make(options.make, options.gb)
+        make(options.make, layers(options.gb, options.width))
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         result = run(Path(temporary), options)
