@@ -16,7 +16,7 @@ from dither.archive import Archive
 from dither.checkpoint import read_checkpoint
 from dither.core import BudgetError, SpecError
 from dither.data import Data
-from dither.search import coder, compress, compress_to, journal
+from dither.search import coder, compress, compress_to, journal, layer_order
 from dither.search.ladder import Ladder
 from dither.search.ledger import Ledger
 from dither.search.source import Source, weights_in
@@ -146,9 +146,6 @@ def test_what_was_done_is_not_done_again(
 ) -> None:
     source, output = shards(tmp_path), tmp_path / "out.dither"
     interrupted(output, source, "6x")
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("computed again")
 
     monkeypatch.setattr(coder, "code", refuse)
     monkeypatch.setattr(Ladder, "of", refuse)
@@ -299,10 +296,19 @@ def test_with_data_encodings_are_remembered(
     left = path.read_bytes()
     for cut in (len(left) // 2, len(left)):
         path.write_bytes(left[:cut])
+        if cut == len(left):  # what fails here would be another file's end
+            monkeypatch.setattr(coder, "code", refuse)
+            monkeypatch.setattr(layer_order, "_encode", refuse)
         with compress_to(output, model, "6x", data=data) as archive:
             assert len(archive.trials) == len(wanted.trials)
+            assert not [str(trial) for trial in archive.trials if "failed" in str(trial)]
+            assert "in sequence" in " ".join(map(str, archive.trials))
         assert output.read_bytes() == saved(wanted, tmp_path)
 
 
 def _end(*_: object) -> None:
     raise Killed
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("computed again")

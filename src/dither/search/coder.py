@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from dither.archive import CodedTensor, code
+from dither.archive import CodedTensor, code, pack
+from dither.core import Encoded, Stats
 from dither.encoders.outputs import PIECE
 from dither.search.journal import Journal
 from dither.search.knowledge import Choice, Knowledge, keep_all
@@ -81,6 +82,25 @@ class Coder:
         journal = self._kept(coded.nbytes)
         return coded if journal is None else journal.keep(self._key("code", known, choice), coded)
 
+    def remembered(
+        self, what: str, depends: Sequence[object], make: Callable[[], Encoded]
+    ) -> tuple[Encoded, CodedTensor]:
+        """An encoding of any kind, and the same coded.
+
+        Args:
+            what: it is.
+            depends: all that it depends on: tensors, statistics, and what its ``repr`` tells.
+            make: makes it.
+        """
+        journal = self._kept()
+        key = b"" if journal is None else _digest_of(what, *depends)
+        coded = None if journal is None else journal.recall_coded(key)
+        if coded is not None:
+            return pack({what: coded}).encoded(what), coded
+        encoded = make()
+        coded = code(encoded)
+        return encoded, coded if journal is None else journal.keep(key, coded)
+
     def _kept(self, nbytes: int = 0) -> Journal | None:
         journal = self._journal
         return journal if journal is not None and journal.is_kept(nbytes) else None
@@ -113,9 +133,23 @@ class Coder:
         owner, found = self._digests.get(id(tensor), (None, b""))
         if owner is not None and owner() is tensor:
             return found
-        digest = hashlib.sha256(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        for part in tensor.detach().reshape(-1).split(PIECE):
-            flat = part.contiguous() if part.stride() == (1,) else part.clone()
-            digest.update(flat.view(torch.uint8).numpy())
-        self._digests[id(tensor)] = ref(tensor), digest.digest()
-        return digest.digest()
+        found = _digest_of(tensor)
+        self._digests[id(tensor)] = ref(tensor), found
+        return found
+
+
+def _digest_of(*values: object) -> bytes:
+    """A digest of tensors, of statistics, and of what else is told by its ``repr``."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Stats):
+            digest.update(_digest_of(*vars(value).values()))
+        elif isinstance(value, Tensor):
+            digest.update(repr((tuple(value.shape), value.dtype)).encode())
+            for part in value.detach().reshape(-1).split(PIECE):
+                flat = part.contiguous() if part.stride() == (1,) else part.clone()
+                digest.update(flat.view(torch.uint8).numpy())
+        else:
+            digest.update(repr(value).encode())
+        digest.update(b";")
+    return digest.digest()

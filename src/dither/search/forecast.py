@@ -44,8 +44,8 @@ class Forecast:
         self, tensors: Mapping[str, Knowledge], team: Team = ALONE, coder: Coder | None = None
     ) -> None:
         self.tensors = dict(tensors)
-        self._team, self._coder = team, coder or Coder()
-        self._ladders = self._map("predicting", self._coder.ladder, tensors)
+        self._team, self.coder = team, coder or Coder()
+        self._ladders = self._map("predicting", self.coder.ladder, tensors)
         self._measured: dict[str, dict[float, float]] = {name: {} for name in tensors}
 
     def ladders(self) -> dict[str, Ladder]:
@@ -78,12 +78,12 @@ class Forecast:
     def change(self, tensors: Mapping[str, Knowledge]) -> None:
         """Know something else of some tensors; what was measured of them is forgotten."""
         self.tensors |= tensors
-        self._ladders |= self._map("predicting", self._coder.ladder, tensors)
+        self._ladders |= self._map("predicting", self.coder.ladder, tensors)
         self._measured |= {name: {} for name in tensors}
 
     def code(self, name: str, choice: Choice) -> CodedTensor:
         """A tensor as a choice codes it."""
-        return self._coder.code(self.tensors[name], choice)
+        return self.coder.code(self.tensors[name], choice)
 
     def probe(self, chosen: Mapping[str, Choice]) -> AbstractSet[str]:
         """Learn what large tensors take from a part of their rows, before any is coded whole.
@@ -96,7 +96,7 @@ class Forecast:
             for name, choice in chosen.items()
             if choice.step is not None and _can_probe(self.tensors[name])
         }
-        nbytes = self._map("probing", lambda item: self._coder.probe(*item), parts)
+        nbytes = self._map("probing", lambda item: self.coder.probe(*item), parts)
         for name, (known, choice) in parts.items():
             share = known.every(PROBE).value.numel() / known.value.numel()
             self.note(name, choice.step, nbytes[name] / share + GRID_INDEX_NBYTES)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dither.archive import code
+from dither.archive import CodedTensor
 from dither.calibrate import Layer, Layerwise
 from dither.core import BudgetError, Encoded, Stats
 from dither.encoders.gptq import GPTQ
@@ -168,21 +168,21 @@ class _Turns:
     def encode(self, layer: Layer) -> Encoded:
         """Encode the weight whose turn it is; the last one fills what is left."""
         name, choice = layer.name, self._choice(layer.name)
-        encoded, spent = self._try(layer, choice)
+        encoded, coded, spent = self._try(layer, choice)
         position, values = 0.0, encoded.numel
-        fits = (spent, choice, encoded) if spent <= self._left else None
+        fits = (spent, choice, encoded, coded) if spent <= self._left else None
         for _ in range(_FITS if self._steer and not self.waiting else 0):
             miss = self._left - spent
             if 0 <= miss < _NEAR_NBYTES + _NEAR * spent:
                 break
             position = min(max(position + 8 * miss / values, -_MOST_LAST), _MOST_LAST)
             trial = choice.finer(position)
-            encoded, spent = self._try(layer, trial)
+            encoded, coded, spent = self._try(layer, trial)
             if spent <= self._left and (fits is None or spent > fits[0]):
-                fits = spent, trial, encoded
+                fits = spent, trial, encoded, coded
         if fits is not None and fits[2] is not encoded:
-            spent, choice, encoded = fits
-            self._put(name, choice, encoded)
+            spent, choice, encoded, coded = fits
+            self._put(name, choice, coded)
         self._left -= spent
         return encoded
 
@@ -196,12 +196,17 @@ class _Turns:
             return choice
         return choice.finer(min(max(-8 * over / values, -_MOST_CHANGE), _MOST_CHANGE))
 
-    def _try(self, layer: Layer, choice: Choice) -> tuple[Encoded, float]:
-        encoded = _encode(layer, self._forecast.tensors[layer.name], choice)
-        return encoded, self._put(layer.name, choice, encoded)
+    def _try(self, layer: Layer, choice: Choice) -> tuple[Encoded, CodedTensor, float]:
+        known = self._forecast.tensors[layer.name]
+        encoded, coded = self._forecast.coder.remembered(
+            "in sequence",
+            (layer.weight, layer.stats, known.gram, known.rows, choice.step, refits(known)),
+            lambda: _encode(layer, known, choice),
+        )
+        return encoded, coded, self._put(layer.name, choice, coded)
 
-    def _put(self, name: str, choice: Choice, encoded: Encoded) -> float:
-        spent = self._ledger.put(name, choice, code(encoded))
+    def _put(self, name: str, choice: Choice, coded: CodedTensor) -> float:
+        spent = self._ledger.put(name, choice, coded)
         self._forecast.renew(name, choice.step, spent)
         return spent
 
