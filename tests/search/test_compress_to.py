@@ -205,6 +205,22 @@ def test_two_jobs_do_not_write_one_journal(
     assert output.read_bytes() == saved(compress(source, "6x"), tmp_path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+@pytest.mark.usefixtures("at_once")
+def test_of_two_jobs_that_begin_together_one_keeps_the_journal(tmp_path: Path) -> None:
+    first, second = (journal.Journal(tmp_path / "out.journal", {}) for _ in range(2))
+    assert first.is_kept()
+    first.note(b"k" * 32, 5)
+    with pytest.warns(UserWarning, match="in use by another process"):
+        assert not second.is_kept()
+    second.remove()
+    assert first.recall(b"k" * 32) == 5
+    first.close()
+    third = journal.Journal(tmp_path / "out.journal", {})
+    assert third.recall(b"k" * 32) == 5
+    third.remove()
+
+
 @pytest.mark.usefixtures("at_once")
 def test_an_impossible_size_leaves_no_journal(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="at least"):

@@ -77,7 +77,7 @@ class Journal:
         self._file: Any = None
         self._synced = 0.0
         if path.exists():
-            self._open("r+b")
+            self._open()
         self.resumed = len(self._places)
 
     def is_kept(self, nbytes: int = 0) -> bool:
@@ -93,7 +93,8 @@ class Journal:
             self._held += nbytes
             is_due = time.monotonic() - self._start > PATIENCE or self._held > ROOM
             if self._file is None and is_due and self._start:
-                self._open("x+b")
+                self.path.touch()  # another process may have begun one meanwhile
+                self._open()
             return self._file is not None
 
     def recall(self, key: bytes) -> Any:  # noqa: ANN401 - JSON
@@ -141,9 +142,9 @@ class Journal:
         if is_mine:
             self.path.unlink(missing_ok=True)
 
-    def _open(self, mode: str) -> None:
+    def _open(self) -> None:
         """Begin a journal, or go on with one that is there, if it is of this job."""
-        file = self.path.open(mode)
+        file = self.path.open("r+b")
         if not _locked(file):
             file.close()
             self._say("is in use by another process; this one works without a journal")
@@ -231,8 +232,10 @@ def _locked(file: Any) -> bool:  # noqa: ANN401 - any open file
     if sys.platform != "win32":
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError:  # of file systems without locks
+            return True
     return True
 
 
