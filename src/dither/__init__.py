@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RateDistortion,
         Rotated,
         SequentialMSE,
+        SparseFactors,
         Viterbi,
     )
     from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
@@ -86,6 +87,7 @@ __all__ = [  # noqa: RUF022 - by task
     "RateDistortion",
     "Rotated",
     "SequentialMSE",
+    "SparseFactors",
     "Viterbi",
     # methods of training,
     "BayesianBits",
@@ -107,7 +109,8 @@ _NAMES = {
     "core": "ArchiveError BudgetError CheckpointError DitherError SpecError",
     "data": "Data",
     "encoders": (
-        "AdaRound GPTQ KMeans Nearest Ranges RateDistortion Rotated SequentialMSE Viterbi"
+        "AdaRound GPTQ KMeans Nearest Ranges RateDistortion Rotated SequentialMSE SparseFactors "
+        "Viterbi"
     ),
     "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
     "report": "diagnose",

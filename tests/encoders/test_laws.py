@@ -19,6 +19,7 @@ from dither.encoders import (
     RateDistortion,
     Rotated,
     SequentialMSE,
+    SparseFactors,
     Viterbi,
 )
 from dither.formats import FORMATS, Affine, Codebook, Product
@@ -84,6 +85,8 @@ ENCODERS: list[Encoder | InSteps] = [
     SequentialMSE(Affine(2, axis=0, grid="asymmetric"), candidates=5),
     InSteps(Rotated, 0.1),
     InSteps(lambda step: Rotated(step, precision=0.02), rows=True),
+    SparseFactors(1, 0.5, sweeps=2),
+    SparseFactors(1, 1.0, left_bits=4, right_bits=8, sweeps=2),
     InSteps(Viterbi, 0.05),
     InSteps(lambda step: Viterbi(step, 0.4), rows=True),
     InSteps(lambda step: Viterbi(step, states=32)),

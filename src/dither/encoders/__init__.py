@@ -10,6 +10,7 @@ from dither.encoders.ranges import Ranges
 from dither.encoders.rdo import RateDistortion
 from dither.encoders.rotated import Rotated
 from dither.encoders.sequential_mse import SequentialMSE
+from dither.encoders.sparse_factors import SparseFactors
 from dither.encoders.viterbi import Viterbi
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "RateDistortion",
     "Rotated",
     "SequentialMSE",
+    "SparseFactors",
     "Viterbi",
 ]
