@@ -41,7 +41,7 @@ def test_both_files_are_on_one_page(tmp_path: Path) -> None:
 def test_what_only_one_has_and_odd_names_are_shown() -> None:
     left = pack({"<b>a</b>": Raw().encode(torch.ones(9)), "both": Raw().encode(torch.ones(3))})
     right = pack({"both": Raw().encode(torch.ones(3)), "new": Raw().encode(torch.ones(0))})
-    read = Reader(pair_page((contents(left, "<i>x"), contents(right, "y"))))
+    read = Reader(pair_page((contents(left, '"<i>x'), contents(right, "y"))))
     assert read.text.count("not there") == 2
     assert "<i>x" in read.text
     assert "<b>a</b>" in read.text

@@ -83,11 +83,13 @@ def _table(found: Pair) -> str:
     rows.sort(key=lambda row: -max(t.nbytes for t in row[1:] if t))
     most = max((t.nbytes for each in found for t in each.tensors), default=0)
     has_noise = any(t.sqnr is not None for each in found for t in each.tensors)
-    lines = [_row(*row, most, has_noise=has_noise) for row in rows[:MOST_ROWS]]
+    # Narrow screens have no heads: each number names its file there.
+    titles = text(found[0].title), text(found[1].title)
+    lines = [_row(*row, titles, most, has_noise=has_noise) for row in rows[:MOST_ROWS]]
     left = len(rows) - len(lines)
     more = f"<p>And {left:,} smaller ones.</p>" if left else ""
     heads = ["tensor", "bytes", "bytes", "change", *(["SQNR", "SQNR"] if has_noise else [])]
-    first, second = (f"<small>{text(each.title)}</small>" for each in found)
+    first, second = (f"<br><small>{text(each.title)}</small>" for each in found)
     notes = ["", first, second, "", *([first, second] if has_noise else [])]
     line = "".join(f"<th>{a}{b}</th>" for a, b in zip(heads, notes, strict=True))
     return (
@@ -96,17 +98,26 @@ def _table(found: Pair) -> str:
     )
 
 
-def _row(name: str, one: Stored | None, other: Stored | None, most: int, *, has_noise: bool) -> str:
+def _row(
+    name: str,
+    one: Stored | None,
+    other: Stored | None,
+    titles: tuple[str, str],
+    most: int,
+    *,
+    has_noise: bool,
+) -> str:
     specs = list(dict.fromkeys(_spec(tensor) for tensor in (one, other)))
-    cells = [_bytes(one, most), _bytes(other, most)]
+    sides = list(zip(titles, (one, other), strict=True))
+    cells = [_bytes(f"bytes, {title}", tensor, most) for title, tensor in sides]
     change = NOTHING
     if one is not None and other is not None and one.nbytes:
         change = f"{100 * (other.nbytes / one.nbytes - 1):+.1f} %"
     cells.append(f'<td data-name="change">{change}</td>')
-    for tensor in (one, other) if has_noise else ():
+    for title, tensor in sides if has_noise else ():
         sqnr = None if tensor is None else tensor.sqnr
         shown = NOTHING if sqnr is None else quality(sqnr)
-        cells.append(cell("SQNR", shown, sqnr, BEST_SQNR))
+        cells.append(cell(f"SQNR, {title}", shown, sqnr, BEST_SQNR))
     return f"<tr><td>{broken(name)}<small>{' | '.join(specs)}</small></td>{''.join(cells)}</tr>"
 
 
@@ -117,8 +128,8 @@ def _spec(tensor: Stored | None) -> str:
     return f"{shape} {text(tensor.dtype)}, {text(tensor.spec)}"
 
 
-def _bytes(tensor: Stored | None, most: int) -> str:
+def _bytes(name: str, tensor: Stored | None, most: int) -> str:
     if tensor is None:
-        return cell("bytes", NOTHING, None, most)
+        return cell(name, NOTHING, None, most)
     bits = "" if tensor.bits is None else f" ({tensor.bits:.2f} bits)"
-    return cell("bytes", f"{tensor.nbytes:,}{bits}", tensor.nbytes, most)
+    return cell(name, f"{tensor.nbytes:,}{bits}", tensor.nbytes, most)
