@@ -111,11 +111,13 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_data", [False, True])
+def test_the_command_line_under_torchrun(has_data: bool, tmp_path: Path) -> None:
     save_file(tokens().state_dict(), tmp_path / "tokens.safetensors")
     one, two = tmp_path / "one.dither", tmp_path / "two.dither"
     source = tmp_path / "tokens.safetensors"
     given = ["--data", "tests.search.together:ids", "--model", "tests.search.together:tokens"]
+    given = given if has_data else []
     done = torchrun("compress", source, "--size", "9x", "-o", two, "--json", *given)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(two)  # said once
