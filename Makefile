@@ -37,6 +37,7 @@ help:
 	@echo "make web     a page that searches by meaning with a compressed model, in out/web"
 	@echo "make web-test  drive it in headless Chromium, and compare what it finds with Python"
 	@echo "make changelog  fold the fragments in changes/ into CHANGELOG.md"
+	@echo "make test-ray  a sweep on a Ray cluster of two nodes; installs Ray"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
 
