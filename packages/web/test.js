@@ -12,6 +12,7 @@ import { serve } from "./serve.js";
 const [folder, shots] = process.argv.slice(2);
 const WIDTHS = [1280, 390];
 const PATIENCE = 120_000;
+const TIMES = 5;
 const expected = JSON.parse(readFileSync(join(folder, "expected.json"), "utf8"));
 const facts = JSON.parse(readFileSync(join(folder, "facts.json"), "utf8"));
 
@@ -28,6 +29,15 @@ page.on("console", (message) => {
   if (message.type() === "error") complaints.push(message.text());
 });
 page.on("pageerror", (error) => complaints.push(`${error}`));
+
+/** Processor time, which a busy machine hardly changes, of all that show pages. */
+async function secondsOfRenderers() {
+  const session = await browser.newBrowserCDPSession();
+  const { processInfo } = await session.send("SystemInfo.getProcessInfo");
+  await session.detach();
+  const renderers = processInfo.filter(({ type }) => type === "renderer");
+  return renderers.reduce((sum, { cpuTime }) => sum + cpuTime, 0);
+}
 
 /** The page's ten for a text that is typed. */
 async function search(text) {
@@ -79,6 +89,20 @@ try {
   }, expected.tokens);
   assert.deepEqual(wrong, [], "texts are cut into other tokens than by Python");
   console.log(`${Object.keys(expected.tokens).length} texts are cut into the same tokens`);
+
+  const before = await secondsOfRenderers();
+  const decoded = await page.evaluate(async (times) => {
+    const { Archive } = await import("./dither/index.js");
+    const file = await (await fetch("model.dither")).arrayBuffer();
+    let count = 0;
+    for (let time = 0; time < times; time++) {
+      const archive = new Archive(file);
+      for (const name of archive.tensors.keys()) count += archive.read(name).data.length;
+    }
+    return count;
+  }, TIMES);
+  const used = (await secondsOfRenderers()) - before;
+  console.log(`decoded ${TIMES} times: ${(decoded / used / 1e6).toFixed(1)} M weights/s of processor time`);
 
   await checkAll("with a network");
   await search(Object.keys(expected.best)[0]);
