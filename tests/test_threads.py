@@ -1,7 +1,7 @@
 """Threads do nothing more once whoever waits for them has stopped."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ from dither.threads import side_by_side
 
 
 @pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     monkeypatch.setattr(reader, "_WORTH_THREADS", 0)
+    yield
+    torch.set_num_threads(before)
 
 
 def tensors(count: int) -> dict[str, torch.Tensor]:
@@ -37,6 +40,25 @@ def stop_at(stage: str) -> Callable[[str, float], None]:
 def test_results_come_in_order(count: int) -> None:
     with side_by_side(lambda i: i * i, range(20), count) as found:
         assert list(found) == [i * i for i in range(20)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_operations_take_one_thread_in_there_and_as_many_as_before_elsewhere(count: int) -> None:
+    elsewhere: list[int] = []
+
+    def note() -> None:
+        elsewhere.append(torch.get_num_threads())
+
+    with side_by_side(lambda _: torch.get_num_threads(), range(20), count) as found:
+        other = threading.Thread(target=note)
+        other.start()
+        other.join()
+        assert set(found) == {1}
+        assert torch.get_num_threads() == 2
+    other = threading.Thread(target=note)
+    other.start()
+    other.join()
+    assert elsewhere == [2, 2]
 
 
 def test_what_is_queued_is_not_begun_after_an_error() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 from typing import TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,6 +22,8 @@ def side_by_side(
 
     Where the block ends by an exception, Ctrl-C or one of ``function`` among them, what has begun
     is waited for, and nothing else begins: a pool by itself would do all that is queued first.
+    Operations of torch take one thread each in there; with several for each of several, cores
+    would wait for one another.
 
     >>> with side_by_side(abs, [-1, 2, -3], 2) as found:
     ...     print(list(found))
@@ -27,8 +32,21 @@ def side_by_side(
     if count == 1:
         yield map(function, items)
         return
+    before, ready = torch.get_num_threads(), Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread is given the number of all when it first asks
+        torch.set_num_threads(1)  # of this thread, and of all that ask first from now on
+        ready.wait()
+
     pool = ThreadPoolExecutor(count)
     try:
+        for _ in range(count):
+            pool.submit(begin)
+        try:
+            ready.wait()
+        finally:
+            torch.set_num_threads(before)  # of this thread, and of all that ask first
         yield pool.map(function, items)
     finally:
         pool.shutdown(cancel_futures=True)
