@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,28 @@ def test_what_does_not_go_together_is_said(place: Path) -> None:
         trainer_of(model, [DitherCallback(run)], "bert").train()
     with pytest.raises(SpecError, match="another model"):
         trainer_of(model_of("bert"), [DitherCallback(run)], "bert")
+
+
+def test_sentences_are_learned_within_their_bytes(data_dir: Path, place: Path) -> None:
+    """Real sentences, words by their hash: the loss falls, and what is evaluated is the file."""
+    lines = (data_dir / "sst2" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:257]
+    rows = []
+    for sentence, _, label in (line.rpartition("\t") for line in lines):
+        words = [zlib.crc32(word.encode()) % 500 + 1 for word in sentence.split()[:16]]
+        tokens = torch.tensor(words + [0] * (16 - len(words)))
+        rows.append({"input_ids": tokens, "attention_mask": tokens > 0, "labels": int(label)})
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**BERT, "vocab_size": 501, "hidden_size": 32})
+    model = transformers.BertForSequenceClassification(config)
+    run = dither.attach(model, budget="9KB", steps=60)
+    callback = DitherCallback(run, place / "small")
+    more = {"per_device_train_batch_size": 16, "max_steps": 60, "logging_steps": 15}
+    trainer = trainer_of(model, [callback], "bert", learning_rate=5e-3, **more)
+    trainer.train_dataset = trainer.eval_dataset = rows
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (place / "small" / WEIGHTS).stat().st_size <= 9000 + 128
+    read = trainer_of(plain_class(model).from_pretrained(place / "small"), [], "bert")
+    read.eval_dataset = rows
+    assert read.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"] < losses[0]
