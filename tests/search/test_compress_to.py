@@ -149,6 +149,7 @@ def test_what_was_done_is_not_done_again(
 
     monkeypatch.setattr(coder, "code", refuse)
     monkeypatch.setattr(Ladder, "of", refuse)
+    monkeypatch.setattr(coder, "facts_of", refuse)
     stages: list[str] = []
     compress_to(output, source, "6x", progress=lambda stage, _: stages.append(stage)).close()
     assert stages[0] == "going on from out.dither.journal"

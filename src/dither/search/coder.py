@@ -16,6 +16,7 @@ from dither.search.journal import Journal
 from dither.search.knowledge import Choice, Knowledge, keep_all
 from dither.search.ladder import Ladder
 from dither.search.proposers import PROPOSERS, Stored
+from dither.search.sensitivity import facts_of
 
 PROBE = 6
 """One row of so many of a large tensor is coded first."""
@@ -41,6 +42,18 @@ class Coder:
         self.release = release
         self._journal = journal
         self._digests: dict[int, tuple[ref[Tensor], bytes]] = {}
+
+    def facts(self, value: Tensor) -> tuple[bool, float]:
+        """What :func:`~dither.search.sensitivity.facts_of` finds."""
+        journal = self._kept()
+        if journal is None:
+            return facts_of(value)
+        key = _digest_of("facts", self._digest(value))
+        found: tuple[bool, float] | None = journal.recall(key)
+        if found is None:
+            found = facts_of(value)
+            journal.note(key, found)
+        return found
 
     def ladder(self, known: Knowledge) -> Ladder:
         """All choices worth taking."""

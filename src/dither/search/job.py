@@ -47,7 +47,7 @@ class Job:
         """
         values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
         report("reading weights", 0.0)
-        weights = Weights(values, tensors.stacks, self.coder.release)
+        weights = Weights(values, tensors.stacks, self.coder.release, self.coder.facts)
         found = (sensitivity or self.sensitivity)(weights)
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")

@@ -25,6 +25,8 @@ class Weights(dict[str, Tensor]):
 
     Attributes:
         stacks: their names, see :func:`~dither.model.stacks_of`.
+        facts: of a tensor, as :func:`~dither.search.sensitivity.facts_of` finds them, where some
+            may be known from before.
     """
 
     def __init__(
@@ -32,10 +34,11 @@ class Weights(dict[str, Tensor]):
         values: Mapping[str, Tensor],
         stacks: frozenset[str] | None = None,
         release: Callable[[], None] = keep_all,
+        facts: Callable[[Tensor], tuple[bool, float]] | None = None,
     ) -> None:
         super().__init__(values)
         self.stacks = stacks_of(values, values) if stacks is None else stacks
-        self._release = release
+        self.facts, self._release = facts, release
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors; memory of files that hold them is given back after each."""

@@ -70,12 +70,14 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     weights = tensors if isinstance(tensors, Weights) else Weights(tensors)
     floats: set[str] = set()
     weighted, variances = {}, {}
+    facts = weights.facts or facts_of
     for name, value in weights.each():
-        if not is_finite(value):
+        finite, variance = facts(value)
+        if not finite:
             weighted[name] = Knowledge(value, 1.0)
         elif value.ndim > 1:
             weighted[name] = _stack(value) if name in weights.stacks else _matrix(name, value)
-            variances[name] = _variance(value)
+            variances[name] = variance
         else:
             floats.add(name)
     # The mean cost of an error of one standard deviation in each weight of a matrix.
@@ -87,6 +89,12 @@ def data_free(tensors: Mapping[str, Tensor]) -> dict[str, Knowledge]:
     unit = typical / total if total and typical > 0 else 1.0
     weighted |= {name: of_vector(tensors[name], unit) for name in floats}
     return {name: weighted[name] for name in tensors}
+
+
+def facts_of(value: Tensor) -> tuple[bool, float]:
+    """Whether there are finite numbers only, and then the variance of a matrix: all are read."""
+    finite = is_finite(value)
+    return finite, _variance(value) if finite and value.ndim > 1 else 0.0
 
 
 def of_vector(value: Tensor, unit: float) -> Knowledge:
