@@ -18,7 +18,7 @@ from dither.cli.console import (
     prepare_streams,
     user_errors,
 )
-from dither.cli.interrupt import answer_signals
+from dither.cli.interrupt import answer_signals, ending_at_once
 from dither.terminal import printable
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def main() -> None:
     answer_signals()
     prepare_streams()
     warnings.formatwarning = lambda message, *_, **__: f"dither: {printable(str(message))}\n"
-    app(prog_name="dither")
+    with ending_at_once():
+        app(prog_name="dither")
 
 
 def _show_version(value: bool) -> None:

@@ -8,7 +8,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 GRACE = 0.7
@@ -58,6 +59,23 @@ _usual: Callable[[int, FrameType | None], object] = signal.default_int_handler
 def _end(number: int, _: object) -> None:
     """End as an exception does: what is being written is removed."""
     raise SystemExit(SIGNALLED + number)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the process with a block that a signal ended.
+
+    By itself Python would wait for its threads, and take down torch with care, for seconds.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > SIGNALLED:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(end.code)
+        raise
 
 
 class _Told:
