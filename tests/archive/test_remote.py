@@ -1,10 +1,13 @@
 """Archives behind a URL: the index is read, and the bytes of what is asked for, in few requests."""
 
 import copy
+import os
 import pickle
 import re
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -317,3 +320,26 @@ def test_without_the_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.delitem(registry._registry, name, raising=False)
     with pytest.raises(ArchiveError, match=r"install dither\[remote\]"):
         dither.open("https://example.invalid/m.dither")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="systems that fork")
+def test_a_forked_process_connects_for_itself(server: Server, data: bytes) -> None:
+    expected = Archive.from_bytes(data)["layer8.weight"]
+    with dither.open(server.url) as archive:
+        child = os.fork()
+        if not child:
+            try:
+                os._exit(0 if same_bits(archive["layer8.weight"], expected) else 1)
+            finally:
+                os._exit(2)
+        deadline = time.monotonic() + 30
+        found, status = 0, 0
+        while not found and time.monotonic() < deadline:
+            found, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+        if not found:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert (found, status) == (child, 0)
+        assert same_bits(archive["layer8.weight"], expected)
