@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import describe
 from dither.calibrate import Layerwise
+from dither.calibrate.lockstep import MOST_KEPT
 from dither.encoders import Nearest
 from dither.formats import Affine
 
@@ -53,9 +54,9 @@ def enhancer(blocks: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(BINS, WIDTH, 1), *made, nn.Conv1d(WIDTH, BINS, 1)).eval()
 
 
-def seconds(model: nn.Module, clips: list[Tensor], **how: int) -> tuple[float, int]:
+def seconds(model: nn.Module, clips: list[Tensor], kept: int = MOST_KEPT) -> tuple[float, int]:
     """Processor seconds of a walk in which each weight is rounded, and how many groups it has."""
-    layers = Layerwise(model, clips, **how)
+    layers = Layerwise(model, clips, most_kept=kept)
     begun = time.process_time()
     with layers.walk(layers.order.names, biases=True) as walk:
         for layer in walk:
@@ -90,7 +91,7 @@ def main() -> None:
     for depth in DEPTHS:
         model = enhancer(depth)
         waiting, groups = seconds(model, clips)
-        again = seconds(model, clips, most_kept=0)[0] if depth < DEPTHS[-1] else None
+        again = seconds(model, clips, 0)[0] if depth < DEPTHS[-1] else None
         rows.append({"layers": groups, "waiting": round(waiting, 2), "again": again})
         print(rows[-1], flush=True)
     logs = [(math.log(row["layers"]), math.log(row["waiting"])) for row in rows]

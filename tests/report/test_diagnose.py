@@ -297,7 +297,7 @@ def test_progress_begins_at_nothing_and_grows() -> None:
     )  # fmt: skip
     names = [name for name, _ in seen]
     assert names == [
-        "original", "weights", "activations", "both", "up.weight", "up.bias", "up@in"
+        "original", "weights", "activations", "both", "up.bias", "up.weight", "up@in"
     ]  # fmt: skip
     assert [share for _, share in seen] == [i / 7 for i in range(7)]
 

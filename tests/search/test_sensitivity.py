@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import dither
+from dither.model import collect
 from dither.search import Knowledge, data_free
+from dither.search.knowledge import Weights
 from dither.search.priors import prior_gram
 from dither.search.row_steps import FREQUENT
-from dither.search.sensitivity import SIZE_EXPONENT, VECTOR_PRECISION
+from dither.search.sensitivity import HEAD, SIZE_EXPONENT, VECTOR_PRECISION, heads_of
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -195,3 +197,38 @@ def test_matrices_bend_together_before_one_is_given_up() -> None:
     assert shares == sorted(shares)
     assert shares[1] > 1.4 * shares[0]
     assert shares[-1] > 0.5
+
+
+def words(*, tied: bool, rows: int = 2048) -> dict[str, Tensor]:
+    table = normal(rows, 16, seed=7)
+    head = table if tied else normal(rows, 16, seed=8)
+    blocks = {f"blocks.{n}.weight": normal(128, 128, seed=n) for n in range(4)}
+    return {"embed.weight": table, **blocks, "out.weight": head}
+
+
+@pytest.mark.parametrize(
+    ("state", "heads"),
+    [
+        (words(tied=True), {"embed.weight"}),
+        (words(tied=False), {"out.weight"}),
+        (words(tied=True, rows=512), set()),  # no vocabulary
+        ({k: v for k, v in words(tied=False).items() if k != "out.weight"}, set()),
+        ({**words(tied=False), "out.weight": normal(4096, 16)}, set()),  # of other tokens
+    ],
+)
+def test_output_layers_over_a_vocabulary_are_found(
+    state: dict[str, Tensor], heads: set[str]
+) -> None:
+    tensors = collect(state)
+    assert heads_of(tensors.values, tensors.aliases) == heads
+    weights = Weights(tensors.values, tensors.stacks, heads=frozenset(heads))
+    plain, found = data_free(dict(tensors.values)), data_free(weights)
+    ratios = {n: found[n].sensitivity / plain[n].sensitivity for n in plain}
+    assert ratios == {n: pytest.approx(HEAD if n in heads else 1.0) for n in plain}
+
+
+def test_a_tied_table_gets_more_of_the_bytes() -> None:
+    state = words(tied=True)
+    alone = {name: value for name, value in state.items() if name != "out.weight"}
+    tied, plain = (dither.compress(s, 12_000) for s in (state, alone))
+    assert tied.entries["embed.weight"].nbytes > 1.2 * plain.entries["embed.weight"].nbytes

@@ -15,6 +15,7 @@ from dither.search.forecast import Forecast
 from dither.search.greedy import Greedy
 from dither.search.knowledge import Sensitivity, Weights
 from dither.search.ledger import Ledger
+from dither.search.sensitivity import heads_of
 from dither.team import ALONE, Team
 
 
@@ -47,7 +48,8 @@ class Job:
         """
         values = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
         report("reading weights", 0.0)
-        weights = Weights(values, tensors.stacks, self.coder.release, self.coder.facts)
+        heads = heads_of(values, tensors.aliases)
+        weights = Weights(values, tensors.stacks, self.coder.release, self.coder.facts, heads)
         found = (sensitivity or self.sensitivity)(weights)
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")

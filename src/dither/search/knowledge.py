@@ -25,6 +25,7 @@ class Weights(dict[str, Tensor]):
 
     Attributes:
         stacks: their names, see :func:`~dither.model.stacks_of`.
+        heads: names of output layers, see :func:`~dither.search.sensitivity.heads_of`.
         facts: of a tensor, as :func:`~dither.search.sensitivity.facts_of` finds them, where some
             may be known from before.
     """
@@ -35,10 +36,11 @@ class Weights(dict[str, Tensor]):
         stacks: frozenset[str] | None = None,
         release: Callable[[], None] = keep_all,
         facts: Callable[[Tensor], tuple[bool, float]] | None = None,
+        heads: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(values)
         self.stacks = stacks_of(values, values) if stacks is None else stacks
-        self.facts, self._release = facts, release
+        self.facts, self._release, self.heads = facts, release, heads
 
     def each(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors; memory of files that hold them is given back after each."""

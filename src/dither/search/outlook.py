@@ -19,7 +19,7 @@ from dither.search.forecast import Forecast
 from dither.search.knowledge import Choice, Knowledge, Sensitivity, Weights
 from dither.search.ledger import Ledger
 from dither.search.predict import can_quantize, noise_of, why_exact
-from dither.search.sensitivity import data_free
+from dither.search.sensitivity import data_free, heads_of
 from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
 
@@ -125,7 +125,9 @@ def plan(
         raise BudgetError(f"no sizes are given; write for example {list(SIZES)}")
     start = time.perf_counter()
     values_here = {name: on_cpu(value)[0] for name, value in tensors.values.items()}
-    found = sensitivity(Weights(values_here, tensors.stacks))
+    found = sensitivity(
+        Weights(values_here, tensors.stacks, heads=heads_of(values_here, tensors.aliases))
+    )
     known = {name: found[name] for name in tensors.values}
     with hooked(progress):
         forecast = Forecast(known)
