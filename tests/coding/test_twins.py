@@ -87,6 +87,24 @@ def test_codes(twins: str, drawn: tuple[Codes, int]) -> None:
     assert np.array_equal(found, codes)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alphabet", [2, 300])
+def test_long_streams_are_decoded_in_several_calls(
+    twins: str, alphabet: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if twins == "interpreted":
+        pytest.skip("slow without numba")
+    monkeypatch.setattr(lanes_twin, "_CALL", 4096)
+    for shape in ((45_000,), (230, 200)):
+        codes = sample(kind, shape, alphabet, 0)
+        codec, payload = same(partial(encode_codes, codes, alphabet), twins)
+        assert np.array_equal(
+            same(partial(decode_codes, codec, payload, shape, alphabet), twins), codes
+        )
+        for cut in (payload[:-2], payload[: len(payload) // 2]):
+            same(partial(decode_codes, codec, cut, shape, alphabet), twins)
+
+
 @pytest.mark.parametrize("alphabet", [2, 16, 256, 257, 4097, 60_000, 1 << 24])
 @pytest.mark.parametrize("shape", [(45_000,), (230, 200)])
 def test_lanes(twins: str, shape: tuple[int, ...], alphabet: int) -> None:

@@ -53,7 +53,7 @@ def decode_loop(
     Words are read without a look at their number only in turns for which enough are left.
     """
     lanes, mask, shift, wide = len(state), U32((1 << precision) - 1), U32(precision), U64(precision)
-    at, count = U64(0), U64(len(words) // 2)
+    at, count = U64(0), U64(len(words) // 2)  # both, as numba makes floats of mixed types
     for begin in range(0, len(out), lanes):
         row = out[begin : begin + lanes]
         if at + U64(lanes) > count:
@@ -67,7 +67,7 @@ def decode_loop(
                 new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
                 if new < U32(65536):
                     if at >= count:
-                        return int(count) + 1
+                        return int(count + U64(1))
                     word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
                     new = U32(U32(new << U32(16)) | word)
                     at += U64(1)
@@ -128,7 +128,7 @@ def steered_loop(
         new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
         if new < U32(65536):
             if at >= count:
-                return int(count) + 1
+                return int(count + U64(1))
             word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
             new = U32(U32(new << U32(16)) | word)
             at += U64(1)
