@@ -35,7 +35,9 @@ class SparseFactors(BySettings):
     then the same with values on their grids. A sweep that would raise the objective is taken back.
     Without a grid and with all of ``Z`` it is the truncated singular value decomposition.
 
-    The zeros need no mask: they are codes, and cost what their frequency says.
+    The zeros need no mask: they are codes, and cost what their frequency says. Factors that lie so
+    close to others that a file could not tell them apart are replaced by ``Factors()``, which takes
+    more bytes.
 
     Attributes:
         rank: of the product; of smaller matrices as many as rows or columns.
@@ -94,7 +96,11 @@ class SparseFactors(BySettings):
         encoded = grid.encoded(held.left, held.right, tuple(weight.shape), weight.dtype, scale)
         if grid.comes_back(encoded):
             return encoded
-        return grid.assign(weight, {"right": held.right, "scale": scale})
+        nearest = grid.assign(weight, {"right": held.right, "scale": scale})
+        errors = [
+            (e.decode().double() - weight.double()).square().sum() for e in (encoded, nearest)
+        ]
+        return nearest if errors[1] <= 2 * errors[0] else grid.encode(weight)
 
     def objectives(self, weight: Tensor, stats: Stats | None = None) -> list[tuple[bool, float]]:
         """Whether values were on their grids, and the objective, after each sweep."""
