@@ -12,7 +12,17 @@ from dither.formats import FORMATS
 from dither.train.method import METHODS
 
 ROOT = Path(__file__).parents[1]
-INTERNAL = {"__init__", "__main__", "cli", "coding", "demo", "model", "terminal", "compiled"}
+INTERNAL = {
+    "__init__",
+    "__main__",
+    "cli",
+    "coding",
+    "demo",
+    "model",
+    "terminal",
+    "compiled",
+    "threads",
+}
 """Rooms that users do not import from."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -243,7 +244,8 @@ def test_the_picture_shows_what_all_rows_have(key: str, tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     rows.append({**vars(cell(method="data")), "error": "none"})
-    draw_sweep(rows, tmp_path / "plot.svg")
+    with mpl.rc_context({"svg.fonttype": "path"}):  # beside which texts are comments
+        draw_sweep(rows, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
     shown = [found for found in ("score", "distance", "bits for") if f"<!-- {found}" in text]
     assert shown == [key]

@@ -154,7 +154,12 @@ def test_a_folder_goes_to_a_hub_and_comes_back(
             text=True,
             check=False,
             timeout=120,
-            env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(place / kind)},
+            env={
+                **os.environ,
+                "HF_ENDPOINT": address,
+                "HF_HOME": str(place / kind),
+                "HF_HUB_OFFLINE": "0",  # the hub is here
+            },
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.splitlines()

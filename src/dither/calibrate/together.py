@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def _costs(model: nn.Module) -> dict[str, float]:
     """What moments of each parameter cost, about: by the square of its inputs."""
     places = dict(model.named_parameters())
     return {
-        name: float(places[name][0].numel() ** 2) if places[name].ndim > 1 else 1.0
+        name: float(prod(places[name].shape[1:]) ** 2)  # of an empty one, too
         for name in parameters_of(model).values()
     }
 
