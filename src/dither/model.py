@@ -31,7 +31,8 @@ SHADOW_OF = "_dither_base"
 """Where the class of a module in training keeps the module's own."""
 
 
-_TABLE_NAMES = ("emb", "wte", "shared.weight", "token")
+TABLE_NAMES = ("emb", "wte", "shared.weight", "vocab", "token")
+"""Parts of the names of token tables."""
 
 
 _LEAST_SIDE = 8
@@ -129,7 +130,7 @@ def by_number(name: str) -> list[tuple[int, str]]:
 
 def _as_first(name: str) -> tuple[bool, list[tuple[int, str]]]:
     """The key that puts names of tables before those of the heads that are tied to them."""
-    return not any(part in name.lower() for part in _TABLE_NAMES), by_number(name)
+    return not any(part in name.lower() for part in TABLE_NAMES), by_number(name)
 
 
 def stacks_of(

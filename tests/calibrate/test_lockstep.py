@@ -167,7 +167,7 @@ class Made:
 
 
 def walked(
-    model: nn.Module, data: list[Any], *, biases: bool, **how: Any
+    model: nn.Module, data: list[Any] | Data, *, biases: bool, **how: Any
 ) -> tuple[Made, Layerwise]:
     layers, made = Layerwise(model, data, **how), Made()
     names = layers.order.names
@@ -206,6 +206,20 @@ def test_equals_passes_from_the_beginning(case: str, biases: bool) -> None:
 
 def test_a_model_that_draws_numbers_does_not_wait() -> None:
     assert not Layerwise(Noisy(), vectors()).waiting
+
+
+def test_a_model_that_runs_in_its_own_thread_alone_does_not_wait() -> None:
+    home = threading.get_ident()
+
+    def forward(model: nn.Module, batch: Tensor) -> object:
+        if threading.get_ident() != home:
+            raise RuntimeError("settings of another thread")
+        return model(batch)
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    found, layers = walked(model, Data(vectors(), forward), biases=False)
+    assert not layers.waiting
+    assert_equal(found, walked(model, vectors(), biases=False)[0])
 
 
 def test_each_layer_runs_once_for_each_batch() -> None:

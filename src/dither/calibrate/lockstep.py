@@ -161,7 +161,6 @@ class Lockstep:
 
     def __init__(self, model: nn.Module, data: Data, names: Collection[str], most: int) -> None:
         self._model, self._data, self._most = model, data, most
-        self._names = set(names)
         self._stack = ExitStack()
         self.watch = Stops(model, names)
         self._passes: list[Pass | None] = []
@@ -235,12 +234,15 @@ def _nbytes(value: object) -> int:
 def can_wait(model: nn.Module, data: Data, names: Collection[str]) -> bool:
     """Whether passes of two batches, in turns, give what they give one after another.
 
-    They do not where a model keeps something of a batch in itself from one layer to the next, or
-    draws random numbers.
+    They do not where a model keeps something of a batch in itself from one layer to the next, draws
+    random numbers, or does not run in another thread.
     """
     pair = data.first(2)
     with Lockstep(model, pair, names, MOST_KEPT) as steps, torch.no_grad():
-        outputs = steps.finish()
+        try:
+            outputs = steps.finish()
+        except Exception:  # noqa: BLE001 - what is wrong in any thread is raised by what comes
+            return False
         wanted = [data.forward(model, batch) for batch in pair]
         return _equal(outputs, wanted)
 

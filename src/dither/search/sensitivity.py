@@ -17,6 +17,7 @@ from torch import Tensor
 from dither.core import SpecError
 from dither.encoders.coded_grid import in_steps
 from dither.encoders.rotated import principal_axes
+from dither.model import TABLE_NAMES
 from dither.search.knowledge import Knowledge, Sensitivity, Weights
 from dither.search.predict import BASIS_BITS, can_quantize, is_finite
 from dither.search.priors import prior_gram
@@ -57,8 +58,7 @@ HEAD = 12.0
 Found on SmolLM2-135M and a small model of words: see the lab.
 """
 
-_TABLE_NAMES = ("emb", "wte", "shared.weight", "vocab", "token")
-_TOKEN_NAMES = (*_TABLE_NAMES, "lm_head")
+_TOKEN_NAMES = (*TABLE_NAMES, "lm_head")
 _TOKEN_ROWS = 2048
 _ROWS_PER_COLUMN = 4
 
@@ -130,7 +130,7 @@ def heads_of(values: Mapping[str, Tensor], aliases: Mapping[str, str]) -> frozen
         if name in names:
             names[name].append(alias)
     by_name = {
-        name: [any(part in own.lower() for part in _TABLE_NAMES) for own in all_names]
+        name: [any(part in own.lower() for part in TABLE_NAMES) for own in all_names]
         for name, all_names in names.items()
     }
     rows = {len(values[name]) for name, found in by_name.items() if any(found)}

@@ -213,20 +213,14 @@ class Together:
     def __call__(self, run: Attached, step: int) -> None:
         if step % self.refresh and run.progress < 1:
             return
-        found = [(s, plain(weight).float()) for _, s, weight in run.weights() if _is_masked(s)]
+        found = [(s, plain(w).float()) for _, s, w in run.weights() if isinstance(s, Masked)]
         if not found:
             raise SpecError("Together ranks pruned weights, and the plan has none; use Pruned(...)")
         with torch.no_grad():
             marks = [
                 (value if surrogate.spec.regrow else value * surrogate.mask).abs().flatten().cpu()
                 for surrogate, value in found
-                if isinstance(surrogate, Masked)
             ]
             kept = _largest(torch.cat(marks), self.sparsity.at(run.progress))
         for (surrogate, _), part in zip(found, kept.split([len(m) for m in marks]), strict=True):
-            assert isinstance(surrogate, Masked)  # noqa: S101 - as found
             surrogate.share = 1 - float(part.float().mean())
-
-
-def _is_masked(surrogate: Surrogate) -> bool:
-    return isinstance(surrogate, Masked)
