@@ -15,6 +15,9 @@ from typing import Any
 
 from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, Run
 
+TRAINED = ("dither-train", "parq", "diffq")
+"""Methods that train."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -107,14 +110,25 @@ def _row(run: Run, values: Mapping[str, Any], head: Mapping[str, Any], **more: A
     facts["nbytes"] = values.get("nbytes", values.get("bytes"))
     facts["error"] = values.get("error", "")
     facts["commit"] = values.get("commit", head.get("commit", ""))
+    facts["remark"] = _on_training(run, values)
     return Row(run, **facts | more)
+
+
+def _on_training(run: Run, values: Mapping[str, Any]) -> str:
+    """What is to be said of a training that goes on from a model that was trained here."""
+    trains = run.method in TRAINED or run.setting.startswith("ipq-quant-noise")
+    if run.task not in ORDERING or run.method == "dither-noise" or not trains:
+        return ""
+    if "unseen" not in values:
+        return "trained on batches that the model had been trained on: to be measured again"
+    return f"fp32 after the same steps: {values['control']:.2f}" if "control" in values else ""
 
 
 def _of_peer(run: Run, values: Mapping[str, Any], head: Mapping[str, Any]) -> Row:
     own, packed = values.get("nbytes"), values.get("nbytes_zstd")
-    remark = ""
+    remark = _on_training(run, values)
     if own is not None and packed is not None and packed < own:
-        remark = f"zstd -19; {own:,} bytes as written"
+        remark = "; ".join(filter(None, [f"zstd -19; {own:,} bytes as written", remark]))
         own = packed
     version = str(values.get("version", ""))
     more = {"nbytes": own, "commit": version, "remark": remark, "torch": values.get("torch", "")}

@@ -308,6 +308,18 @@ def test_the_smaller_count_of_a_peer_is_taken(tmp_path: Path) -> None:
     assert found.remark == "zstd -19; 100 bytes as written"
 
 
+@pytest.mark.parametrize("method", ["dither-train", "parq"])
+def test_rows_say_what_was_trained_on(tmp_path: Path, method: str) -> None:
+    said: list[dict[str, Any]] = [{}, {"unseen": True}, {"unseen": True, "control": 208.1234}]
+    for seed, more in enumerate(said):
+        run = Run("lm_ptb", method, "290000", seed)
+        printed = json.dumps(more | {"nbytes": 9, "score": 5.0})
+        runner.write(result_path(tmp_path, run), outcome(run, Ended(0, printed, "", 1, 1), 60))
+    remarks = [row.remark for row in read([tmp_path])]
+    assert "had been trained on" in remarks[0]
+    assert remarks[1:] == ["", "fp32 after the same steps: 208.12"]
+
+
 def test_rows_of_programs_of_their_own_are_read(tmp_path: Path) -> None:
     head = {"commit": "abc", "machine": "M", "torch": "2"}
     free = {"task": "minilm_stsb", "budget": 10, "nbytes": 9, "score": 80.0, "nncodec": 79.0}
@@ -414,6 +426,7 @@ def test_a_model_without_a_checkpoint_is_trained_once_and_then_to_a_budget(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     built: list[Tied] = []
+    drawn: list[int] = []
 
     def build() -> Tied:
         built.append(Tied())
@@ -422,6 +435,7 @@ def test_a_model_without_a_checkpoint_is_trained_once_and_then_to_a_budget(
         return built[-1]
 
     def batches(seed: int) -> Iterator[Tensor]:
+        drawn.append(seed)
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield torch.randint(0, 50, (8,), generator=generator)
@@ -444,6 +458,10 @@ def test_a_model_without_a_checkpoint_is_trained_once_and_then_to_a_budget(
     path, figures = measure.fine_tune(run, tmp_path)
     assert path.stat().st_size <= 1200
     assert figures["length"] == 40
+    assert len(drawn) == 4, drawn  # the model's training in two stages, ours, the control's
+    assert not set(drawn[:2]) & set(drawn[2:]), "batches that trained the model are replayed"
+    assert drawn[2] == drawn[3]
+    assert figures["control"] <= score(first), "fp32 after the same steps"
     untrained = score(build())
     assert score(built[0]) < 0.9 * untrained
     assert measure.score(run, path, tmp_path) < 0.9 * untrained

@@ -205,7 +205,7 @@ def version_of(distribution: str) -> str:
 def measure(peer: Peer, setting: str, task: Task, split: str, folder: Path) -> dict[str, Any]:
     """Run one setting and return its row; what the peer raises becomes the row's ``error``."""
     row: dict[str, Any] = {"peer": peer.name, "version": peer.version, "setting": setting}
-    row |= {"task": task.name, "split": split}
+    row |= {"task": task.name, "split": split, "unseen": True}
     try:
         if folder.exists():
             shutil.rmtree(folder)

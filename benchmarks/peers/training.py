@@ -1,6 +1,7 @@
 """How peers that train do so: from the same weights as ours, on the same batches, for as long.
 
-On the tasks whose model is trained here, that is what ``benchmarks.measure`` does, with its labels:
+On the tasks whose model is trained here, that is what ``benchmarks.measure`` does, with its labels
+and on batches that the model has not seen:
 a learning rate that falls along half a cosine, here after a short rise. ResNet-20 is trained with
 labels, for two epochs, as the DiffQ package is (``diffq_peer.py``); ours has three, without labels.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.contract import Task
+from benchmarks.tasks import unseen
 
 TASKS = ("resnet20_cifar10", "minilm_sst2", "lm_ptb")
 """Tasks that have labels to train on."""
@@ -42,7 +44,7 @@ def course(task: Task) -> tuple[Iterator[Any], Loss, int, float]:
     if task.name == "resnet20_cifar10":
         return _resnet(task.seed)
     module = importlib.import_module(f"benchmarks.tasks.{task.name}")
-    batches = module.batches(module.ROWS, 1000 * task.seed + 1)
+    batches = module.batches(module.ROWS, unseen(task.seed))
     return batches, module.loss_of, module.STEPS, module.RATE
 
 
