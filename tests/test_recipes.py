@@ -173,7 +173,7 @@ def test_blocks_are_the_papers() -> None:
     assert "1.weight" not in vision  # a vector
     large = ipq.plan(network(), blocks="large")
     assert "0.weight" not in large.rules
-    assert large.rules["3.weight"].format.block == 8  # type: ignore[union-attr]
+    assert large.rules["3.weight"].format.block == 4  # type: ignore[union-attr]
 
 
 def test_iterative_product_quantization_goes_group_by_group() -> None:

@@ -129,7 +129,7 @@ def surrogate(run: Run) -> LearnedStep:
 
 def test_counting_changes_nothing() -> None:
     finals = []
-    for schedules in ([], [CountOscillations()]):
+    for schedules in ([], [CountOscillations(0.01)]):
         run, optimizer = begin(60, schedules=schedules)
         train(run, optimizer, 60)
         finals.append(run.parameter("layer.weight").detach())

@@ -10,8 +10,10 @@ on WikiText-103 (Table 1) and MNLI 83.6 in 38 MiB (Table 2).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dither.core import SpecError
@@ -20,7 +22,7 @@ from dither.formats import Product
 from dither.recipes.model_layers import Layer, layers, plan_of
 from dither.recipes.quant_noise import block, product
 from dither.recipes.recipe import Recipe
-from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
+from dither.train.ipq import IterativePQ, ProductCodes, StillNorms, published_nbytes
 from dither.train.plan import Plan
 from dither.train.quant_noise import QuantNoise
 
@@ -29,7 +31,12 @@ STEPS = {"language model": 13_500, "roberta": 3 * 2_036}
 
 
 def plan(
-    model: nn.Module, *, p: float = 0.0, blocks: str = "quant-noise", lr: float = 1e-3
+    model: nn.Module,
+    *,
+    p: float = 0.0,
+    blocks: str = "quant-noise",
+    lr: float = 1e-3,
+    dtype: torch.dtype = torch.float16,
 ) -> Plan:
     """Codebooks with learned centroids for all matrices and kernels.
 
@@ -37,9 +44,12 @@ def plan(
         model: any module.
         p: train with Quant-Noise until a layer is placed: this share of its blocks is dropped.
         blocks: ``"quant-noise"``: as in :func:`dither.recipes.quant_noise.block`; ``"small"`` or
-            ``"large"``: Stock et al.'s for ResNets, 9 or 18 for 3x3, 4 or 8 for 1x1, 4 for the
-            classifier, whose codebook has 1,024 centroids; the first layer stays as it is.
+            ``"large"``: Stock et al.'s for ResNets: 9 or 18 for 3x3, 4 for the classifier, whose
+            codebook has 2,048 centroids, and 4 for 1x1. Where most kernels are 1x1, as in
+            ResNet-50, the classifier has 1,024 and large blocks of 1x1 are 8. The first layer stays
+            as it is.
         lr: learning rate of the centroids, for Adam.
+        dtype: of the centroids; ``torch.int8`` as in Fan, Stock et al., table 1, last row.
 
     Raises:
         SpecError: unknown blocks.
@@ -47,15 +57,19 @@ def plan(
     if blocks not in {"quant-noise", "small", "large"}:
         raise SpecError(f"blocks are quant-noise, small or large, not {blocks!r}")
     first, last = layers(model)[0].name, layers(model)[-1].name
+    kernels = [layer.kernel == 1 for layer in layers(model) if layer.weight.ndim > 2]
+    is_deep = 2 * sum(kernels) > len(kernels)
 
     def choose(layer: Layer) -> ProductCodes | None:
         fmt = product(layer)
         if blocks != "quant-noise":
             if layer.name == first:
                 return None
-            fmt = product(layer, _resnet_block(layer, blocks), 1024 if layer.name == last else 256)
+            points = 256 if layer.name != last else 1024 if is_deep else 2048
+            fmt = product(layer, _resnet_block(layer, blocks, is_deep=is_deep), points)
         if fmt is None:
             return None
+        fmt = replace(fmt, dtype=dtype)
         return ProductCodes(fmt, QuantNoise(fmt, p, kind="proxy") if p else None, lr=lr)
 
     return plan_of(model, choose)
@@ -68,11 +82,15 @@ def recipe(
     start: int = 0,
     p: float = 0.0,
     stages: str | Sequence[str | Sequence[str]] = "transformer",
-    blocks: str | None = None,
+    blocks: str | Plan | None = None,
     data: Data | Iterable[Any] | None = None,
     lr: float = 1e-3,
 ) -> Recipe:
     """The :func:`plan`, and what places group after group.
+
+    With ``stages="layers"``, layers are placed in the first half of the steps, while batch norms
+    stand still; in the second half all centroids and the norms train (Stock et al.: ResNet-18 has
+    50,000 and 90,000).
 
     Fan, Stock et al. make a new optimizer for each group; Adam's averages of centroids begin when
     these are placed, which serves the same end.
@@ -85,7 +103,7 @@ def recipe(
         stages: ``"transformer"``, or ``"layers"`` as in Stock et al., or anything that
             :class:`~dither.train.IterativePQ` takes.
         blocks: see :func:`plan`; by default ``"small"`` for stages by layers, and else
-            ``"quant-noise"``.
+            ``"quant-noise"``. Or a plan, for which ``p`` and ``lr`` do not count.
         data: batches for the error of the outputs; without, that of the weights is minimised.
         lr: learning rate of the centroids, for Adam.
 
@@ -95,11 +113,15 @@ def recipe(
     if not 0 <= start < steps:
         raise SpecError(f"start={start} leaves no step of {steps} for placing layers")
     usual = "small" if stages == "layers" else "quant-noise"
-    rules = plan(model, p=p, blocks=blocks or usual, lr=lr)
+    rules = blocks or usual
+    if isinstance(rules, str):
+        rules = plan(model, p=p, blocks=rules, lr=lr)
     placed = [name for name, spec in rules.resolve(model).items() if isinstance(spec, ProductCodes)]
     groups = len(IterativePQ(1, stages).groups(placed))
-    schedule = IterativePQ(max(1, (steps - start) // groups), stages, start, data)
-    return Recipe(rules, schedules=(schedule,), steps=steps)
+    parts = 2 * groups if stages == "layers" else groups
+    schedule = IterativePQ(max(1, (steps - start) // parts), stages, start, data)
+    still = (StillNorms(schedule.last(placed)),) if stages == "layers" else ()
+    return Recipe(rules, schedules=(schedule, *still), steps=steps)
 
 
 def size_mib(model: nn.Module, rules: Plan) -> float:
@@ -118,8 +140,8 @@ def size_mib(model: nn.Module, rules: Plan) -> float:
     return published_nbytes(quantized, rest) / 2**20
 
 
-def _resnet_block(layer: Layer, blocks: str) -> int:
+def _resnet_block(layer: Layer, blocks: str, *, is_deep: bool) -> int:
     if layer.kernel > 1:
         return layer.kernel * (2 if blocks == "large" else 1)
     is_pointwise = layer.weight.ndim > 2
-    return 8 if is_pointwise and blocks == "large" else min(4, block(layer))
+    return 8 if is_pointwise and is_deep and blocks == "large" else min(4, block(layer))

@@ -30,6 +30,8 @@ def recipe(
     p: float | Ramp | None = None,
     ranges: str = "channel",
     kind: str = "proxy",
+    axis: int = 0,
+    refresh: int | None = None,
 ) -> Recipe:
     """All matrices and kernels; biases and norms stay as they are, as in the paper.
 
@@ -43,6 +45,10 @@ def recipe(
             for each output), ``"histogram"`` (per tensor, clipped for the least squared error).
         kind: of ``"pq"``: ``"proxy"`` drops blocks, which Table 5 finds as good as the exact
             ``"quantizer"``.
+        axis: of ranges by channel: outputs, or 1 for inputs, as in the published code.
+        refresh: steps after which ranges or centroids are chosen anew; the published code reads
+            ranges every 1,000 steps, here by default every step. Weights that are not noised are
+            not clamped to the last ranges, as they are there.
 
     Raises:
         SpecError: an unknown scheme or range.
@@ -56,9 +62,9 @@ def recipe(
 
     def choose(layer: Layer) -> QuantNoise | None:
         if scheme != "pq":
-            return _integers(int(scheme[3:]), share, ranges)
+            return _integers(int(scheme[3:]), share, ranges, axis, refresh)
         fmt = product(layer)
-        return None if fmt is None else QuantNoise(fmt, share, kind=kind)
+        return None if fmt is None else QuantNoise(fmt, share, kind=kind, refresh=refresh)
 
     return Recipe(plan_of(model, choose))
 
@@ -84,8 +90,11 @@ def product(layer: Layer, size: int | None = None, points: int = 256) -> Product
     return None if most < 2 else Product(fmt.block, min(points, most))
 
 
-def _integers(bits: int, p: float | Ramp, ranges: str) -> QuantNoise:
+def _integers(
+    bits: int, p: float | Ramp, ranges: str, axis: int, refresh: int | None
+) -> QuantNoise:
     fmt: Format = Affine(bits, grid="asymmetric")
     if ranges == "channel":
-        fmt = Affine(bits, axis=0)
-    return QuantNoise(fmt, p, ranges="mse" if ranges == "histogram" else "minmax")
+        fmt = Affine(bits, axis=axis)
+    kind = "mse" if ranges == "histogram" else "minmax"
+    return QuantNoise(fmt, p, ranges=kind, refresh=refresh)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dither.core import Codes, Encoded, SpecError, Stats, code_width
 from dither.data import Data
@@ -294,10 +295,37 @@ class IterativePQ:
         numbers = sorted(set(stage_of.values()))
         return [[name for name in names if stage_of[name] == number] for number in numbers]
 
+    def last(self, names: Sequence[str]) -> int:
+        """The step after which the last group is placed and had its own steps.
+
+        Args:
+            names: of all weights with ProductCodes.
+        """
+        return self.start + len(self.groups(names)) * self.every
+
     def _metrics(self, run: Attached, due: Mapping[str, LearnedCentroids]) -> dict[str, Tensor]:
         data = Data.of(self.data or ()).first(self.batches)
         blocks = {name: surrogate.spec.format.block for name, surrogate in due.items()}
         return input_metrics(run.model, run.surrogates, blocks, data)
+
+
+@dataclass(frozen=True)
+class StillNorms:
+    """A schedule: batch norms stand still until a step, as while Stock et al. place layers.
+
+    They normalise as in evaluation until then, and as their model does afterwards. If
+    ``model.train()`` is called in between, they move for one step.
+
+    Attributes:
+        until: optimizer steps.
+    """
+
+    until: int
+
+    def __call__(self, run: Attached, step: int) -> None:
+        for module in run.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = run.model.training and step >= self.until
 
 
 def _surrogate(run: Attached, name: str) -> LearnedCentroids:

@@ -22,6 +22,10 @@ from dither.train.surrogate import Surrogate, gathered, plain, whole
 FREEZING = Ramp(0.1, 0.011, begin=0.25, shape="cosine")
 """The paper's threshold at 3 bits; at 4 bits it ends at 0.01."""
 
+MOMENTUM = 0.001
+"""Of the counts, as in the published command line; the published class has 0.01 by default, which
+is as large as the last thresholds: a weight that turned every 200 steps would be frozen."""
+
 DAMPENING = Ramp(0.0, 0.1, begin=0.25, shape="cosine")
 """The paper's factor at 3 and 4 bits."""
 
@@ -151,11 +155,11 @@ class CountOscillations:
     """A schedule that counts and changes nothing; read with :func:`oscillating`.
 
     Attributes:
-        momentum: share of the newest step in the moving averages. A frequency is known well from
-            two or three times this value on.
+        momentum: share of the newest step in the moving averages, by default that of the published
+            command line. A frequency is known well from two or three times this value on.
     """
 
-    momentum: float = 0.01
+    momentum: float = MOMENTUM
 
     def __post_init__(self) -> None:
         _check_momentum(self.momentum)
@@ -176,12 +180,13 @@ class FreezeOscillations:
         threshold: oscillations per step above which an integer is fixed. Of a ramp, nothing is
             fixed before it begins.
         momentum: share of the newest step in the moving averages; at most a half to a third of
-            the threshold.
+            the threshold: with more, two changes of direction would do. A run of a few hundred
+            steps needs a larger one, and a higher threshold.
         max_bits: weights of more bits are left alone, and grids without ends too; None for all.
     """
 
     threshold: float | Ramp = FREEZING
-    momentum: float = 0.01
+    momentum: float = MOMENTUM
     max_bits: int | None = 4
 
     def __post_init__(self) -> None:
