@@ -62,6 +62,11 @@ def alone() -> Iterator[None]:
         _current.reset(token)
 
 
+def is_alone() -> bool:
+    """Whether that is so, here."""
+    return _current.get() is ALONE
+
+
 class Team:
     """The processes of a group; or a process alone, for which everything below is free.
 

@@ -26,6 +26,16 @@ def test_ddp_and_fsdp2_equal_one_process(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for way in ("ddp", "fsdp"):
+        one, other = first.pop(("norms", way)), second.pop(("norms", way))
+        assert one["state"] == other["state"], way  # lambda and sizes, step for step
+        for files in ("plainly", "encoded"):
+            same = [same_bits(v, other[files][n]) for n, v in one[files].items()]
+            assert all(same), (way, files)
+        assert one["nbytes"] == other["nbytes"] <= 2200
+        shipped = load(tmp_path / f"{way}-norms.dither")
+        assert all(same_bits(v, shipped[n]) for n, v in other["encoded"].items()), way
+        assert all(same_bits(a, b) for a, b in zip(one["seen"], other["seen"], strict=True)), way
     for (way, kind, method), result in first.items():
         case, other = f"{way} {kind} {method}", second[way, kind, method]
         assert result["nbytes"] == other["nbytes"], case

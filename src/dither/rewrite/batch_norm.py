@@ -38,7 +38,14 @@ def absorbed(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         raise SpecError("absorbed() needs a batch norm with weight, bias and running statistics")
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     with torch.no_grad():
-        scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
+        scale = _whole(norm.weight).double() / (variance.double() + norm.eps).sqrt()
         weight = scale * (1 + norm.eps) ** 0.5
-        bias = norm.bias.double() - mean.double() * scale
+        bias = _whole(norm.bias).double() - mean.double() * scale
     return weight.to(norm.weight.dtype), bias.to(norm.bias.dtype)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter as buffers are, of which FSDP2 shards none."""
+    gather = getattr(parameter, "full_tensor", None)
+    found: Tensor = parameter if gather is None else gather()
+    return found

@@ -16,10 +16,8 @@ from dither.model import SHADOWS, weights_of
 from dither.rewrite import absorbed, norms
 from dither.search.size import fills
 from dither.train.method import AfterTraining
+from dither.train.ranks import STATISTICS, average
 from dither.train.surrogate import Surrogate, encode_now, plain, same_bits
-
-STATISTICS = ("running_mean", "running_var")
-"""What batch and instance norm call theirs."""
 
 _TRIES = 14
 _FARTHEST = 6.0
@@ -123,6 +121,7 @@ def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:
             samples = Data.of(data)
             for number, batch in enumerate(samples):
                 _show(model, samples, batch, number)
+            average(model)
     except BaseException:
         for norm, buffers in before.items():
             for buffer, value in zip(norm.buffers(), buffers, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.core import SpecError
-from dither.train.finish import STATISTICS
+from dither.train.ranks import STATISTICS
 from dither.train.shadow import is_shadowed
 
 

@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dither.activations import Quantizer, encodings_of, placed
+from dither.activations import Quantizer, placed
 from dither.activations import step as step_sites
-from dither.archive import Archive, code, pack, packed_nbytes, write
+from dither.archive import Archive, pack, write
 from dither.core import BudgetError, Encoded, SpecError
 from dither.data import Data, moved
-from dither.formats import Raw
 from dither.search.size import SLACK_NBYTES
 from dither.train.controller import Controller, looks_at, measures_at
-from dither.train.finish import first_changed, reestimate_batch_norm, trim_to, values_of
+from dither.train.file import File
 from dither.train.intact import Intact
 from dither.train.learned_extras import Extras
-from dither.train.method import AfterTraining, begin
+from dither.train.method import AfterTraining
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Spec
+from dither.train.ranks import take_first
 from dither.train.schedules import Schedule
 from dither.train.shadow import unshadow
-from dither.train.surrogate import Surrogate, encode_now, estimated_bits, plain, same_bits, whole
+from dither.train.surrogate import Surrogate, estimated_bits, plain, whole
 
 _ATTEMPTS = 3
 """To finish within the budget: batch norm's new statistics take other bytes than the old ones."""
@@ -74,14 +74,10 @@ class Run:
             if isinstance(quantizer, Quantizer)
         }
         self.extras = Extras({**self.surrogates, **learning})
-        self._buffers = dict(buffers)
+        self._held = File(model, self.surrogates, buffers, aliases)
         self._noise = noise
-        self._aliases = dict(aliases)
         self._bits: Tensor | None = None
         self._ratio, self._rest = 1.0, 0.0
-        self._finished: dict[str, Encoded] | None = None
-        self._sites: dict[str, Any] = {}
-        self._replaced: dict[str, Tensor] = {}
         self._draw()
 
     # --- while training --------------------------------------------------------------------------
@@ -119,10 +115,11 @@ class Run:
         Raises:
             SpecError: a weight is no longer finite, or no longer the one that was attached.
         """
-        self._unfinish()
+        self._file.undo()
         self.extras.step()
         step_sites(self.model)
         self.done += 1
+        take_first(self.model)
         self._intact.check(self.model, self.done)
         for schedule in self.schedules:
             schedule(self, self.done)
@@ -148,8 +145,7 @@ class Run:
     def measure(self) -> int:
         """Bytes that the file would take now: everything is encoded and coded."""
         trained = {name for name, _, _ in self.weights()}
-        coded = {name: code(encoded) for name, encoded in self.encode().items()}
-        nbytes = packed_nbytes(coded, self._aliases, sites=self.sites())
+        coded, nbytes = self._file.coded()
         bits = self.look()
         variable = sum(part.nbytes for name, part in coded.items() if name in trained)
         self._ratio = variable / (bits / 8) if bits else 1.0
@@ -173,9 +169,7 @@ class Run:
 
         After :meth:`finish`, the very objects that evaluation reads.
         """
-        if self._finished is not None:
-            return dict(self._finished)
-        return {name: self._encode(name, value) for name, value in self._values().items()}
+        return self._file.encoded()
 
     def finish(self, data: Data | Iterable[Any] | None = None, batches: int = 50) -> int:
         """Trim to the budget, fix what the file holds, and re-estimate batch norm.
@@ -197,17 +191,16 @@ class Run:
         """
         self._intact.check(self.model, self.done)
         samples = None if data is None else Data.of(data).first(batches).held()
-        self._unfinish()
+        self._file.undo()
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
         goal = math.inf if self.controller is None else self.controller.nbytes
         for attempt in range(_ATTEMPTS):
-            self._unfinish()
+            self._file.undo()
             if self.controller is not None:
-                self._trim(self.controller.nbytes - attempt * SLACK_NBYTES)
-            self._commit(samples)
-            nbytes = packed_nbytes(self.encode(), self._aliases, sites=self._sites)
+                self._file.trim(self.controller.nbytes - attempt * SLACK_NBYTES)
+            nbytes = self._file.fix(samples)
             if nbytes <= goal:
                 return nbytes
         raise BudgetError(
@@ -223,7 +216,8 @@ class Run:
         Raises:
             SpecError: the run is not finished.
         """
-        return pack(self._final(), self._aliases, sites=self._sites)
+        encoded, sites = self._file.final()
+        return pack(encoded, self._file.aliases, sites=sites)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> int:
         """Write the file, which holds exactly what evaluation computes with; returns its bytes.
@@ -231,11 +225,12 @@ class Run:
         Raises:
             SpecError: the run is not finished, or was trained on since.
         """
-        return write(path, self._final(), self._aliases, metadata, self._sites)
+        encoded, sites = self._file.final()
+        return write(path, encoded, self._file.aliases, metadata, sites)
 
     def sites(self) -> dict[str, Any]:
         """Encodings of activations as the file would hold them now, those that have a range."""
-        return encodings_of(self.model, is_partial=True).to_json()
+        return self._file.sites()
 
     def detach(self, *, commit: bool | None = None) -> nn.Module:
         """Give the model its plain classes back; ``dither.activations.remove`` does activations'.
@@ -246,7 +241,7 @@ class Run:
         Returns:
             The model.
         """
-        finished = self._finished is not None
+        finished = self._file.is_fixed
         if commit and not finished:
             raise SpecError("there is nothing to commit yet: call finish() before detach()")
         if any(hasattr(p, "full_tensor") for p in self.model.parameters()):
@@ -300,7 +295,8 @@ class Run:
             self.surrogates[name].load_aside(placed)
             self.surrogates[name].active = state["active"][name]
             self.surrogates[name].reset()
-        self._finished, self._bits = None, None
+        self._file.forget()
+        self._bits = None
         for schedule in self.schedules:
             schedule(self, self.done)
         self._draw()
@@ -310,6 +306,12 @@ class Run:
     def parameter(self, name: str) -> nn.Parameter:
         """The model's own parameter of a name."""
         return self.model.get_parameter(name)
+
+    @property
+    def _file(self) -> File:
+        """What the file holds: with a budget, batch norms take half."""
+        self._held.is_absorbing = self.controller is not None
+        return self._held
 
     def _steer(self, controller: Controller) -> None:
         """After a step: look at the size now and then, adjust lambda, and mend the error."""
@@ -323,15 +325,6 @@ class Run:
         for _, surrogate, _ in self.weights():
             surrogate.nudge(octaves)
 
-    def _trim(self, budget: int) -> None:
-        movable = {n: (s, self.parameter(n)) for n, s in self.surrogates.items() if s.can_trim}
-        fixed = {
-            name: code(self._encode(name, value))
-            for name, value in self._values().items()
-            if name not in movable
-        }
-        trim_to(budget, movable, fixed, self._aliases, self.sites())
-
     def _draw(self) -> None:
         with torch.no_grad():
             for name, surrogate, weight in self.weights():
@@ -339,61 +332,3 @@ class Run:
                 surrogate.progress = self.progress
                 with whole(surrogate, weight.device):
                     surrogate.draw(plain(weight), generator, self.done)
-
-    def _values(self) -> dict[str, Tensor]:
-        """Every tensor that the file holds, before it is encoded."""
-        absorbing = self.surrogates if self.controller else {}
-        return values_of(self.model, self._aliases, absorbing)
-
-    def _encode(self, name: str, value: Tensor) -> Encoded:
-        surrogate = self.surrogates.get(name) or begin(self._buffers.get(name, Raw()), value)
-        return encode_now(surrogate, value)
-
-    def _commit(self, data: Data | None) -> None:
-        trained = {name: self._encode(name, plain(weight)) for name, _, weight in self.weights()}
-        for name, fixed in trained.items():
-            self.surrogates[name].commit(self.parameter(name), fixed)
-        if data is not None:
-            reestimate_batch_norm(self.model, data)
-        state, encoded = self.model.state_dict(), dict(trained)
-        for name, value in self._values().items():
-            if name in trained:
-                continue
-            encoded[name] = self._encode(name, value)
-            if name in self.surrogates:
-                self.surrogates[name].commit(self.parameter(name), encoded[name])
-            elif not same_bits(value, plain(state[name])) or name in self._buffers:
-                self._replaced[name] = state[name].clone()
-                state[name].copy_(encoded[name].decode())
-        self._finished = encoded
-        self._sites = self.sites()
-
-    def _unfinish(self) -> None:
-        """Training goes on: buffers get their own values back."""
-        state = self.model.state_dict() if self._replaced else {}
-        for name, value in self._replaced.items():
-            state[name].copy_(value)
-        self._replaced = {}
-        self._finished = None
-        for surrogate in self.surrogates.values():
-            surrogate.reset()
-
-    def _final(self) -> dict[str, Encoded]:
-        lost = [name for name, s in self.surrogates.items() if s.committed is None]
-        if self._finished is None or lost:
-            raise SpecError(
-                "the run is not finished, or was trained on since: call finish() first, so that "
-                "what you evaluate is what is saved"
-            )
-        if self._sites != self.sites():
-            raise SpecError(
-                "ranges of activations changed since finish(), so that what you evaluate is not "
-                "what would be saved; call finish() again"
-            )
-        changed = first_changed(self.model, self._finished, set(self.surrogates))
-        if changed is not None:
-            raise SpecError(
-                f"{changed!r} changed since finish(), so that what you evaluate is not what would "
-                "be saved; call finish() again"
-            )
-        return self._finished
