@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         LSQ,
         BayesianBits,
         Budget,
+        DeadZone,
         DiffQ,
         LearnedCodebook,
         Plan,
@@ -91,6 +92,7 @@ __all__ = [  # noqa: RUF022 - by task
     "Viterbi",
     # methods of training,
     "BayesianBits",
+    "DeadZone",
     "DiffQ",
     "LSQ",
     "LearnedCodebook",
@@ -116,8 +118,8 @@ _NAMES = {
     "report": "diagnose",
     "search": "compress compress_to plan",
     "train": (
-        "BayesianBits Budget DiffQ LSQ LearnedCodebook Plan ProductCodes Pruned QuantNoise "
-        "Run StraightThrough attach"
+        "BayesianBits Budget DeadZone DiffQ LSQ LearnedCodebook Plan ProductCodes Pruned "
+        "QuantNoise Run StraightThrough attach"
     ),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}

@@ -260,7 +260,9 @@ def _known() -> Mapping[str, tuple[Method, ...]]:
             make(LSQ(None), Cyclical(0.5, cycles=2), refresh=1),
             make(Affine(4), OneShot(0.5), pattern="2:4"),
             make(LSQ(4), Iterative(0.5, rounds=2), pattern="channels", refresh=1),
+            make(LSQ(None), refresh=1),
         ),
+        "dead_zone": lambda make: (make(None, zone=2.5), make(4, axis=0, zone=1.5)),
         "product_codes": lambda make: (make(Product(4, points=16)),),
         "quant_noise": lambda make: (
             make(Affine(8), p=0.5),

@@ -12,7 +12,9 @@ from torch.optim import SGD
 
 import dither
 from dither import LSQ, Affine, Pruned, SpecError, attach
+from dither.coding import code_lengths
 from dither.train import Cyclical, Gradual, Iterative, OneShot, Run, Together
+from dither.train.lsq import LearnedStep
 from dither.train.method import spec_from_json, spec_to_json
 from dither.train.pruned import Masked
 from dither.train.sparsity import Sparsity
@@ -47,6 +49,9 @@ def test_schedules_at_their_ends_and_joints() -> None:
     iterative = Iterative(0.9, rounds=2)
     assert iterative.at(0.0) == pytest.approx(1 - 0.1**0.5)
     assert [iterative.at(p) for p in (0.5, 1.0)] == pytest.approx([0.9, 0.9])
+    late = Iterative(0.9, rounds=2, begin=0.2)
+    assert [late.at(p) for p in (0.0, 0.19, 0.61, 1.0)] == pytest.approx([0, 0, 0.9, 0.9])
+    assert late.at(0.2) == pytest.approx(1 - 0.1**0.5)
     cyclical = Cyclical(0.9, cycles=4, until=0.5)
     assert [cyclical.at(p) for p in (0.0, 0.25, 0.5, 0.75)] == [0.0] * 4
     assert [cyclical.at(p) for p in (0.2, 0.3749, 0.9, 1.0)] == pytest.approx([0.9] * 4, abs=1e-3)
@@ -192,3 +197,49 @@ def test_refusals() -> None:
         run.encode()
     with pytest.raises(SpecError, match="the plan has none"):
         attach(network(), {"*": LSQ(4)}, schedules=[Together(OneShot(0.5))], steps=2)
+
+
+def budgeted(budget: int, lr: float = 0.01) -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8))
+    run = attach(model, {"*": Pruned(LSQ(None))}, budget=budget, steps=60)
+    trained(run, model, 60, lr=lr)
+    assert 0.97 * budget - 64 <= run.finish() <= budget
+    return run
+
+
+def test_a_budget_decides_how_many_weights_are_0() -> None:
+    runs = [budgeted(budget) for budget in (550, 750, 1100)]
+    shares = []
+    for run in runs:
+        surrogate = run.surrogates["0.weight"]
+        assert isinstance(surrogate, Masked)
+        shares.append(zeros(surrogate.mask))
+        assert not run.archive["0.weight"][~surrogate.mask].any()
+    assert shares[0] > shares[1] + 0.05
+    assert shares[1] > shares[2] + 0.05
+    assert shares[0] > 0.5
+    assert shares[2] < 0.2
+
+
+def test_what_is_worth_no_code_is_what_costs_more_bits_than_error() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(100, 100)
+    surrogate = LSQ(None, step=1.0).begin(weight)
+    assert isinstance(surrogate, LearnedStep)
+    codes = weight.round()
+    lengths = torch.from_numpy(code_lengths(torch.bincount((codes + 6).long().flatten()).numpy()))
+    bits = lengths[(codes + 6).long()] - lengths[6]
+    gained = weight.square() - (weight - codes).square()
+    wanted = float((gained <= 0.1155 * bits).float().mean())
+    assert surrogate.worthless(weight) == pytest.approx(wanted, abs=1e-6)
+    assert zeros(codes) < wanted < 1
+
+
+def test_only_learned_steps_decide_by_themselves() -> None:
+    for spec in (Affine(4), LSQ(4)):
+        for pattern in ("2:4", "channels"):
+            with pytest.raises(SpecError, match="give a schedule"):
+                Pruned(spec, pattern=pattern)
+    with pytest.raises(SpecError, match="give a schedule"):
+        Pruned(Affine(4))

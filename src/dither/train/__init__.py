@@ -4,6 +4,7 @@ from dither.train.attach import attach
 from dither.train.attached import Attached
 from dither.train.bayesian_bits import BayesianBits, GatePenalty
 from dither.train.controller import Budget
+from dither.train.dead_zone import DeadZone
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
@@ -41,6 +42,7 @@ __all__ = [
     "CountOscillations",
     "Cyclical",
     "Dampening",
+    "DeadZone",
     "DiffQ",
     "DiffQSize",
     "FixMasks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,24 @@ class CodeLengths:
         total = float((table * lengths).sum()) * positions.numel() / index.numel()
         return cls(torch.from_numpy(lengths).float().to(positions.device), lowest, total)
 
+    def at(self, whole: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Bits of codes, given as whole positions; arguments as in :meth:`of`."""
+        flat, index = self._found(whole, classes, self.bits.shape[1] - 1)
+        return flat.index_select(0, index).reshape(whole.shape)
+
+    def bridged(self, first: int) -> CodeLengths:
+        """The same with a straight line from 0 to the codes ``first`` and ``-first``.
+
+        For a grid on which the codes between them are not used.
+        """
+        bits, zero = self.bits.clone(), -self.lowest
+        for end in (max(zero - first, 0), min(zero + first, bits.shape[1] - 1)):
+            share = torch.linspace(0, 1, abs(end - zero) + 1, device=bits.device)
+            line = bits[:, [zero]] + share * (bits[:, [end]] - bits[:, [zero]])
+            between = range(zero, end + 1) if end > zero else range(zero, end - 1, -1)
+            bits[:, list(between)] = line
+        return replace(self, bits=bits)
+
     def slopes(self, positions: Tensor, classes: Tensor | None = None) -> Tensor:
         """Derivatives of code lengths by positions.
 
@@ -72,14 +90,16 @@ class CodeLengths:
             positions: weights in steps, any shape.
             classes: as in :meth:`of`.
         """
-        codes = self.bits.shape[1]
-        shape = (-1, *[1] * (positions.ndim - 1))
-        whole = positions.floor()
-        index = (whole - self.lowest).clamp_(0, codes - 2).to(torch.int32)
-        if classes is not None:
-            index += (classes * codes).to(torch.int32).reshape(shape)
-        flat, index = self.bits.reshape(-1), index.reshape(-1)
+        flat, index = self._found(positions.floor(), classes, self.bits.shape[1] - 2)
         return flat.diff(append=flat[-1:]).index_select(0, index).reshape(positions.shape)
+
+    def _found(self, whole: Tensor, classes: Tensor | None, last: int) -> tuple[Tensor, Tensor]:
+        """All lengths, and where those of whole positions are among them."""
+        index = (whole - self.lowest).clamp_(0, last).to(torch.int32)
+        if classes is not None:
+            shape = (-1, *[1] * (whole.ndim - 1))
+            index += (classes * self.bits.shape[1]).to(torch.int32).reshape(shape)
+        return self.bits.reshape(-1), index.reshape(-1)
 
 
 class GivenSlopes(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dither.core import Encoded, SpecError, Stats
+from dither.encoders.rdo import HIGH_RATE_STRENGTH
 from dither.formats import Affine
 from dither.train.code_lengths import CodeLengths, GivenSlopes
 from dither.train.method import Method
@@ -134,17 +135,13 @@ class LearnedStep(Surrogate):
 
     def noisy(self, weight: Tensor) -> Tensor:
         self._read = None
-        (low, high), steps = self._ends(), self.steps()
-        values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
-            weight, steps, low, high
-        )
-        return hold(self.watch, values, steps)
+        steps = self.steps()
+        return hold(self.watch, self._rounded(weight, steps), steps)
 
     def reads_rows(self) -> bool:
         return self.watch is None and self.spec.group is None and self._grouping.axis in {None, 0}
 
     def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
-        low, high = self._ends()
         steps = self._stored()
         if self._read is not None:
             self._read[index] = True
@@ -153,10 +150,7 @@ class LearnedStep(Surrogate):
         elif len(steps) > 1:
             steps = steps[index]
         steps = steps.reshape(*(index.shape if len(steps) > 1 else [1] * index.ndim), 1)
-        values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
-            rows, steps, low, high
-        )
-        return values
+        return self._rounded(rows, steps)
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         steps = self.log_step.detach().exp() * 2.0**self.trim
@@ -183,6 +177,20 @@ class LearnedStep(Surrogate):
         )
         return value
 
+    @torch.no_grad()
+    def worthless(self, weight: Tensor) -> float:
+        """The share of weights that lose less as 0 than their codes cost.
+
+        A bit is worth what a fine grid of this step pays for it, ``ln(2) / 6`` squared steps.
+        """
+        steps = self.steps()
+        place = (self._cleared(weight.float(), steps) / steps).clamp_(*self._ends())
+        lengths = CodeLengths.of(place, self.classes)
+        codes = place.round()
+        lost = place.square() - (place - codes).square()
+        saved = lengths.at(codes, self.classes) - lengths.at(torch.zeros_like(codes), self.classes)
+        return float((lost <= HIGH_RATE_STRENGTH * saved).float().mean())
+
     @property
     def bits(self) -> int | None:
         """Bits of a weight, or None where the grid has no ends."""
@@ -190,7 +198,9 @@ class LearnedStep(Surrogate):
 
     def integers(self, weight: Tensor) -> Tensor:
         """The codes of a weight now, from 0 in both directions; float32, without a graph."""
-        return (weight.detach().float() / self.steps().detach()).round_().clamp_(*self._ends())
+        steps = self.steps().detach()
+        cleared = self._cleared(weight.detach().float(), steps)
+        return (cleared / steps).round_().clamp_(*self._ends())
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Least and greatest value, broadcastable to the weight; no graph."""
@@ -226,12 +236,28 @@ class LearnedStep(Surrogate):
         steps = self.steps()
         held = hold(self.watch, weight.float(), steps)
         place = (held / steps).clamp_(*self._ends())
-        lengths = CodeLengths.of(place, self.classes)
+        lengths = self._lengths(place)
         slopes = lengths.slopes(place, self.classes)
         to_log = self._share(place.mul_(slopes).neg_())
         value = torch.tensor(lengths.total, dtype=torch.float32, device=weight.device)
         self._rate = (value, slopes.div_(steps).to(weight.dtype), to_log)
         return self._rate
+
+    def _cleared(self, weight: Tensor, steps: Tensor) -> Tensor:
+        """The weight with 0 where it is 0 though another code is nearer: nowhere here."""
+        return weight
+
+    def _rounded(self, weight: Tensor, steps: Tensor) -> Tensor:
+        """Values on the grid, with gradients to weights and steps."""
+        low, high = self._ends()
+        values: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
+            self._cleared(weight, steps), steps, low, high
+        )
+        return values
+
+    def _lengths(self, place: Tensor) -> CodeLengths:
+        """What codes cost, by positions in steps."""
+        return CodeLengths.of(place, self.classes)
 
     def _gather(self, by_row: Tensor) -> Tensor:
         """Sums over rows that share a step, ``(steps,)``."""

@@ -14,9 +14,13 @@ from torch import Tensor
 from dither.core import Encoded, Encoder, SpecError, Stats
 from dither.formats.settings import check_count
 from dither.train.attached import Attached
+from dither.train.lsq import LSQ, LearnedStep
 from dither.train.method import Method, begin
-from dither.train.sparsity import Sparsity, sparsity_from_json
+from dither.train.sparsity import Gradual, Sparsity, sparsity_from_json
 from dither.train.surrogate import Surrogate, plain, straight_through
+
+_RISE = Gradual(1 - 1e-9)
+"""Of what is worth no code, how much is pruned."""
 
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -32,7 +36,10 @@ class Pruned(Method):
 
     Attributes:
         inner: how the others are stored; it must hold 0 exactly, as symmetric grids do.
-        sparsity: share of zeros over training; with ``pattern="n:m"`` the pattern is the end.
+        sparsity: share of zeros over training; with ``pattern="n:m"`` the pattern is the end. None,
+            for learned steps: of each tensor what is worth no code other than 0 at the price that
+            its step pays for a bit, so that a budget decides. It rises as with ``Gradual``, and
+            weights come back as they were where steps become finer.
         regrow: pruned weights go on training, by the gradient that their zeros get, and come back
             at any look at which they are among the largest (Kim et al. 2021).
         pattern: ``"n:m"``: at most n of m consecutive inputs of a row are kept, for kernels that
@@ -43,17 +50,19 @@ class Pruned(Method):
     name: ClassVar[str] = "pruned"
 
     inner: Encoder | Method
-    sparsity: Sparsity
+    sparsity: Sparsity | None = None
     pattern: str | None = None
     regrow: bool = False
     refresh: int = 10
 
     def __post_init__(self) -> None:
         check_count("Pruned", "refresh", self.refresh, 1, 1 << 30)
-        if not isinstance(self.sparsity, Sparsity):
+        decides = self.sparsity is None and isinstance(self.inner, LSQ)
+        if not isinstance(self.sparsity, Sparsity) and not (decides and self.pattern is None):
             raise SpecError(
                 f"Pruned(sparsity={self.sparsity!r}): give a schedule, as Gradual(0.9), "
-                "Cyclical(0.9), Iterative(0.9) or OneShot(0.9)"
+                "Cyclical(0.9), Iterative(0.9) or OneShot(0.9); only single weights around learned "
+                "steps need none"
             )
         if self.pattern in {None, "channels"}:
             return
@@ -123,7 +132,8 @@ class Masked(Surrogate):
 
     def draw(self, weight: Tensor, generator: torch.Generator, step: int) -> None:
         self.inner.progress, self.inner.active = self.progress, self.active
-        cycle = self.spec.sparsity.cycle(self.progress)
+        schedule = self.spec.sparsity
+        cycle = 0 if schedule is None else schedule.cycle(self.progress)
         has_ended = self.progress >= 1 > self._before
         is_due = step % self.spec.refresh == 0 or cycle != self._cycle or has_ended
         if is_due and not self.is_fixed:
@@ -132,7 +142,8 @@ class Masked(Surrogate):
                 self.mask = torch.ones_like(self.mask)
                 self._cycle = cycle
             seen = weight.float()
-            mask = self._look(seen if self.spec.regrow else seen * self.mask)
+            returns = self.spec.regrow or schedule is None
+            mask = self._look(seen if returns else seen * self.mask)
             if not torch.equal(mask, self.mask):
                 self.reset()
             self.mask = mask
@@ -141,7 +152,7 @@ class Masked(Surrogate):
 
     def _look(self, weight: Tensor) -> Tensor:
         """The mask for magnitudes, in which what was pruned is 0."""
-        share = self.spec.sparsity.at(self.progress) if self.share is None else self.share
+        share = self._wanted(weight) if self.share is None else self.share
         if not weight.numel() or not share:
             return torch.ones_like(self.mask)
         if self.spec.pattern == "channels" and weight.ndim:
@@ -151,8 +162,15 @@ class Masked(Surrogate):
         if self.spec.pattern is None or not weight.ndim:
             return _largest(weight.abs().flatten(), share).reshape(weight.shape)
         keep, size = map(int, self.spec.pattern.split(":"))
-        lost = min(share / self.spec.sparsity.end, 1.0) if self.spec.sparsity.end else 1.0
+        end = self.spec.sparsity.end if self.spec.sparsity is not None else 0.0
+        lost = min(share / end, 1.0) if end else 1.0
         return _n_of_m(weight, size - round(lost * (size - keep)), size)
+
+    def _wanted(self, weight: Tensor) -> float:
+        if self.spec.sparsity is not None:
+            return self.spec.sparsity.at(self.progress)
+        assert isinstance(self.inner, LearnedStep)  # noqa: S101 - others need a schedule
+        return _RISE.at(self.progress) * self.inner.worthless(weight)
 
     def renew(self) -> None:
         self.inner.renew()

@@ -110,18 +110,25 @@ class Iterative(Sparsity):
 
     Attributes:
         rounds: how many, of equal length.
+        begin: share of training before the first: for weights that were not trained yet.
     """
 
     name: ClassVar[str] = "iterative"
 
     rounds: int = 5
+    begin: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("Iterative", "rounds", self.rounds, 1, 1 << 20)
+        if not 0 <= self.begin < 1:
+            raise SpecError(f"Iterative begins after a share of training, not {self.begin}")
 
     def at(self, progress: float) -> float:
-        number = min(int(progress * self.rounds) + 1, self.rounds)
+        if progress < self.begin:
+            return 0.0
+        share = (progress - self.begin) / (1 - self.begin)
+        number = min(int(share * self.rounds) + 1, self.rounds)
         return float(1 - (1 - self.end) ** (number / self.rounds))
 
 
