@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.pruning --split test`` trains ResNet-20 to a few budgets as
 ``benchmarks.train_resnet20`` does (same loss, batches, steps and rates), with learned steps alone,
-and with magnitude pruning around them. Interrupted runs go on; finished ones stay in the results.
+with a learned dead zone, and with magnitude pruning around them. Interrupted runs go on; finished
+ones stay in the results.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import nn
 from benchmarks.environment import describe
 from benchmarks.train_resnet20 import Planned, train
 from benchmarks.training import score
-from dither import LSQ, Plan, Pruned
-from dither.train import Cyclical, Gradual
+from dither import LSQ, DeadZone, Plan, Pruned
+from dither.train import Cyclical, Gradual, Method
 from dither.train.default_plan import default_plan
 from dither.train.sparsity import Sparsity
 
@@ -28,21 +29,25 @@ TASK = "resnet20_cifar10"
 BUDGETS = [34_000, 20_000]
 
 
-def pruned(sparsity: Sparsity | None, model: nn.Module) -> Plan:
-    """What a budget does by default, with its learned steps under a mask."""
-    rules = {
-        name: Pruned(spec, sparsity) if sparsity is not None and isinstance(spec, LSQ) else spec
-        for name, spec in default_plan(model)
-    }
+def with_matrices(method: Method, model: nn.Module) -> Plan:
+    """What a budget does by default, with another method for matrices."""
+    rules = {name: method if isinstance(spec, LSQ) else spec for name, spec in default_plan(model)}
     return Plan(rules)
 
 
+def under_masks(sparsity: Sparsity | None) -> Planned:
+    """Learned steps of which some are pruned."""
+    return partial(with_matrices, Pruned(LSQ(None), sparsity))
+
+
 METHODS: dict[str, Planned] = {
-    "learned steps": partial(pruned, None),
-    "60 % zeros": partial(pruned, Gradual(0.6, until=0.5)),
-    "80 % zeros": partial(pruned, Gradual(0.8, until=0.5)),
-    "90 % zeros": partial(pruned, Gradual(0.9, until=0.5)),
-    "80 % zeros, 3 cycles": partial(pruned, Cyclical(0.8, cycles=3)),
+    "learned steps": partial(with_matrices, LSQ(None)),
+    "dead zone": partial(with_matrices, DeadZone(None)),
+    "as many zeros as the budget says": under_masks(None),
+    "80 % zeros": under_masks(Gradual(0.8, until=0.5)),
+    "60 % zeros": under_masks(Gradual(0.6, until=0.5)),
+    "90 % zeros": under_masks(Gradual(0.9, until=0.5)),
+    "80 % zeros, 3 cycles": under_masks(Cyclical(0.8, cycles=3)),
 }
 
 
