@@ -21,6 +21,7 @@ from dither.recipes import (
     pqk,
     quant_noise,
     quantized_distillation,
+    white_paper,
 )
 from dither.recipes.recipe import Recipe
 
@@ -35,4 +36,5 @@ __all__ = [
     "pqk",
     "quant_noise",
     "quantized_distillation",
+    "white_paper",
 ]

@@ -3,7 +3,7 @@
 from dither.rewrite.batch_norm import absorbed, norms
 from dither.rewrite.bias import correct_bias, correct_biases, expected_input
 from dither.rewrite.channels import free_pairs
-from dither.rewrite.equalize import absorb_biases, chains, equalize
+from dither.rewrite.equalize import absorb_biases, chains, equalize, replace_relu6
 from dither.rewrite.fold import Channels, fold_batch_norm
 from dither.rewrite.remove import remove_channels
 
@@ -20,4 +20,5 @@ __all__ = [
     "free_pairs",
     "norms",
     "remove_channels",
+    "replace_relu6",
 ]

@@ -16,14 +16,21 @@ from dither.rewrite.channels import Layer, bias_of, layer, responses
 from dither.rewrite.fold import Channels
 
 
-def expected_input(channels: Channels) -> Tensor:
+def expected_input(channels: Channels, ceiling: float | None = None) -> Tensor:
     """Mean of a ReLU's outputs where its inputs are normal, ``(channels,)``.
 
     ``deviation * pdf(-mean / deviation) + mean * (1 - cdf(-mean / deviation))``.
 
+    Args:
+        channels: what is known of the inputs.
+        ceiling: where outputs are clipped: 6 for a ReLU6, which is ``relu(x) - relu(x - 6)``.
+
     >>> expected_input(Channels(torch.zeros(1), torch.ones(1)))
     tensor([0.3989])
     """
+    if ceiling is not None:
+        above = Channels(channels.mean - ceiling, channels.deviation)
+        return expected_input(channels) - expected_input(above)
     mean, deviation = channels.mean.double(), channels.deviation.double()
     ratio = mean / deviation.clamp(min=1e-30)
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
