@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dither"
 # From left to right. A room may import the rooms of the bars before its own; rooms of one bar are
 # strangers. `__init__` is what `import dither` loads.
 BARS = """
-    terminal, compiled, progress, threads | core, coding | formats, model, checkpoint, data, team
+    terminal, compiled, progress, threads, disk | core, coding | formats, model, checkpoint, data, team
     | encoders, calibrate, activations, rewrite, archive | search | train
     | select, run, testing
     | report | __init__ | recipes, integrations, demo | cli | __main__
@@ -28,7 +28,7 @@ RANK = {room.strip(): rank for rank, bar in enumerate(BARS.split("|")) for room 
 # result goes. A floor imports its own rooms and those below. `model` and `checkpoint`, which walk
 # models and read others' files, serve all three.
 FLOORS = (
-    {"terminal", "compiled", "progress", "threads", "core", "coding", "formats", "archive"}
+    {"terminal", "compiled", "progress", "threads", "disk", "core", "coding", "formats", "archive"}
     | {"model", "checkpoint", "data", "team"},
     {"encoders", "calibrate", "activations", "rewrite", "train"},
     {"search", "select", "run", "testing", "report", "__init__", "recipes", "integrations"}

@@ -17,11 +17,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from dither.core import CheckpointError, SpecError, dtype_name, is_extra_state, without_extra_state
+from dither.disk import copies_on_disk
 
 SITES = "dither_sites"
 """Reserved in state dicts: ranges of activations stand there as ``<module>.dither_sites.*``. They
 are no weights: no plan matches them, and the file has a place of its own for them."""
-
 
 SHADOWS = "dither_shadows"
 """Reserved likewise: what a model in training learns besides, `<module>.dither_shadows.*`."""
@@ -203,18 +203,19 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy with tensors of its own, also where a model holds what cannot be copied.
+    """A deep copy with tensors of its own, on its disk if it is on one.
 
-    Locks, generators and open files are shared with the original; weights that a hook makes anew
-    before each call (old `weight_norm`, pruning) are copied without their history.
+    Locks, generators, open files and what else cannot be copied are shared with the original;
+    weights that a hook makes anew before each call (old `weight_norm`, pruning) are copied without
+    their history.
 
     Raises:
         SpecError: it cannot be copied all the same.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, copies_on_disk(model))
     except Exception:  # noqa: BLE001 - whatever the parts of a model raise
-        memo: dict[int, Any] = {}
+        memo = copies_on_disk(model)
         for value in (v for module in model.modules() for v in vars(module).values()):
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().clone()

@@ -247,7 +247,7 @@ def test_a_layer_that_the_encoded_model_does_not_reach_is_encoded() -> None:
     nn.init.constant_(model.gate.bias, 0.5)
     layers = Layerwise(model, [normal(4, 8)])
     start = {"gate.bias": torch.tensor([-1.0])}
-    with layers.walk(["rare.weight"], start=start) as walk:
+    with layers.walk(["rare.weight"], start=start.items()) as walk:
         (layer,) = list(walk)
         assert layer.name == "rare.weight"
         assert layer.stats.gram is None

@@ -17,6 +17,7 @@ from dither.archive.reader import Archive
 from dither.archive.source import WRAPPER_NBYTES, wrapper
 from dither.checkpoint import archive_in, converted, plain_names, read_checkpoint
 from dither.core import DTYPES, CheckpointError
+from dither.disk import touched
 from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
 from dither.terminal import some_names
 
@@ -265,6 +266,7 @@ def _place(
                 own = _owned(value.to(old.dtype), is_fresh=bool(held.name))
                 made[id(old)] = own.to(device)
             else:
+                touched(old)
                 old.copy_(value)
 
     stored = [name for name in places.values() if pairs[name][0].name]

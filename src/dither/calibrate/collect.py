@@ -27,6 +27,7 @@ from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.stack_inputs import StackInputs
 from dither.core import STACKED, SpecError, Stats
 from dither.data import Data, Forward
+from dither.disk import home_of
 from dither.model import evaluating, own_class, parameters_of, stacks_of
 from dither.progress import report
 
@@ -135,7 +136,7 @@ class Watch:
         self._names = parameters_of(model)
         self.stacks = stacks_of(dict(model.named_parameters()), model)
         self._only = None if only is None else set(only)
-        self._most = most_inputs
+        self._most, self._disk = most_inputs, home_of(model)
 
     @property
     def mask(self) -> Tensor | None:
@@ -192,7 +193,9 @@ class Watch:
 
     def note(self, name: str, vectors: Vectors) -> None:
         """Count input vectors of a weight, ``(groups, vectors, inputs)``."""
-        self.moments.setdefault(name, Moments(self._most)).add(vectors)
+        if name not in self.moments:
+            self.moments[name] = Moments(self._most, self._disk)
+        self.moments[name].add(vectors)
 
     def _name(self, module: nn.Module, path: str) -> str | None:
         """The first name of a module's parameter, where it is watched."""

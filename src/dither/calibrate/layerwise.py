@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.lockstep import MOST_KEPT, Lockstep, can_wait
+from dither.calibrate.lockstep import MOST_KEPT, Lockstep, Room, held_by_one
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.together import Inputs, moments_together
 from dither.calibrate.use_order import Keep, Order, find_order
 from dither.core import Encoded, Encoder, SpecError, Stats, on_cpu
 from dither.data import Data
+from dither.disk import Disk, copied, home_of, touched
 from dither.model import duplicate, evaluating, weights_of
 from dither.team import ALONE, Team, nbytes_of
 
@@ -90,24 +91,27 @@ class Layer:
         if self._shifts is not None:
             receiver, mean, before = self._shifts
             self._walk.move(receiver, mean_outputs(value, mean) - before)
-        self._walk.places[self.name].copy_(value)
+        _write(self._walk.places[self.name], value)
 
 
 class Layerwise:
     """The layers of a model in the order of use, to be walked through once or several times.
 
     A walk runs each batch once through the model and once through its original: passes wait at the
-    layer whose turn it is. They begin anew for each layer where that is not possible: for batches
-    beyond ``most_kept``; for layers that are called several times or hold stacks of matrices; and
-    for all layers of a model that draws random numbers, or keeps something of a batch in itself
-    from one layer to the next. The statistics are the same.
+    layer whose turn it is, with what they hold in memory up to ``most_kept``, and then on the disk.
+    They begin anew for each layer where that is not possible: for batches beyond ``most_kept``,
+    without a disk; for layers that are called several times or hold stacks of matrices; and for all
+    layers of a model that draws random numbers, or keeps something of a batch in itself from one
+    layer to the next. The statistics are the same.
 
     Args:
         model: is left as it was after each walk.
         data: a loader of batches, or :class:`~dither.Data`; kept in memory.
         most_inputs: of one Gram matrix.
-        most_kept: bytes that waiting passes may hold, about; 0 lets none wait.
+        most_kept: bytes that waiting passes may hold in memory, about; without a disk, 0 lets none
+            wait. Of a model on a disk, they hold no more than that has room for.
         team: processes that each run some of the batches, and commit the same weights.
+        disk: where the rest of what they hold goes; by default that of the model, if it is on one.
 
     Attributes:
         order: of the weights.
@@ -122,21 +126,25 @@ class Layerwise:
         most_inputs: int = MOST_INPUTS,
         most_kept: int = MOST_KEPT,
         team: Team = ALONE,
+        disk: Disk | None = None,
     ) -> None:
         self.model, self.data = model, Data.of(data).held()
-        self.most_inputs, self.most_kept, self.team = most_inputs, most_kept, team
+        self.most_inputs, self.team, home = most_inputs, team, home_of(model)
+        self.room = Room(most_kept, disk) if home is None else Room(min(most_kept, home.room), home)
         first = next(iter(self.data))
         self.order: Order = find_order(model, first, self.data.forward)
         self.receivers = find_receivers(model, first, self.data.forward)
         together = {name for group in self.order.together for name in group}
-        self.waiting = most_kept > 0 and can_wait(model, self.data, together)
+        one = held_by_one(model, self.data, together, self.room)
+        self.waiting = one is not None
+        self.room = self.room.fitting((one or 0) * len(list(self.data)))
 
     @contextmanager
     def walk(
         self,
         names: Collection[str],
         *,
-        start: Mapping[str, Tensor] | None = None,
+        start: Iterable[tuple[str, Tensor]] = (),
         corrected: bool = True,
         biases: bool = False,
         batches: int | None = None,
@@ -147,7 +155,7 @@ class Layerwise:
 
         Args:
             names: of the weights; others stay as they are.
-            start: values of other tensors, by name, that stand from the beginning.
+            start: names and values of other tensors that stand from the beginning.
             corrected: give ``Stats.cross``.
             biases: move the bias behind each weight, or the running mean of the batch norm, so
                 that mean outputs stay, and give moments about the mean there, which are all that
@@ -155,9 +163,9 @@ class Layerwise:
             batches: how many to use, or all.
         """
         original = duplicate(self.model) if corrected or biases else None
-        with _put_back(self.model) as places, torch.no_grad():
-            for name, value in (start or {}).items():
-                places[name].copy_(value)
+        with _put_back(self.model, original) as places, torch.no_grad():
+            for name, value in start:
+                _write(places[name], value)
             data = self.data.first(batches)
             walk = Walk(self, data, original, places, frozenset(names), biases=biases)
             with walk.stops():
@@ -199,10 +207,10 @@ class Walk:
     def stops(self) -> Iterator[None]:
         """Let passes wait, while it lasts."""
         layers, groups = self._layers, [g for g in self._layers.order.together if self._wanted(g)]
-        names, most = {name for group in groups for name in group}, layers.most_kept
+        names, room = {name for group in groups for name in group}, layers.room
         with ExitStack() as stack:
             for model in self._models if layers.waiting else ():
-                steps = Lockstep(model, self._data, names, most // len(self._models))
+                steps = Lockstep(model, self._data, names, room.share(len(self._models)))
                 self._steps.append(stack.enter_context(steps))
             yield
 
@@ -312,15 +320,23 @@ def _sizes(vectors: Vectors) -> list[int]:
     return [len(some) for some in vectors]
 
 
+def _write(place: Tensor, value: Tensor) -> None:
+    touched(place)
+    place.copy_(value)
+
+
 @contextmanager
-def _put_back(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Parameters and buffers by name; on leaving, all hold what they held."""
+def _put_back(model: nn.Module, original: nn.Module | None) -> Iterator[dict[str, Tensor]]:
+    """Parameters and buffers by name; on leaving, all hold what they held, and a copy holds."""
     places = weights_of(model.state_dict(keep_vars=True))
-    kept = {name: place.detach().clone() for name, place in places.items()}
+    kept = {} if original is None else weights_of(original.state_dict())
+    for name, place in places.items():
+        if name not in kept or kept[name].shape != place.shape:
+            kept[name] = copied(place)
     try:
         with evaluating(model):
             yield places
     finally:
         with torch.no_grad():
-            for name, value in kept.items():
-                places[name].copy_(value)
+            for name, place in places.items():
+                _write(place, kept[name])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Collection, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -14,12 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from dither.calibrate.collect import Watch
 from dither.calibrate.moments import Vectors
+from dither.calibrate.spill import Tracked
 from dither.core import SpecError
 from dither.data import Data, floats_of
+from dither.disk import Disk
 from dither.model import evaluating
 
 MOST_KEPT = 4 << 30
-"""Bytes that the passes which wait may hold, about; further batches run from the beginning."""
+"""Bytes that the passes which wait may hold in memory, about."""
 
 _HELD = 3
 """What a pass holds for each byte of the layer's input: that, a residual, what the layer makes."""
@@ -28,6 +31,34 @@ _MOST_THREADS = 2048
 """Of all passes, each with as many as torch computes with."""
 
 _ENDING = 5.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """What passes may hold while they wait.
+
+    Attributes:
+        most: bytes in memory, about.
+        disk: where the rest goes; without one, the passes of further batches run from the
+            beginning for each layer.
+        is_enough: whether nothing has to go to the disk, so that no pass is watched for that.
+    """
+
+    most: int
+    disk: Disk | None = None
+    is_enough: bool = False
+
+    def fitting(self, nbytes: int) -> Room:
+        """The same where passes hold about so many bytes in all."""
+        return replace(self, is_enough=2 * nbytes <= self.most)
+
+    def share(self, count: int) -> Room:
+        """The same for one of several models."""
+        return replace(self, most=self.most // count)
+
+    def tracked(self) -> Tracked | None:
+        """What watches a pass that may have to leave memory."""
+        return None if self.disk is None or self.is_enough else Tracked(self.disk)
 
 
 class _End(BaseException):
@@ -39,12 +70,20 @@ class Pass:
 
     Attributes:
         seen: names and input vectors of the layer at which it stands.
-        nbytes: of what that layer was called with.
+        nbytes: that it holds in memory, about.
         is_over: whether it came to its end.
         output: of the model, then.
     """
 
-    def __init__(self, watch: Stops, data: Data, model: nn.Module, batch: object) -> None:
+    def __init__(
+        self,
+        watch: Stops,
+        data: Data,
+        model: nn.Module,
+        batch: object,
+        tracked: Tracked | None = None,
+    ) -> None:
+        self._tracked = tracked
         self.seen: list[tuple[str, Vectors]] = []
         self.is_over = False
         self.nbytes = 0
@@ -77,6 +116,26 @@ class Pass:
         if self._is_ending:
             raise _End
 
+    def count(self) -> int:
+        """Know anew what it holds where it stands, if it is watched; the most that it ever held."""
+        if self._tracked is None:
+            return self.nbytes
+        self._tracked.count()
+        self.nbytes = self._tracked.nbytes
+        return self._tracked.most
+
+    def leave_memory(self) -> bool:
+        """Put all that it holds on its disk, if it has one; whether it has."""
+        if self._tracked is not None:
+            self._tracked.leave_memory()
+            self.nbytes = 0
+        return self.can_leave
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether what it holds can leave memory."""
+        return self._tracked is not None
+
     def end(self) -> None:
         """Give up what is left of it."""
         if self._thread is not None and not self.is_over:
@@ -88,7 +147,7 @@ class Pass:
         watch, data, model, batch = self._call
         watch.mask, watch.passes.here = data.shown(batch), self
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._tracked or nullcontext():
                 self.output = data.forward(model, batch)
         except _End:
             pass
@@ -135,7 +194,7 @@ class Stops(Watch):
         if (run := self.passes.here) is not None:
             super()._see(module, args, kwargs)
             if run.seen:
-                run.nbytes = sum(map(_nbytes, tree_leaves((args, kwargs))))
+                run.nbytes = _HELD * sum(map(_nbytes, tree_leaves((args, kwargs))))
                 run.stand()
 
     def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
@@ -156,11 +215,14 @@ class Lockstep:
         model: as it is changed while the passes wait.
         data: in memory.
         names: of the weights at which to stop.
-        most: bytes that passes may hold; batches beyond have none.
+        room: for what passes hold; without a disk, batches beyond it have none.
+
+    Attributes:
+        most_held: bytes that one pass held at most, about.
     """
 
-    def __init__(self, model: nn.Module, data: Data, names: Collection[str], most: int) -> None:
-        self._model, self._data, self._most = model, data, most
+    def __init__(self, model: nn.Module, data: Data, names: Collection[str], room: Room) -> None:
+        self._model, self._data, self._room, self.most_held = model, data, room, 0
         self._stack = ExitStack()
         self.watch = Stops(model, names)
         self._passes: list[Pass | None] = []
@@ -182,7 +244,9 @@ class Lockstep:
                 one.end()
         threads, most = torch.get_num_threads(), _MOST_THREADS
         self._passes = [
-            Pass(self.watch, self._data, self._model, batch) if number * threads < most else None
+            Pass(self.watch, self._data, self._model, batch, self._room.tracked())
+            if number * threads < most
+            else None
             for number, batch in enumerate(self._data)
         ]
 
@@ -207,7 +271,7 @@ class Lockstep:
         if one.seen[0][0] != group[0]:
             return None
         seen, one.seen = one.seen, []
-        self._bound(number, _HELD * one.nbytes)
+        self._bound(number, one)
         return seen
 
     def finish(self) -> list[object]:
@@ -216,11 +280,20 @@ class Lockstep:
         while not all(one.is_over for one in passes):
             for one in passes:
                 one.go_on()
+                self._weigh(one)
         return [one.output for one in passes]
 
-    def _bound(self, number: int, nbytes: int) -> None:
-        """End the last passes, where as many as there are would hold too much."""
-        fit = max(number + 1, self._most // max(nbytes, 1))
+    def _weigh(self, one: Pass) -> bool:
+        """Where passes hold too much, out of memory with this one; whether it can go at all."""
+        self.most_held = max(self.most_held, one.count())
+        held = sum(each.nbytes for each in self._passes if each is not None)
+        return one.leave_memory() if held > self._room.most else one.can_leave
+
+    def _bound(self, number: int, one: Pass) -> None:
+        """Where passes hold too much and cannot leave memory, end the last ones."""
+        if self._weigh(one):
+            return
+        fit = max(number + 1, self._room.most // max(one.nbytes, 1))
         for later, one in enumerate(self._passes[fit:], fit):
             if one is not None:
                 one.end()
@@ -231,20 +304,25 @@ def _nbytes(value: object) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def can_wait(model: nn.Module, data: Data, names: Collection[str]) -> bool:
-    """Whether passes of two batches, in turns, give what they give one after another.
+def held_by_one(
+    model: nn.Module, data: Data, names: Collection[str], room: Room
+) -> int | None:
+    """Bytes that a waiting pass holds, about; None where passes cannot wait.
 
-    They do not where a model keeps something of a batch in itself from one layer to the next, draws
-    random numbers, or does not run in another thread.
+    They can if those of two batches, in turns, give what they give one after another. They do not
+    where a model keeps something of a batch in itself from one layer to the next, draws random
+    numbers, or does not run in another thread.
     """
-    pair = data.first(2)
-    with Lockstep(model, pair, names, MOST_KEPT) as steps, torch.no_grad():
+    if not room.most and room.disk is None:
+        return None
+    pair, own = data.first(2), Room(MOST_KEPT if room.disk is None else room.most, room.disk)
+    with Lockstep(model, pair, names, own) as steps, torch.no_grad():
         try:
             outputs = steps.finish()
         except Exception:  # noqa: BLE001 - what is wrong in any thread is raised by what comes
-            return False
+            return None
         wanted = [data.forward(model, batch) for batch in pair]
-        return _equal(outputs, wanted)
+        return steps.most_held if _equal(outputs, wanted) else None
 
 
 def _equal(outputs: object, wanted: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def find_receivers(model: nn.Module, batch: object, forward: Forward) -> dict[st
     Layers that are called several times have none, and so have transposed ones.
     """
     paths = {module: path for path, module in model.named_modules()}
-    outputs: dict[int, tuple[Tensor, str]] = {}
+    outputs: dict[int, tuple[ref[Tensor], str]] = {}
     found: dict[str, Receiver] = {}
     calls: dict[str, int] = {}
 
@@ -48,12 +49,14 @@ def find_receivers(model: nn.Module, batch: object, forward: Forward) -> dict[st
         if isinstance(getattr(module, "bias", None), Tensor):
             found[name] = Receiver(f"{paths[module]}.bias".lstrip("."), -1)
         elif isinstance(output, Tensor):
-            outputs[id(output)] = (output, name)  # kept, so that no other gets its id
+            outputs[id(output)] = (ref(output), name)
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        given = outputs.get(id(args[0])) if args else None
-        if given is not None and getattr(module, "running_mean", None) is not None:
-            found[given[1]] = Receiver(f"{paths[module]}.running_mean".lstrip("."), 1)
+        first = args[0] if args else None
+        made, name = outputs.get(id(first), (None, ""))
+        is_same = made is not None and made() is first  # and none that got its id since
+        if is_same and getattr(module, "running_mean", None) is not None:
+            found[name] = Receiver(f"{paths[module]}.running_mean".lstrip("."), 1)
 
     handles = []
     try:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dither.disk import Disk, kept, touched
+
 MOST_INPUTS = 4096
 """Inputs of one Gram matrix, 64 MiB; more are cut into equal blocks."""
 
@@ -27,6 +29,7 @@ class Moments:
 
     Args:
         most: inputs of one matrix.
+        disk: where second moments are, if not in memory.
 
     >>> moments = Moments()
     >>> moments.add(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
@@ -34,8 +37,8 @@ class Moments:
     ([[5.0, 7.0], [7.0, 10.0]], [2.0, 3.0])
     """
 
-    def __init__(self, most: int = MOST_INPUTS) -> None:
-        self._most = most
+    def __init__(self, most: int = MOST_INPUTS, disk: Disk | None = None) -> None:
+        self._most, self._disk = most, disk
         self._squares: Tensor | None = None
         self._crossed: Tensor | None = None
         self._sums: Tensor | None = None
@@ -73,6 +76,7 @@ class Moments:
             if not len(some):
                 continue
             blocks = _cut(some, *self._squares.shape[1:3])
+            touched(self._squares)
             if SQUARES in kinds:
                 self._squares[group].baddbmm_(blocks.transpose(1, 2), blocks)
             self._sums[group] += some.sum(0, dtype=torch.float64)
@@ -81,7 +85,7 @@ class Moments:
             self.high = max(self.high, float(some.max()))
             if original is not None and CROSSED in kinds:
                 if self._crossed is None:
-                    self._crossed = torch.zeros_like(self._squares)
+                    self._crossed = self._zeros(*self._squares.shape, device=some.device)
                     self._wanted = torch.zeros_like(self._sums)
                 assert self._wanted is not None  # noqa: S101
                 self._wanted[group] += original[group].sum(0, dtype=torch.float64)
@@ -107,7 +111,7 @@ class Moments:
         counts, inputs = self._counts.float(), self._squares.shape[-1]
         all_together = self._squares.sum(0) / counts.sum().clamp(min=1)
         means = (self._squares + inputs * all_together) / (counts + inputs)[:, None, None, None]
-        return means.flatten(0, 1)
+        return kept(means.flatten(0, 1), self._squares)
 
     def cross(self) -> Tensor | None:
         """Mean products of original and actual inputs, as :meth:`gram`."""
@@ -130,8 +134,9 @@ class Moments:
     def _mean_of(self, sums: Tensor | None) -> Tensor | None:
         if sums is None or self._counts is None:
             return None
+        touched(sums)
         means = (sums / self._counts.clamp(min=1).float()[:, None, None, None]).flatten(0, 1)
-        return means[0] if len(means) == 1 else means
+        return kept(means[0] if len(means) == 1 else means, sums)
 
     def _prepare(self, groups: int, inputs: int, device: torch.device) -> None:
         if self._squares is not None:
@@ -139,9 +144,14 @@ class Moments:
         # One axis cannot tell groups of outputs from groups of inputs: the former stay whole.
         blocks = -(-inputs // self._most) if groups == 1 else 1
         size = -(-inputs // blocks)
-        self._squares = torch.zeros(groups, blocks, size, size, dtype=torch.float32, device=device)
+        self._squares = self._zeros(groups, blocks, size, size, device=device)
         self._sums = torch.zeros(groups, inputs, dtype=torch.float64, device=device)
         self._counts = torch.zeros(groups, dtype=torch.int64, device=device)
+
+    def _zeros(self, *shape: int, device: torch.device) -> Tensor:
+        if self._disk is None:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+        return self._disk.zeros(*shape, dtype=torch.float32)
 
 
 def _cut(vectors: Tensor, blocks: int, size: int) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.collect import Watch, gradients
+from dither.calibrate.backward import square_sums
+from dither.calibrate.collect import Watch
 from dither.calibrate.moments import CROSSED, SQUARES, Moments, Vectors
 from dither.core import Stats
 from dither.data import Data
@@ -132,8 +133,7 @@ def _run(
     def numbered(output: object, batch: object) -> Tensor:
         return loss(output, batch, number)
 
-    found = gradients(model, batch, numbered, data.forward)
-    return {name: float(g.square().sum(dtype=torch.float64)) for name, g in found}
+    return square_sums(model, batch, numbered, data.forward)
 
 
 def _windows(data: Data, length: int) -> Iterator[dict[int, object]]:

@@ -43,21 +43,9 @@ class Order:
 
 def find_order(model: nn.Module, batch: object, forward: Forward) -> Order:
     """Run a batch and look."""
-    watch = Keep(model)
+    watch = _Look(model)
     watch.run(forward, model, batch)
-    groups: list[list[str]] = []
-    vectors: Vectors | None = None
-    modules: dict[str, int] = {}
-    for name, part, module in watch.seen:
-        if name in modules:
-            continue
-        modules[name] = module
-        if groups and (_same(vectors, part) or modules[groups[-1][-1]] == module):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        vectors = part
-    made = tuple(tuple(group) for group in groups)
+    made, modules = tuple(tuple(group) for group in watch.groups), watch.modules
     held = {group: {modules[name] for name in group} for group in made}
     shared = {group: len(held[group]) == len(group) for group in made}
     calls = {group: sum(watch.calls[module] for module in held[group]) for group in made}
@@ -73,6 +61,7 @@ def find_order(model: nn.Module, batch: object, forward: Forward) -> Order:
 
 
 def _same(one: Vectors | None, other: Vectors) -> bool:
+    """Whether both are one input; the first is still in memory, so that no other has its place."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     return memory_of(one) == memory_of(other)
@@ -135,3 +124,26 @@ class Keep(Watch):
         self.calls[id(module)] += 1
         if self._most_calls is not None and self.calls.total() >= self._most_calls:
             raise _Enough
+
+
+class _Look(Keep):
+    """Groups weights as they are used, and keeps no vectors but the last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.groups: list[list[str]] = []
+        self.modules: dict[str, int] = {}
+        self._last: Vectors | None = None
+
+    def note(self, name: str, vectors: Vectors) -> None:
+        """Put a weight that was not seen before in the last group, or begin another."""
+        self.seen.append((name, [], self._module))  # that there were some
+        if name in self.modules:
+            return
+        self.modules[name] = self._module
+        last = self.groups[-1] if self.groups else []
+        if last and (_same(self._last, vectors) or self.modules[last[-1]] == self._module):
+            last.append(name)
+        else:
+            self.groups.append([name])
+        self._last = vectors

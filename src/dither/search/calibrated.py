@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dither.calibrate import collect_together
 from dither.core import Stats
 from dither.data import Data, Distance, divergence, floats_of, squared
+from dither.disk import kept
 from dither.encoders.outputs import with_silent_groups
 from dither.model import evaluating
 from dither.progress import steps
@@ -219,7 +220,7 @@ def with_stats(weighted: Knowledge, stats: Stats | None) -> Knowledge:
     if gram.ndim == 3 and gram.shape[-1] >= inputs:
         gram = gram.mean(0)  # searches code parts of the rows, which cut through groups
     scale = float(gram.diagonal(dim1=-2, dim2=-1).mean())
-    return weighted if not scale > 0 else replace(weighted, gram=gram / scale)
+    return weighted if not scale > 0 else replace(weighted, gram=kept(gram / scale, stats.gram))
 
 
 def lean(stats: Stats, prior: Tensor | None) -> Stats:

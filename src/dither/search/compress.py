@@ -16,6 +16,7 @@ from dither.checkpoint import Pages
 from dither.compiled import expect
 from dither.core import SpecError
 from dither.data import Data
+from dither.disk import Disk, home_of
 from dither.model import Tensors, collect
 from dither.progress import Hook, hooked
 from dither.search.activation_trials import Sites
@@ -84,9 +85,9 @@ def compress(
     True
     """
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
-    coder = Coder(release=asked.pages.release)
+    coder = Coder(release=asked.release)
     with hooked(progress), asked.together() as team:
-        job = Job(asked.budget, sensitivity, dict(metadata or {}), team, coder)
+        job = Job(asked.budget, sensitivity, dict(metadata or {}), team, coder, asked.home)
         if data is None:
             return job.archive(asked.tensors)
         return with_data(Bench(asked.source, Data.of(data), evaluate, team), job, activations)
@@ -101,12 +102,20 @@ class Asked:
         tensors: of it.
         budget: bytes.
         pages: memory of files that nobody else has seen, and which can be given back.
+        home: the disk that the model is on, if it is on one.
     """
 
     source: nn.Module | Mapping[str, Tensor]
     tensors: Tensors
     budget: int
     pages: Pages
+    home: Disk | None = None
+
+    def release(self) -> None:
+        """Give back the memory of files."""
+        self.pages.release()
+        if self.home is not None:
+            self.home.release()
 
     @classmethod
     def of(
@@ -128,7 +137,9 @@ class Asked:
             if data is None and value is not None:
                 raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
         is_own = isinstance(source, str | os.PathLike)
-        return cls(found, tensors, budget, Pages.of(tensors.values.values() if is_own else ()))
+        pages = Pages.of(tensors.values.values() if is_own else ())
+        home = home_of(found) if isinstance(found, nn.Module) else None
+        return cls(found, tensors, budget, pages, home)
 
     @contextmanager
     def together(self) -> Iterator[Team]:

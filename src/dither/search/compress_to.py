@@ -16,6 +16,7 @@ from torch import nn
 from dither.archive import Archive
 from dither.core import BudgetError
 from dither.data import Data
+from dither.disk import Disk
 from dither.progress import Hook, hooked, report
 from dither.search.activation_trials import Sites
 from dither.search.coder import Coder
@@ -76,8 +77,9 @@ def compress_to(
     about = _about(asked, dict(metadata or {}), activations)
     trials: tuple[object, ...] = ()
     with hooked(progress), asked.together() as team, _journal(path, about, team) as journal:
-        coder = Coder(journal, asked.pages.release)
-        job = Job(asked.budget, data_free, about["metadata"], team, coder)
+        coder = Coder(journal, asked.release)
+        disk = asked.home or Disk(path.absolute().parent)
+        job = Job(asked.budget, data_free, about["metadata"], team, coder, disk)
         if data is None:
             ledger = job.spend(asked.tensors)[1]
             team.first("writing", partial(ledger.write, path))

@@ -8,6 +8,7 @@ from typing import Any
 
 from dither.archive import Archive
 from dither.core import SpecError, on_cpu
+from dither.disk import Disk
 from dither.model import Tensors
 from dither.progress import report
 from dither.search.coder import Coder
@@ -29,6 +30,8 @@ class Job:
         metadata: of the file.
         team: processes that do the job together.
         coder: predicts and codes single tensors.
+        disk: where files that are tried are kept, and what passes through a model hold, beyond what
+            may be in memory.
     """
 
     budget: int
@@ -36,6 +39,7 @@ class Job:
     metadata: Mapping[str, Any]
     team: Team = ALONE
     coder: Coder = field(default_factory=Coder)
+    disk: Disk | None = None
 
     def spend(
         self, tensors: Tensors, sensitivity: Sensitivity | None = None
@@ -61,4 +65,8 @@ class Job:
 
     def archive(self, tensors: Tensors) -> Archive:
         """The file for some tensors, without data."""
-        return self.spend(tensors)[1].archive()
+        return self.file(self.spend(tensors)[1])
+
+    def file(self, ledger: Ledger) -> Archive:
+        """The file of a full ledger: in memory where there is no disk."""
+        return ledger.archive(None if self.disk is None else self.disk.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class LayerOrder:
             for name, value in places.items()
             if _is_constant(self._forecast.tensors[name].value) and not _is_constant(value)
         }
-        self._starts |= self._ledger.decoded(found)
+        self._starts |= dict(self._ledger.decoded(found))
         self._forecast.change(found)
 
     def _shaped(self, name: str, value: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class LayerOrder:
             ledger.put(name, chosen[name], ledger.coded(name))
         turns = _Turns(forecast, ledger, budget, fed, steer=steer)
         stage = f"encoding in sequence{'' if steer else ', to learn'}"
-        start = ledger.decoded(others) | self._starts
+        start = chain(ledger.decoded(others), self._starts.items())
         with self._layers.walk(fed, start=start, biases=True, batches=batches) as walk:
             for layer in walk:
                 report(stage, turns.share, layer.name)
@@ -138,7 +139,7 @@ class LayerOrder:
     def _move(self, name: str, value: Tensor) -> None:
         """Give a tensor another value, and code it again as was chosen."""
         if name not in self._starts:
-            self._starts |= self._ledger.decoded([name])
+            self._starts |= dict(self._ledger.decoded([name]))
         known = replace(self._forecast.tensors[name], value=self._shaped(name, value))
         self._forecast.tensors[name] = known
         choice = self._ledger.choice(name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -81,18 +83,24 @@ class Ledger:
         """The same before any tensor was coded, about."""
         return 64 + sum(14 + len(name) / 4 for name in self.all_names)
 
-    def decoded(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Values of some tensors as the file would hold them."""
-        archive = pack({name: self.coded(name) for name in names})
-        return {name: archive[name] for name in archive}
+    def decoded(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of some tensors, as the file would hold them, one after another."""
+        return ((name, pack({name: self.coded(name)})[name]) for name in names)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, one tensor after the other."""
         write(path, self._ordered(), self.aliases, self._metadata)
 
-    def archive(self) -> Archive:
-        """The file."""
-        return pack(self._ordered(), self.aliases, self._metadata)
+    def archive(self, folder: Path | None = None) -> Archive:
+        """The file, in memory, or in a folder, where it has no name (if the system allows that)."""
+        if folder is None or os.name == "nt":
+            return pack(self._ordered(), self.aliases, self._metadata)
+        with tempfile.TemporaryDirectory(
+            prefix="dither-", dir=folder, ignore_cleanup_errors=True
+        ) as held:
+            path = Path(held) / "tried.dither"
+            self.write(path)
+            return Archive.open(path)
 
     def _ordered(self) -> dict[str, CodedTensor]:
         return {name: self._rows[name][1] for name in self.names if name in self._rows}

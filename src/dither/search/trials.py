@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dither.activations import Encodings, apply
 from dither.archive import Archive, load_into
 from dither.core import BudgetError, SpecError
 from dither.data import Data, described, divergence, floats_of, has_nan, squared
+from dither.disk import home_of
 from dither.model import duplicate, evaluating, overlapping, separate, weights_of
 from dither.progress import part_of, steps
 from dither.search.held_out import MANY, Split, hold_out
@@ -106,7 +108,7 @@ class Bench:
         if is_special or overlapping(tensors):
             model = duplicate(model)  # of those, no gradients are to be had, nor other values
             separate(weights_of(model.state_dict(keep_vars=True)))
-        self.model = model
+        self.model, self._home = model, home_of(model)
         self.data = data.held()
         self.team, self._evaluate = team, evaluate
         team.same("data", fingerprint(list(self.data), team), _SAME_BATCHES)
@@ -138,7 +140,7 @@ class Bench:
             SpecError: the model does not run on the batch, or what it gives is not a number.
         """
         try:
-            output = data.output(self.model, batch)
+            output = tree_map_only(Tensor, self._kept, data.output(self.model, batch))
             if data.distance in (squared, divergence):
                 floats_of(output)
         except Exception as error:
@@ -154,6 +156,10 @@ class Bench:
                 "compared with it; mend that batch or the model, or leave the batch out"
             )
         return output
+
+    def _kept(self, output: Tensor) -> Tensor:
+        """An output where the model is, in memory or on its disk."""
+        return output if self._home is None else self._home.copy(output)
 
     def refit(self, make: Callable[[], Archive]) -> None:
         """Go the best way again with all samples, and keep its file.

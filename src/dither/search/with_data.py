@@ -69,16 +69,16 @@ class _Fitted:
         self._bench.note = _said_of(enough(stats, self._data), self._bench)
         sensitivity = by_statistics(stats, self._job.sensitivity)
         self.found = self._job.spend(collect(self._model), sensitivity)
-        return self.found[1].archive()
+        return self._job.file(self.found[1])
 
     def ordered(self) -> Archive | None:
         """Layers in sequence, from where the other ended; None where there are none."""
-        layers = Layerwise(self._model, self._data, team=self._job.team)
+        layers = Layerwise(self._model, self._data, team=self._job.team, disk=self._job.disk)
         if not layers.order.names or self.found is None:
             return None
         forecast, ledger = self.found
         LayerOrder(forecast, ledger, layers).spend(self._job.budget)
-        return ledger.archive()
+        return self._job.file(ledger)
 
     def both(self) -> Archive:
         """One after the other."""
