@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "dither"
 # From left to right. A room may import the rooms of the bars before its own; rooms of one bar are
 # strangers. `__init__` is what `import dither` loads.
 BARS = """
-    terminal, compiled, progress, threads, disk | core, coding | formats, model, checkpoint, data, team
+    terminal, compiled, progress, threads, disk | core, coding
+    | formats, model, checkpoint, data, team
     | encoders, calibrate, activations, rewrite, archive | search | train
     | select, run, testing
     | report | __init__ | recipes, integrations, demo | cli | __main__

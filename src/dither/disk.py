@@ -76,7 +76,7 @@ class Disk:
             OSError: the disk is full.
         """
         size = max(math.prod(shape) * dtype.itemsize, 1)
-        flat = torch.frombuffer(self._view(size), dtype=torch.uint8)
+        flat = torch.frombuffer(self.memory(size), dtype=torch.uint8)
         return flat[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -117,7 +117,12 @@ class Disk:
         """Whether an address is in a file of this disk."""
         return any(start <= place < start + len(file) for start, file in list(self._files.items()))
 
-    def _view(self, nbytes: int) -> memoryview:
+    def memory(self, nbytes: int) -> memoryview:
+        """So many bytes there, of any values, for as long as something shows them.
+
+        Raises:
+            OSError: the disk is full.
+        """
         size = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
             free = self._free.get(size)
@@ -193,6 +198,17 @@ def touched(value: Tensor) -> None:
         disk.use(value.nbytes)
 
 
+def memory_nbytes() -> int:
+    """Bytes of memory that this process may have, as far as the system says; else very many."""
+    found = [1 << 62]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+        found.append(int(text))
+    return min(found)
+
+
 @contextmanager
 def on_disk(
     folder: str | os.PathLike[str], room: int = ROOM, after: Callable[[], None] | None = None
@@ -226,17 +242,17 @@ def on_disk(
             parameter.data = disk.copy(parameter)
             if after is not None:
                 after()
-        if not any(isinstance(hook, _Use) for hook in module._forward_pre_hooks.values()):  # noqa: SLF001
-            module.register_forward_pre_hook(_Use(disk), prepend=True)
+        if not any(isinstance(hook, Use) for hook in module._forward_pre_hooks.values()):  # noqa: SLF001
+            module.register_forward_pre_hook(Use(disk), prepend=True)
 
-    handle: Any = register_module_parameter_registration_hook(place)  # type: ignore[no-untyped-call]
+    handle: Any = register_module_parameter_registration_hook(place)
     try:
         yield disk
     finally:
         handle.remove()
 
 
-class _Use:
+class Use:
     """Tells a disk that a module's parameters are going to be read."""
 
     def __init__(self, disk: Disk) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dither.calibrate import spill
 from dither.calibrate.layerwise import Layerwise
 from dither.core import SpecError, Stats
 from dither.data import Data
+from dither.disk import Disk
 from dither.encoders import Nearest
 from dither.formats import Affine
 from dither.testing import same_bits
@@ -202,6 +205,50 @@ def test_equals_passes_from_the_beginning(case: str, biases: bool) -> None:
     assert_equal(found, plain)
     bounded, _ = walked(model, batches, biases=biases, most_kept=1000)
     assert_equal(bounded, plain)
+
+
+@pytest.mark.parametrize("most_kept", [0, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_with_what_passes_hold_on_disk(
+    case: str, most_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "_SMALL", 1)
+    make, batches = CASES[case]
+    torch.manual_seed(0)
+    model, disk = make(), Disk(tmp_path)
+    found, layers = walked(model, batches, biases=True, most_kept=most_kept, disk=disk)
+    assert layers.waiting == (case != "stateful")
+    assert disk.nbytes > 0 or most_kept
+    assert_equal(found, walked(model, batches, biases=True)[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_that_passes_hold_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "_SMALL", 1)
+    held: list[int] = []
+    plain = spill.Tracked.leave_memory
+
+    def noted(self: spill.Tracked) -> None:
+        plain(self)
+        self.count()
+        held.append(self.nbytes)
+        assert self.most > 0
+
+    monkeypatch.setattr(spill.Tracked, "leave_memory", noted)
+    torch.manual_seed(0)
+    walked(Residual(), images(), biases=False, most_kept=0, disk=Disk(tmp_path))
+    assert len(held) > 20
+    assert not any(held)
+
+
+def test_passes_that_fit_into_memory_are_not_watched(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    layers = Layerwise(Residual(), images(), disk=disk)
+    assert layers.room.tracked() is None
+    assert layers.waiting
+    assert disk.nbytes == 0
 
 
 def test_a_model_that_draws_numbers_does_not_wait() -> None:

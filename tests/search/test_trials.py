@@ -183,7 +183,7 @@ def test_a_ledger_knows_the_exact_bytes() -> None:
     assert set(archive) == {"w", "tied", "b"}
     assert ledger.nbytes == archive.nbytes == len(archive.to_bytes())
     assert ledger.overhead == ledger.nbytes - sum(sizes.values())
-    assert torch.equal(ledger.decoded(["b"])["b"], archive["b"])
+    assert torch.equal(dict(ledger.decoded(["b"]))["b"], archive["b"])
     ledger.clear()
     assert "w" not in ledger
 

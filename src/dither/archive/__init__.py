@@ -14,6 +14,7 @@ from dither.archive.writer import (
     Payload,
     code,
     pack,
+    pack_into,
     packed_nbytes,
     write,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "load_into",
     "load_weights",
     "pack",
+    "pack_into",
     "packed_nbytes",
     "verify",
     "wrapper",

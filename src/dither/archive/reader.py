@@ -96,7 +96,7 @@ class Archive(Mapping[str, Tensor]):
         return cls(source_of(path), max_nbytes)
 
     @classmethod
-    def from_bytes(cls, data: bytes, max_nbytes: int | None = None) -> Self:
+    def from_bytes(cls, data: bytes | memoryview, max_nbytes: int | None = None) -> Self:
         """The archive that ``data`` holds."""
         return cls(unwrapped(BytesSource(data)), max_nbytes)
 

@@ -55,16 +55,20 @@ class Near:
 class BytesSource(Near):
     """Bytes in memory."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self._data = data
         self.size = len(data)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on."""
-        return self._data[offset : offset + length]
+        return bytes(self._data[offset : offset + length])
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies have the bytes, wherever they were."""
+        return BytesSource, (bytes(self._data),)
 
 
 class FileSource(Near):

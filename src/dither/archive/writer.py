@@ -186,6 +186,29 @@ def pack(
     return Archive.from_bytes(stream.getvalue())
 
 
+def pack_into(
+    memory: Callable[[int], memoryview],
+    tensors: Mapping[str, Encoded | CodedTensor],
+    aliases: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Archive:
+    """The same in memory that somebody gives, for a number of bytes."""
+    view = memory(packed_nbytes(tensors, aliases, metadata))
+    _write_all(ArchiveWriter(_Filling(view)), tensors, aliases, metadata, None)
+    return Archive.from_bytes(view)
+
+
+class _Filling:
+    """Writes into memory, from its beginning."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory, self._end = memory, 0
+
+    def write(self, data: bytes, /) -> None:
+        self._memory[self._end : self._end + len(data)] = data
+        self._end += len(data)
+
+
 def packed_nbytes(
     tensors: Mapping[str, Encoded | CodedTensor],
     aliases: Mapping[str, str] | None = None,

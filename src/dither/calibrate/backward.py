@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dither.core import SpecError
+from dither.calibrate.collect import check_loss
 from dither.data import Forward
 from dither.disk import Disk, disk_of, home_of
 
@@ -21,7 +21,7 @@ _SMALL = 1 << 16
 def square_sums(
     model: nn.Module, batch: object, loss: Callable[[Any, Any], Tensor], forward: Forward
 ) -> dict[str, float]:
-    """Sums of squared gradients, by the name of the parameter; those without a gradient are missing.
+    """Sums of squared gradients by the name of the parameter, of those that have a gradient.
 
     Each gradient is looked at when it is complete, and dropped. Of a model on a disk, what the
     forward pass keeps for the backward pass goes there, too, once it takes more than the disk has
@@ -39,17 +39,11 @@ def square_sums(
     found: dict[str, float] = {}
     disk = home_of(model)
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
-    with _wanting(named, found), torch.enable_grad():
-        with nullcontext() if disk is None else _Saved(disk).hooks():
-            value = loss(forward(model, batch), batch)
-            if value.ndim:
-                raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
-            if not value.requires_grad:
-                raise SpecError(
-                    "the loss has no gradient: the model runs under torch.no_grad, or detaches its "
-                    "output; give a forward that does not"
-                )
-            torch.autograd.backward(value, inputs=[parameter for _, parameter in named])
+    saved = nullcontext() if disk is None else _Saved(disk).hooks()
+    with _wanting(named, found), torch.enable_grad(), saved:
+        value = loss(forward(model, batch), batch)
+        check_loss(value)
+        torch.autograd.backward(value, inputs=[parameter for _, parameter in named])
     return found
 
 
@@ -70,7 +64,7 @@ def _wanting(named: list[tuple[str, nn.Parameter]], found: dict[str, float]) -> 
                 parameter.requires_grad_(True)  # noqa: FBT003 - torch's own signature
                 parameter.grad = None
                 handle = parameter.register_post_accumulate_grad_hook(
-                    lambda given, name=name: note(name, given)  # type: ignore[misc]
+                    lambda given, name=name: note(name, given)
                 )
                 hooks.callback(handle.remove)
             yield

@@ -319,6 +319,21 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 
+def check_loss(value: Tensor) -> None:
+    """Refuse what gradients are not to be had of.
+
+    Raises:
+        SpecError: it is no scalar, or has no gradient.
+    """
+    if value.ndim:
+        raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
+    if not value.requires_grad:
+        raise SpecError(
+            "the loss has no gradient: the model runs under torch.no_grad, or detaches its output; "
+            "give a forward that does not"
+        )
+
+
 def gradients(
     model: nn.Module, batch: object, loss: Loss, forward: Forward
 ) -> Iterator[tuple[str, Tensor]]:
@@ -330,13 +345,7 @@ def gradients(
             parameter.requires_grad_(True)  # noqa: FBT003 - torch's own signature
         with torch.enable_grad():
             value = loss(forward(model, batch), batch)
-            if value.ndim:
-                raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
-            if not value.requires_grad:
-                raise SpecError(
-                    "the loss has no gradient: the model runs under torch.no_grad, or detaches its "
-                    "output; give a forward that does not"
-                )
+            check_loss(value)
             parameters = [parameter for _, parameter in named]
             found = torch.autograd.grad(value, parameters, allow_unused=True)
     finally:

@@ -294,9 +294,9 @@ class Lockstep:
         if self._weigh(one):
             return
         fit = max(number + 1, self._room.most // max(one.nbytes, 1))
-        for later, one in enumerate(self._passes[fit:], fit):
-            if one is not None:
-                one.end()
+        for later, other in enumerate(self._passes[fit:], fit):
+            if other is not None:
+                other.end()
                 self._passes[later] = None
 
 
@@ -304,9 +304,7 @@ def _nbytes(value: object) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
-def held_by_one(
-    model: nn.Module, data: Data, names: Collection[str], room: Room
-) -> int | None:
+def held_by_one(model: nn.Module, data: Data, names: Collection[str], room: Room) -> int | None:
     """Bytes that a waiting pass holds, about; None where passes cannot wait.
 
     They can if those of two batches, in turns, give what they give one after another. They do not

@@ -32,7 +32,7 @@ class Tracked(TorchFunctionMode):
     """
 
     def __init__(self, disk: Disk) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._disk, self.nbytes, self.most = disk, 0, 0
         self._known: dict[int, weakref.ref[Tensor]] = {}
 
@@ -65,11 +65,11 @@ class Tracked(TorchFunctionMode):
             if disk_of(tensors[0]) is not None:
                 continue
             storage = tensors[0].untyped_storage()
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             self._disk.use(2 * len(whole))
             made = self._disk.empty((len(whole),), torch.uint8).copy_(whole)
             for tensor in tensors:
-                typed = torch.empty(0, dtype=tensor.dtype).set_(  # type: ignore[call-overload]
+                typed = torch.empty(0, dtype=tensor.dtype).set_(
                     made.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
                 )
                 tensor.data = typed
@@ -93,6 +93,6 @@ class Tracked(TorchFunctionMode):
 def _can_move(tensors: list[Tensor]) -> bool:
     """Whether these are all that show some memory, and it is worth a place on a disk."""
     storage = tensors[0].untyped_storage()
-    holders = int(torch._C._storage_Use_Count(storage._cdata)) - 1  # type: ignore[attr-defined]  # noqa: SLF001
+    holders = int(torch._C._storage_Use_Count(storage._cdata)) - 1  # noqa: SLF001
     is_plain = holders == len(tensors) and not any(t.requires_grad for t in tensors)
     return is_plain and storage.nbytes() >= _SMALL

@@ -141,6 +141,14 @@ def compress(
     activations: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
     ] = None,
+    on_disk: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-disk/--in-memory",
+            help="Where the model's weights are while it runs on DATA; on disk is beside OUT. By "
+            "default on disk if they take more than a quarter of the memory.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -151,9 +159,10 @@ def compress(
     if bits is not None and not 0 < bits <= MAX_BITS:
         raise typer.BadParameter(f"--bits is a number from 0 to {MAX_BITS}, not {bits:g}")
     wanted = size or f"{bits:.12f} bits"
-    if data is None and (model or evaluate or activations):
-        raise typer.BadParameter("--model, --evaluate and --activations go with --data")
-    samples = None if data is None else work.Given(data, model, evaluate, activations)
+    if data is None and (model or evaluate or activations or on_disk is not None):
+        options = "--model, --evaluate, --activations, --on-disk and --in-memory"
+        raise typer.BadParameter(f"{options} go with --data")
+    samples = None if data is None else work.Given(data, model, evaluate, activations, on_disk)
     work.compress(Printer(as_json, quiet), source, output, size=wanted, key=key, given=samples)
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dither.checkpoint import Pages
 from dither.cli.folders import folder_model, scored, tokenized
 from dither.core import CheckpointError, SpecError
 from dither.data import Data
+from dither.disk import home_of, on_disk
 from dither.model import weights_of
 
 
@@ -37,7 +39,9 @@ def named(text: str, option: str) -> Any:  # noqa: ANN401 - whatever the user wr
     return found
 
 
-def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.Module:
+def model_of(
+    text: str | None, source: Path, state: Mapping[str, Tensor], disk: Path | None = None
+) -> nn.Module:
     """The model that ``--model`` names with the weights of a source; without, that of a folder.
 
     Args:
@@ -45,26 +49,48 @@ def model_of(text: str | None, source: Path, state: Mapping[str, Tensor]) -> nn.
             a Hugging Face folder describes.
         source: of the weights.
         state: its tensors.
+        disk: a folder for the model's parameters, which are then not in memory.
 
     Raises:
         CheckpointError: the weights do not fit.
-        SpecError: there is no such model.
+        SpecError: there is no such model, or it is in memory already.
     """
-    if text is None:
-        return folder_model(source)
+    if disk is None:
+        return folder_model(source) if text is None else _loaded(_made(text), text, source, state)
+    with on_disk(disk, after=Pages.of(state.values()).release):
+        if text is None:
+            return folder_model(source, state)
+        model = _made(text)
+        if home_of(model) is None:
+            raise SpecError(f"--model {text!r} is in memory; name a function that makes the model")
+        return _loaded(model, text, source, state)
+
+
+def _made(text: str) -> nn.Module:
     made = named(text, "--model")
     model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
         raise SpecError(f"--model {text!r} gives {type(model).__name__}, not a torch module")
+    return model
+
+
+def _loaded(model: nn.Module, text: str, source: Path, state: Mapping[str, Tensor]) -> nn.Module:
+    """The model with the tensors of a state; of one on a disk, one after another."""
     wanted = {name: value.shape for name, value in weights_of(model.state_dict()).items()}
     missing = [n for n in dict(model.named_parameters()) if n not in state]
     wrong = [n for n, shape in wanted.items() if n in state and state[n].shape != shape]
     if missing or wrong:
         raise CheckpointError(
-            f"{str(source)!r} does not fit the model: {(missing or wrong)[:5]} are "
+            f"{str(source)!r} does not fit the model of {text!r}: {(missing or wrong)[:5]} are "
             f"{'missing' if missing else 'of another shape'}"
         )
-    model.load_state_dict({n: v for n, v in state.items() if n in wanted}, strict=False)
+    found, home = {n: v for n, v in state.items() if n in wanted}, home_of(model)
+    pages = Pages.of(state.values() if home is not None else ())
+    for some in [found] if home is None else [{name: value} for name, value in found.items()]:
+        model.load_state_dict(some, strict=False)
+        if home is not None:
+            home.release()
+            pages.release()
     return model.eval()
 
 

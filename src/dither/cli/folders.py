@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -24,8 +26,12 @@ _NO_SCORES = ("regression", "multi_label_classification")
 """Kinds of problems whose logits are no shares of one whole."""
 
 
-def folder_model(source: Path) -> nn.Module:
+def folder_model(source: Path, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model of a folder in float32, of the class that its configuration names, if it does.
+
+    Args:
+        source: the folder.
+        state: its tensors, to be taken one after another; by default transformers reads them all.
 
     Raises:
         CheckpointError: the folder lacks weights of the model.
@@ -49,9 +55,15 @@ def folder_model(source: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(str(source))  # type: ignore[no-untyped-call,unused-ignore]
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind: Any = next((kind for kind in named if kind is not None), transformers.AutoModel)
-        model, info = kind.from_pretrained(
-            str(source), dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
+        where = {"config": config, "state_dict": None if state is None else dict(state)}
+        with _one_by_one() if state is not None else nullcontext():
+            model, info = kind.from_pretrained(
+                None if state is not None else str(source),
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                **(where if state is not None else {}),
+            )
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         raise DitherError(
@@ -66,6 +78,21 @@ def folder_model(source: Path) -> nn.Module:
         )
     made: nn.Module = model.eval()
     return made
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Let transformers read no tensor before the one before it is in its place."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def scored(model: nn.Module, loader: Iterable[Any]) -> Data:

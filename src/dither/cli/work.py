@@ -30,6 +30,7 @@ from dither.cli.files import (
 from dither.cli.sweep import sweep as run_sweep
 from dither.core import BudgetError, SpecError
 from dither.demo.story import run
+from dither.disk import memory_nbytes
 from dither.integrations.model_folder import own_weights, write_folder
 from dither.model import collect
 from dither.report import check_picture, draw_sizes, save_page, save_pair
@@ -41,6 +42,10 @@ from dither.team import Team, joined
 FEW_BITS = 1.3
 """Bits for each value below which files that are made without data are poor: samples help most."""
 
+FLOAT32 = 4
+MOST_OF_MEMORY = 0.25
+"""Share of memory that a model may take: while it is compressed, there are up to three copies."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -50,6 +55,14 @@ class Given:
     model: str | None = None
     evaluate: str | None = None
     activations: str | None = None
+    on_disk: bool | None = None
+
+    def goes_on_disk(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether the model of a state is to be on a disk, as it is asked for, or by its size."""
+        if self.on_disk is not None:
+            return self.on_disk
+        values = sum(value.numel() for value in collect(state).values.values())
+        return FLOAT32 * values > MOST_OF_MEMORY * memory_nbytes()
 
 
 def compress(
@@ -93,7 +106,8 @@ def _compress(
             weights = state = own_weights(source, state) if to_folder else state
             wanted = _budget(size, state) - to_folder * WRAPPER_NBYTES
         if given is not None:
-            weights = model = model_of(given.model, source, state)
+            disk = target.absolute().parent if given.goes_on_disk(state) else None
+            weights = model = model_of(given.model, source, state, disk)
             how["data"] = data_of(given.data, source, model)
             how["evaluate"] = evaluate_of(given.evaluate)
             how["activations"] = given.activations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.core import SpecError
+from dither.disk import Use
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTransposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -28,7 +29,8 @@ def why_fixed(model: nn.Module, name: str) -> str:
     for local in ("weight", "bias"):
         if local not in held and getattr(module, local) is not None:
             return f"its {local} is made by a parametrization or a hook"
-    if any(vars(module)[f"_{kind}_hooks"] for kind in _HOOKS):
+    hooks = (hook for kind in _HOOKS for hook in vars(module)[f"_{kind}_hooks"].values())
+    if not all(isinstance(hook, Use) for hook in hooks):
         return "it has hooks"
     others = [owner for owner in model.modules() if owner is not module]
     for owner in others:

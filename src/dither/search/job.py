@@ -68,5 +68,6 @@ class Job:
         return self.file(self.spend(tensors)[1])
 
     def file(self, ledger: Ledger) -> Archive:
-        """The file of a full ledger: in memory where there is no disk."""
-        return ledger.archive(None if self.disk is None else self.disk.folder)
+        """The file of a full ledger: in memory, or on the disk if that has no room in memory."""
+        is_large = self.disk is not None and ledger.nbytes > self.disk.room
+        return ledger.archive(self.disk if is_large else None)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dither.archive import Archive, CodedTensor, pack, packed_nbytes, write
+from dither.archive import Archive, CodedTensor, pack, pack_into, packed_nbytes, write
+from dither.disk import Disk
 from dither.search.knowledge import Choice
 from dither.search.predict import GRID_INDEX_NBYTES
 
@@ -91,16 +90,10 @@ class Ledger:
         """Write the file, one tensor after the other."""
         write(path, self._ordered(), self.aliases, self._metadata)
 
-    def archive(self, folder: Path | None = None) -> Archive:
-        """The file, in memory, or in a folder, where it has no name (if the system allows that)."""
-        if folder is None or os.name == "nt":
-            return pack(self._ordered(), self.aliases, self._metadata)
-        with tempfile.TemporaryDirectory(
-            prefix="dither-", dir=folder, ignore_cleanup_errors=True
-        ) as held:
-            path = Path(held) / "tried.dither"
-            self.write(path)
-            return Archive.open(path)
+    def archive(self, disk: Disk | None = None) -> Archive:
+        """The file, in memory or on a disk."""
+        what = self._ordered(), self.aliases, self._metadata
+        return pack(*what) if disk is None else pack_into(disk.memory, *what)
 
     def _ordered(self) -> dict[str, CodedTensor]:
         return {name: self._rows[name][1] for name in self.names if name in self._rows}
