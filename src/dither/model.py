@@ -26,14 +26,11 @@ are no weights: no plan matches them, and the file has a place of its own for th
 SHADOWS = "dither_shadows"
 """Reserved likewise: what a model in training learns besides, `<module>.dither_shadows.*`."""
 
-
 SHADOW_OF = "_dither_base"
 """Where the class of a module in training keeps the module's own."""
 
-
 TABLE_NAMES = ("emb", "wte", "shared.weight", "vocab", "token")
 """Parts of the names of token tables."""
-
 
 _LEAST_SIDE = 8
 """Rows and columns of a matrix in a stack, at least: kernels are narrower."""

@@ -55,6 +55,14 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+OnDisk = Annotated[
+    bool | None,
+    typer.Option(
+        "--on-disk/--in-memory",
+        help="Where the model's weights are while it runs on DATA; on disk is beside OUT. By "
+        "default on disk if they take more than a quarter of the memory.",
+    ),
+]
 MaxSize = Annotated[
     str | None,
     typer.Option(
@@ -141,14 +149,7 @@ def compress(
     activations: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
     ] = None,
-    on_disk: Annotated[
-        bool | None,
-        typer.Option(
-            "--on-disk/--in-memory",
-            help="Where the model's weights are while it runs on DATA; on disk is beside OUT. By "
-            "default on disk if they take more than a quarter of the memory.",
-        ),
-    ] = None,
+    on_disk: OnDisk = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
