@@ -20,6 +20,12 @@ MAX_WIDTH = 24
 CHUNK = 1 << 17
 """Values handled at a time, a multiple of 8: it bounds the temporary memory."""
 
+_AHEAD = 32
+"""Bytes of a head that are looked at together."""
+
+_FEW = 32
+"""Up to so many fields are read one by one."""
+
 
 def width_of(alphabet: int) -> int:
     """Bits of one fixed-width field for the codes ``0 .. alphabet - 1``.
@@ -120,6 +126,10 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
     if width in (8, 16):
         out[:] = np.frombuffer(payload, "u1" if width == 8 else "<u2")
         return out
+    if count <= _FEW:
+        number, mask = int.from_bytes(payload, "little"), (1 << width) - 1
+        out[:] = [number >> index * width & mask for index in range(count)]
+        return out
     if 8 % width == 0 and count <= CHUNK:
         columns = source[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
         np.bitwise_and(columns.reshape(-1)[:count], (1 << width) - 1, out=out)
@@ -190,34 +200,37 @@ class BitReader:
 
     def __init__(self, payload: memoryview) -> None:
         self._payload = payload
-        self._at = 0
+        self._next, self._window, self._held = 0, 0, 0  # bits that were read and not yet taken
+
+    def _fill(self) -> None:
+        piece = self._payload[self._next : self._next + _AHEAD]
+        if not len(piece):
+            raise CodingError("the payload ends within its head")
+        self._window |= int.from_bytes(piece, "little") << self._held
+        self._next += len(piece)
+        self._held += 8 * len(piece)
 
     def read(self, width: int) -> int:
         """The next ``width`` bits as a number."""
-        end = self._at + width
-        if end > 8 * len(self._payload):
-            raise CodingError("the payload ends within its head")
-        piece = int.from_bytes(self._payload[self._at >> 3 : (end + 7) >> 3], "little")
-        value = (piece >> (self._at & 7)) & ((1 << width) - 1)
-        self._at = end
+        while width > self._held:
+            self._fill()
+        value = self._window & ((1 << width) - 1)
+        self._window >>= width
+        self._held -= width
         return value
 
     def unary(self, limit: int) -> int:
         """The number of 0 bits before the next 1 bit, refused above ``limit``."""
         zeros = 0
-        while zeros <= limit:
-            room = min(32, 8 * len(self._payload) - self._at)
-            if room <= 0:
-                raise CodingError("the payload ends within its head")
-            window = self.read(room)
-            if window:
-                run = (window & -window).bit_length() - 1
-                self._at -= room - run - 1
-                zeros += run
+        while not self._window:
+            zeros, self._held = zeros + self._held, 0
+            if zeros > limit:
                 break
-            zeros += room
+            self._fill()
+        zeros += max((self._window & -self._window).bit_length() - 1, 0)
         if zeros > limit:
             raise CodingError(f"a number in the head is out of range (more than {limit} zeros)")
+        self.read((self._window & -self._window).bit_length())
         return zeros
 
     def gamma(self) -> int:
@@ -227,14 +240,21 @@ class BitReader:
 
     def rice(self, low: int, limit: int) -> int:
         """A number written by :meth:`BitWriter.rice`, refused above ``limit``."""
-        high = self.unary(limit >> low)
-        value = (high << low) | self.read(low)
+        window = self._window
+        stop = (window & -window).bit_length()
+        if 0 < stop <= self._held - low:  # as nearly always
+            value = ((stop - 1) << low) | ((window >> stop) & ((1 << low) - 1))
+            self._window = window >> (stop + low)
+            self._held -= stop + low
+        else:
+            high = self.unary(limit >> low)
+            value = (high << low) | self.read(low)
         if value > limit:
             raise CodingError(f"a number in the head is out of range: {value}, limit {limit}")
         return value
 
     def finish(self) -> memoryview:
         """Skip the zero bits that fill the last byte; the payload after the head."""
-        if self.read(-self._at % 8):
+        if self.read(self._held % 8):
             raise CodingError("unused bits of the head are not zero")
-        return self._payload[self._at >> 3 :]
+        return self._payload[self._next - self._held // 8 :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ from numpy.typing import NDArray
 MAX_AXES = 8
 MAX_TABLES = 16
 MAX_CLASSES = 16
+
+_RUN = 64
+"""Elements of a run of last axes, at least: runs with equal sums before them are copies."""
+
+_MOST = 1 << 20
+"""Elements of all kinds of runs: it bounds the temporary memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +42,29 @@ class Contexts:
 
     def of(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """The table of every element, flat, in C order."""
-        total = np.zeros(shape, np.uint8)
+        split = len(shape) - 1
+        while split > 0 and prod(shape[split:]) < _RUN:
+            split -= 1
+        ahead, behind = self._sums(shape, 0, split), self._sums(shape, split, len(shape))
+        kinds = int(ahead.max()) + 1 if ahead.size else 0
+        if kinds * len(behind) > _MOST:
+            return self._clipped(ahead[:, None] + behind).reshape(-1)
+        runs = self._clipped(np.arange(kinds, dtype=np.uint8)[:, None] + behind)
+        return runs.take(ahead, axis=0).reshape(-1)
+
+    def _sums(self, shape: tuple[int, ...], begin: int, end: int) -> NDArray[np.uint8]:
+        """Sums of the classes of some axes, flat."""
+        total = np.zeros(shape[begin:end], np.uint8)
         for axis, classes in self.classes.items():
-            total += classes.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-        np.clip(total, self.offset, self.offset + self.tables - 1, out=total)
-        total -= np.uint8(self.offset)
+            if begin <= axis < end:
+                total += classes.reshape([-1 if a == axis else 1 for a in range(begin, end)])
         return total.reshape(-1)
+
+    def _clipped(self, sums: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The tables of sums, which are overwritten."""
+        np.maximum(sums, np.uint8(self.offset), out=sums)
+        sums -= np.uint8(self.offset)
+        return np.minimum(sums, np.uint8(self.tables - 1), out=sums)
 
 
 def _spread(deviation: NDArray[np.float32], axis: int) -> NDArray[np.float64]:

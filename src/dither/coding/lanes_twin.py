@@ -1,8 +1,8 @@
 """Compiled twins of the loops of :mod:`dither.coding.rans`, one symbol after another.
 
-Sixteen bits of an entry of a table of slots are the frequency, sixteen the place within the symbol,
-and 32 the symbol. All numbers are unsigned and of a stated width: numba would otherwise look for
-negative indices, and compute with 64 bits.
+What a slot stands for is looked up first, and then that symbol's frequency and start, sixteen bits
+each of one number: both tables are so small that they stay near. All numbers are unsigned and of a
+stated width: numba would otherwise look for negative indices, and compute with 64 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 NONE = np.zeros(0, np.uint8)
 BLOCK = 1 << 20
 """Symbols that are encoded at a time; it bounds the temporary memory."""
+_ENTRIES = 1 << 18
+"""The most symbols of all tables, those among them that do not occur."""
 _CALL = 1 << 24
 """Symbols that are decoded in one call: a tenth of a second."""
 
@@ -30,41 +32,52 @@ def seconds(count: int, lanes: int) -> float:
     return count * 4e-7 if lanes <= 8 else count * 3e-9 + count / lanes * 8e-6
 
 
-def _slots(tables: Sequence[Table]) -> NDArray[np.uint64]:
-    """What every slot stands for, table after table."""
-    shares = np.concatenate([table.frequencies for table in tables])
-    symbols = np.concatenate([table.symbols for table in tables])
-    ends = np.cumsum(shares)
-    entries = np.repeat((symbols << 32) + shares - ((ends - shares) << 16), shares)
-    entries += np.arange(ends[-1]) << 16  # places within symbols, once the starts are taken off
-    return entries.view(np.uint64)
+def _looked_up(
+    tables: Sequence[Table], kind: np.dtype[Any]
+) -> tuple[NDArray[Any], NDArray[np.uint32], int] | None:
+    """Symbols by table and slot, entries by table and symbol, and how many a table has of these.
+
+    None where symbols are so far apart that entries would take much memory.
+    """
+    size = 1 + max(int(table.symbols[-1]) for table in tables)
+    if size * len(tables) > _ENTRIES:
+        return None
+    entries = np.zeros((len(tables), size), np.uint32)
+    for row, table in zip(entries, tables, strict=True):
+        starts = np.cumsum(table.frequencies) - table.frequencies
+        row[table.symbols] = (starts << 16) + table.frequencies
+    slots = [np.repeat(table.symbols.astype(kind), table.frequencies) for table in tables]
+    return np.concatenate(slots), entries.reshape(-1), size
 
 
 def decode_loop(
     state: NDArray[np.uint32],
     words: NDArray[np.uint8],
     contexts: NDArray[np.uint8],
-    slots: NDArray[np.uint64],
+    slots: NDArray[Any],
+    entries: NDArray[np.uint32],
     out: NDArray[Any],
-    precision: int,
+    settings: NDArray[np.uint32],
 ) -> int:
     """Whole turns of symbols into ``out``; how many words were taken, one too many if they end.
 
-    Words are read without a look at their number only in turns for which enough are left.
+    Words are read without a look at their number only in turns for which enough are left. Settings
+    are precision, and entries of a table.
     """
-    lanes, mask, shift, wide = len(state), U32((1 << precision) - 1), U32(precision), U64(precision)
+    lanes, shift, wide, size = len(state), settings[0], U64(settings[0]), U64(settings[1])
+    mask = U32((U32(1) << shift) - U32(1))
     at, count = U64(0), U64(len(words) // 2)  # both, as numba makes floats of mixed types
     for begin in range(0, len(out), lanes):
         row = out[begin : begin + lanes]
         if at + U64(lanes) > count:
             for lane in range(lanes):
                 old = state[lane]
-                slot = U64(old & mask)
-                if len(contexts):
-                    slot += U64(contexts[begin + lane]) << wide
-                entry = slots[slot]
-                row[lane] = entry >> U64(32)
-                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                table = U64(contexts[begin + lane]) if len(contexts) else U64(0)
+                symbol = slots[(table << wide) + U64(old & mask)]
+                entry = entries[table * size + U64(symbol)]
+                row[lane] = symbol
+                new = U32(U32(U16(entry)) * U32(old >> shift))
+                new = U32(new + U32(U32(old & mask) - U32(entry >> U32(16))))
                 if new < U32(65536):
                     if at >= count:
                         return int(count + U64(1))
@@ -75,10 +88,12 @@ def decode_loop(
         elif len(contexts):
             chosen = contexts[begin : begin + lanes]
             for lane in range(lanes):
-                old = state[lane]
-                entry = slots[(U64(chosen[lane]) << wide) + U64(old & mask)]
-                row[lane] = entry >> U64(32)
-                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                old, table = state[lane], U64(chosen[lane])
+                symbol = slots[(table << wide) + U64(old & mask)]
+                entry = entries[table * size + U64(symbol)]
+                row[lane] = symbol
+                new = U32(U32(U16(entry)) * U32(old >> shift))
+                new = U32(new + U32(U32(old & mask) - U32(entry >> U32(16))))
                 word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
                 is_low = new < U32(65536)
                 state[lane] = U32(U32(new << U32(16)) | word) if is_low else new
@@ -86,9 +101,11 @@ def decode_loop(
         else:
             for lane in range(lanes):
                 old = state[lane]
-                entry = slots[U64(old & mask)]
-                row[lane] = entry >> U64(32)
-                new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+                symbol = slots[U64(old & mask)]
+                entry = entries[U64(symbol)]
+                row[lane] = symbol
+                new = U32(U32(U16(entry)) * U32(old >> shift))
+                new = U32(new + U32(U32(old & mask) - U32(entry >> U32(16))))
                 word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
                 is_low = new < U32(65536)
                 state[lane] = U32(U32(new << U32(16)) | word) if is_low else new
@@ -100,7 +117,8 @@ def steered_loop(
     state: NDArray[np.uint32],
     words: NDArray[np.uint8],
     contexts: NDArray[np.uint8],
-    slots: NDArray[np.uint64],
+    slots: NDArray[Any],
+    entries: NDArray[np.uint32],
     out: NDArray[Any],
     machines: NDArray[np.uint8],
     following: NDArray[np.uint8],
@@ -108,24 +126,25 @@ def steered_loop(
 ) -> int:
     """The same where machines choose between two halves of the tables; they are told on the way.
 
-    ``settings`` are precision, 1 where symbol 0 is odd, and tables in a half. A state of a machine
-    is one of ``following``, which has two entries for every state there is.
+    ``settings`` are precision, entries of a table, 1 where symbol 0 is odd, and tables in a half. A
+    state of a machine is one of ``following``, which has two entries for every state there is.
     """
-    shift, odd, half = settings[0], U64(settings[1]), U64(settings[2])
+    shift, size, odd, half = settings[0], U64(settings[1]), U64(settings[2]), U64(settings[3])
     mask, wide, lanes = U32((U32(1) << shift) - U32(1)), U64(shift), U64(len(state))
     at, count, stride = U64(0), U64(len(words) // 2), U64(len(machines))
     place, lane = U64(0), U64(0)
     for index in range(len(out)):
         machine = U64(machines[place])
-        chosen = half * (machine & U64(1))
+        table = half * (machine & U64(1))
         if len(contexts):
-            chosen += U64(contexts[index])
+            table += U64(contexts[index])
         old = state[lane]
-        entry = slots[(chosen << wide) + U64(old & mask)]
-        symbol = entry >> U64(32)
+        symbol = U64(slots[(table << wide) + U64(old & mask)])
+        entry = entries[table * size + symbol]
         out[index] = symbol
         machines[place] = following[U64(2) * machine + ((symbol ^ odd) & U64(1))]
-        new = U32(U32(U16(entry)) * U32(old >> shift) + U32(U32(entry) >> U32(16)))
+        new = U32(U32(U16(entry)) * U32(old >> shift))
+        new = U32(new + U32(U32(old & mask) - U32(entry >> U32(16))))
         if new < U32(65536):
             if at >= count:
                 return int(count + U64(1))
@@ -231,14 +250,24 @@ def decoded(
     run = DECODE.chosen(seconds(len(out), len(states)))
     if run is None:
         return None
-    state, slots, taken = states.copy(), _slots(tables), 0
+    found, known = _looked_up(tables, out.dtype), None
+    if found is None:  # then with their ranks among all
+        known = np.unique(np.concatenate([table.symbols for table in tables]))
+        ranked = [Table(np.searchsorted(known, t.symbols), t.frequencies) for t in tables]
+        found = _looked_up(ranked, out.dtype)
+    if found is None:
+        return None
+    (slots, entries, size), state, taken = found, states.copy(), 0
+    settings = np.array([precision, size], np.uint32)
     block = max(_CALL // len(states), 1) * len(states)
     for begin in range(0, len(out), block):  # in between, signals are answered
         part = out[begin : begin + block]
         chosen = NONE if contexts is None else contexts[begin : begin + len(part)]
-        taken += run(state, words[2 * taken :], chosen, slots, part, precision)
+        taken += run(state, words[2 * taken :], chosen, slots, entries, part, settings)
         if 2 * taken > len(words):
             break
+        if known is not None:
+            part[:] = known.take(part)
     _checked(taken, words)
     return state
 
@@ -259,12 +288,14 @@ def steered(
         CodingError: too few words, or too many.
     """
     run = STEERED.chosen(4 * seconds(len(out), len(states)))
-    if run is None:
+    found = None if run is None else _looked_up(tables, out.dtype)
+    if run is None or found is None:
         return None
-    state, chosen = states.copy(), NONE if contexts is None else contexts[: len(out)]
-    numbers = np.array([*settings, len(tables) // 2], np.uint32)
-    next_states, slots = following.astype(np.uint8), _slots(tables)
-    _checked(run(state, words, chosen, slots, out, machines, next_states, numbers), words)
+    (slots, entries, size), state = found, states.copy()
+    chosen = NONE if contexts is None else contexts[: len(out)]
+    numbers = np.array([settings[0], size, settings[1], len(tables) // 2], np.uint32)
+    next_states = following.astype(np.uint8)
+    _checked(run(state, words, chosen, slots, entries, out, machines, next_states, numbers), words)
     return state
 
 

@@ -51,10 +51,28 @@ _FINE_STEPS: Ints = np.array([_root(15 * 64 + k, 6) for k in range(64)], np.int6
 """``floor(2**(15 + k/64))``."""
 
 
+_WEIGHTS: Ints = np.array([int(STEPS[level & 15]) << (level >> 4) for level in range(256)])
+"""The weight of each level."""
+
+
 @lru_cache(maxsize=8)
 def _logarithms(size: int) -> Ints:
     """``floor(64 * log2(d))`` for ``d = 0 .. size - 1`` (0 for 0), exactly."""
     return np.array([max((d**64).bit_length() - 1, 0) for d in range(size)], np.int64)
+
+
+_COARSEST = 8 * 127
+"""The greatest ``8 * scale`` of a curve."""
+
+
+@lru_cache(maxsize=len(SHAPES))
+def _flanks(shape: int) -> Ints:
+    """Levels by ``floor(64 * log2(distance)) - 8 * scale``, which begins at minus the greatest."""
+    logs = np.arange(-_COARSEST, 64 * 15, dtype=np.int64)
+    power = (SHAPES[shape] * logs) >> 2
+    octave = np.clip(power >> 6, -16, 4)
+    drop = (_FINE_STEPS[power & 63] << 4) >> (15 - octave)
+    return np.asarray(TOP - np.minimum(drop, TOP))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +85,7 @@ class Table:
 
 def weights_of(levels: Ints) -> Ints:
     """The weight of each level: ``STEPS[level % 16] << (level // 16)``."""
-    return np.asarray(STEPS[levels & 15] << (levels >> 4))
+    return _WEIGHTS.take(levels)
 
 
 def normalize(weights: Ints, precision: int) -> Ints:
@@ -128,12 +146,12 @@ class Curve:
 
     def table(self, window: int, precision: int) -> Table:
         """The frequencies of ``window`` symbols and, behind them, the escape symbol."""
-        distance = np.abs(4 * np.arange(window, dtype=np.int64) - self.center)
-        logs = _logarithms(1 << max(8, width_of(4 * window)))[distance]
-        power = (SHAPES[self.shape] * (logs - 8 * self.scale)) >> 2
-        octave = np.clip(power >> 6, -16, 4)
-        drop = (_FINE_STEPS[power & 63] << 4) >> (15 - octave)
-        levels = TOP - np.minimum(np.where(distance == 0, 0, drop), TOP)
+        distance = np.abs(np.arange(-self.center, 4 * window - self.center, 4, dtype=np.int64))
+        logs = _logarithms(1 << max(8, width_of(4 * window))).take(distance)
+        logs += _COARSEST - 8 * self.scale
+        levels = _flanks(self.shape).take(logs)
+        if self.center % 4 == 0:
+            levels[self.center >> 2] = TOP
         if self.spike is not None:
             peak = (self.center + 2) >> 2
             level = TOP + min(4 * self.spike, 0)

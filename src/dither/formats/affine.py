@@ -21,8 +21,10 @@ from dither.core import (
     expect_param,
     expect_parts,
 )
+from dither.formats import affine_twin
 from dither.formats.grid_rounding import Grid, require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import Grouping
+from dither.formats.memory import new_tensor
 from dither.formats.settings import check_choice, check_count, check_restored
 
 GRIDS = ("symmetric", "asymmetric", "endpoint")
@@ -183,13 +185,17 @@ class Affine(Format):
         if self.bits is None:  # one zero for the tensor, whatever shares a scale
             zero = held["zero"].to(torch.int32)
             held["zero"] = zero.expand(held["scale"].shape)
-        out = torch.empty(encoded.shape, dtype=encoded.dtype, device=levels.device)
+        out = new_tensor(encoded.shape, encoded.dtype, levels.device)
         names = list(held)
         shared = [held[name] for name in names]
-        boxes = self.grouping(encoded.shape).walk([out, levels], shared, DECODE_CHUNK)
-        for (box, codes), parts in boxes:
+        grouping = self.grouping(encoded.shape)
+        loop = affine_twin.loop_for(grouping.views(out)[0]) if out.numel() else None
+        limit = DECODE_CHUNK if loop is None else out.numel()
+        for (box, codes), parts in grouping.walk([out, levels], shared, limit):
             grid = self.line(dict(zip(names, parts, strict=True)))
-            if box.dtype == torch.float32:
+            if loop is not None:
+                affine_twin.fill(loop, box, codes, grid)
+            elif box.dtype == torch.float32:
                 _fill(box, codes, grid)
             else:
                 box.copy_(restore(grid.values(codes), encoded.dtype))

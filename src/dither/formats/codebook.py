@@ -24,6 +24,7 @@ from dither.core import (
 )
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import CHUNK, Grouping
+from dither.formats.memory import new_tensor
 from dither.formats.settings import check_choice, check_count, check_flag, check_restored
 
 SAMPLE = 1 << 20
@@ -201,7 +202,7 @@ class Codebook(Format):
         indices = encoded.codes["indices"].values
         points = encoded.params["points"].to(torch.float32)
         shared = [encoded.params[name] for name in ("scale", "offset") if name in encoded.params]
-        out = torch.empty(encoded.shape, dtype=encoded.dtype, device=indices.device)
+        out = new_tensor(encoded.shape, encoded.dtype, indices.device)
         boxes = self.grouping(encoded.shape).walk(
             [out.view(-1), indices.reshape(-1)], shared or [points.new_ones(1)]
         )

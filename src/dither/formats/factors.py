@@ -23,8 +23,10 @@ from dither.core import (
     expect_parts,
 )
 from dither.formats.affine import SCALE_DTYPES
+from dither.formats.factors_twin import Product
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import rows_of
+from dither.formats.memory import new_tensor
 from dither.formats.settings import check_choice, check_restored
 
 MOST_RANK = 4096
@@ -199,17 +201,20 @@ class Factors(Format):
         kind = torch.float32 if is_small else torch.float64
         zero = encoded.codes["zero"].values.to(kind)
         scale = encoded.params["scale"]
-        out = torch.empty(rows, columns, dtype=encoded.dtype, device=left.device)
+        out = new_tensor((rows, columns), encoded.dtype, left.device)
         width = max(1, min(columns, _BOX // max(len(right), 1)))
         height = max(1, _BOX // max(width, len(right)))
         for begin in range(0, columns, width):
             along = slice(begin, begin + width)
             wide = right[:, along].to(kind) - zero[1]
+            loop = Product.of(wide.numpy(), rows) if is_small else None
             for start in range(0, rows, height):
                 part = slice(start, start + height)
-                sums = _sums(left[part].to(kind) - zero[0], wide)
-                steps = scale if self.axis is None else scale[part, None]
-                out[part, along] = restore(sums.mul_(steps.float()), encoded.dtype)
+                steps = (scale if self.axis is None else scale[part]).float()
+                box = out[part, along]
+                if loop is None or not _filled(box, loop, left[part], zero[0], steps):
+                    sums = _sums(left[part].to(kind) - zero[0], wide)
+                    box.copy_(restore(sums.mul_(steps.reshape(-1, 1)), encoded.dtype))
         return out.reshape(encoded.shape)
 
     def multiplications(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -354,6 +359,16 @@ def _inverse(right: Tensor) -> tuple[Tensor, float]:
     # 2**-23 |codes| |right| |inverse|, and a quarter of a step is far from a tie.
     growth = float(right.square().sum().sqrt() * inverse.square().sum().sqrt())
     return inverse.contiguous(), (2.0**20 / growth) ** 2 if growth > 0 else math.inf
+
+
+def _filled(out: Tensor, loop: Product, left: Tensor, zero: Tensor, steps: Tensor) -> bool:
+    """Fill a box of the tensor by compiled code; False where plain code is to do it."""
+    whole = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    if not loop.fill(whole, left, int(zero), steps):
+        return False
+    if whole is not out:
+        out.copy_(restore(whole, out.dtype))
+    return True
 
 
 def _sums(left: Tensor, right: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from dither.core import (
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import chunks, rows_of
 from dither.formats.matching import nearest_vectors
+from dither.formats.memory import new_tensor
 from dither.formats.settings import check_choice, check_count, check_restored
 
 SAMPLE = 1 << 17
@@ -158,7 +159,7 @@ class Product(Format):
         """A look-up; for int8 one float32 multiply of the table."""
         rows, columns = rows_of(encoded.shape)
         indices = encoded.codes["indices"].values
-        out = torch.empty(rows, columns, dtype=encoded.dtype, device=indices.device)
+        out = new_tensor((rows, columns), encoded.dtype, indices.device)
         full = columns // self.block
         whole, rest = out[:, : full * self.block], out[:, full * self.block :]
         if full:

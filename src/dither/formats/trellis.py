@@ -23,6 +23,7 @@ from dither.core import (
 from dither.formats.affine import SCALE_DTYPES
 from dither.formats.grid_rounding import require_floating, require_held, restore, usable_scale
 from dither.formats.grouping import CHUNK, Grouping, rows_of
+from dither.formats.memory import new_tensor
 from dither.formats.parity_machine import POLYNOMIALS, last_steps, predecessors, quantizers
 from dither.formats.settings import check_choice, check_count, check_restored
 
@@ -166,7 +167,7 @@ class Trellis(Format):
         rows, columns = rows_of(encoded.shape)
         levels = encoded.codes["levels"].values.reshape(columns, rows)
         zero = encoded.codes["zero"].values.to(torch.int32)
-        out = torch.empty(rows, columns, dtype=encoded.dtype, device=levels.device)
+        out = new_tensor((rows, columns), encoded.dtype, levels.device)
         width = max(1, min(rows, max(_ACROSS, CHUNK // max(columns, 1))))
         length = max(1, CHUNK // width)
         for left in range(0, rows, width):
