@@ -111,7 +111,7 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
     >>> unpack_bits(bytes.fromhex("d100"), 3, 3)
     array([1, 2, 3], dtype=uint8)
     """
-    expected = packed_nbytes(count, width)
+    expected, mask = packed_nbytes(count, width), (1 << width) - 1
     if len(payload) != expected:
         raise CodingError(
             f"{count} fields of {width} bits take {expected} bytes, not {len(payload)}"
@@ -127,17 +127,16 @@ def unpack_bits(payload: bytes | memoryview, count: int, width: int) -> NDArray[
         out[:] = np.frombuffer(payload, "u1" if width == 8 else "<u2")
         return out
     if count <= _FEW:
-        number, mask = int.from_bytes(payload, "little"), (1 << width) - 1
+        number = int.from_bytes(payload, "little")
         out[:] = [number >> index * width & mask for index in range(count)]
         return out
     if 8 % width == 0 and count <= CHUNK:
         columns = source[:, None] >> np.arange(0, 8, width, dtype=np.uint8)
-        np.bitwise_and(columns.reshape(-1)[:count], (1 << width) - 1, out=out)
+        np.bitwise_and(columns.reshape(-1)[:count], mask, out=out)
         return out
     if bits_twin.unpacked(source, width, out):
         return out
     spans = _spans(width)
-    mask = (1 << width) - 1
     for begin in range(0, count, CHUNK):
         length = min(CHUNK, count - begin)
         groups = -(-length // 8)

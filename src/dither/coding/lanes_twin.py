@@ -61,18 +61,17 @@ def decode_loop(
 ) -> int:
     """Whole turns of symbols into ``out``; how many words were taken, one too many if they end.
 
-    Words are read without a look at their number only in turns for which enough are left. Settings
-    are precision, and entries of a table.
+    Their number is not looked at in turns for which enough are left. Settings are precision, and
+    entries of a table.
     """
-    lanes, shift, wide, size = len(state), settings[0], U64(settings[0]), U64(settings[1])
-    mask = U32((U32(1) << shift) - U32(1))
+    shift, wide, size = settings[0], U64(settings[0]), U64(settings[1])
+    lanes, mask = len(state), U32((U32(1) << shift) - U32(1))
     at, count = U64(0), U64(len(words) // 2)  # both, as numba makes floats of mixed types
     for begin in range(0, len(out), lanes):
         row = out[begin : begin + lanes]
         if at + U64(lanes) > count:
             for lane in range(lanes):
-                old = state[lane]
-                table = U64(contexts[begin + lane]) if len(contexts) else U64(0)
+                old, table = state[lane], U64(contexts[begin + lane] if len(contexts) else 0)
                 symbol = slots[(table << wide) + U64(old & mask)]
                 entry = entries[table * size + U64(symbol)]
                 row[lane] = symbol
@@ -121,18 +120,17 @@ def steered_loop(
     entries: NDArray[np.uint32],
     out: NDArray[Any],
     machines: NDArray[np.uint8],
-    following: NDArray[np.uint8],
     settings: NDArray[np.uint32],
 ) -> int:
     """The same where machines choose between two halves of the tables; they are told on the way.
 
-    ``settings`` are precision, entries of a table, 1 where symbol 0 is odd, and tables in a half. A
-    state of a machine is one of ``following``, which has two entries for every state there is.
+    ``settings`` are precision, entries of a table, 1 where symbol 0 is odd, and tables in a half;
+    then the state of a machine after each state and parity.
     """
     shift, size, odd, half = settings[0], U64(settings[1]), U64(settings[2]), U64(settings[3])
     mask, wide, lanes = U32((U32(1) << shift) - U32(1)), U64(shift), U64(len(state))
     at, count, stride = U64(0), U64(len(words) // 2), U64(len(machines))
-    place, lane = U64(0), U64(0)
+    place, lane, following = U64(0), U64(0), settings[4:]
     for index in range(len(out)):
         machine = U64(machines[place])
         table = half * (machine & U64(1))
@@ -293,9 +291,9 @@ def steered(
         return None
     (slots, entries, size), state = found, states.copy()
     chosen = NONE if contexts is None else contexts[: len(out)]
-    numbers = np.array([settings[0], size, settings[1], len(tables) // 2], np.uint32)
-    next_states = following.astype(np.uint8)
-    _checked(run(state, words, chosen, slots, entries, out, machines, next_states, numbers), words)
+    first = [settings[0], size, settings[1], len(tables) // 2]
+    numbers = np.concatenate([first, following]).astype(np.uint32)
+    _checked(run(state, words, chosen, slots, entries, out, machines, numbers), words)
     return state
 
 

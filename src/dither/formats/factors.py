@@ -212,7 +212,7 @@ class Factors(Format):
                 part = slice(start, start + height)
                 steps = (scale if self.axis is None else scale[part]).float()
                 box = out[part, along]
-                if loop is None or not _filled(box, loop, left[part], zero[0], steps):
+                if loop is None or not loop.fill(box, left[part], int(zero[0]), steps):
                     sums = _sums(left[part].to(kind) - zero[0], wide)
                     box.copy_(restore(sums.mul_(steps.reshape(-1, 1)), encoded.dtype))
         return out.reshape(encoded.shape)
@@ -359,16 +359,6 @@ def _inverse(right: Tensor) -> tuple[Tensor, float]:
     # 2**-23 |codes| |right| |inverse|, and a quarter of a step is far from a tie.
     growth = float(right.square().sum().sqrt() * inverse.square().sum().sqrt())
     return inverse.contiguous(), (2.0**20 / growth) ** 2 if growth > 0 else math.inf
-
-
-def _filled(out: Tensor, loop: Product, left: Tensor, zero: Tensor, steps: Tensor) -> bool:
-    """Fill a box of the tensor by compiled code; False where plain code is to do it."""
-    whole = out if out.dtype == torch.float32 else torch.empty(out.shape)
-    if not loop.fill(whole, left, int(zero), steps):
-        return False
-    if whole is not out:
-        out.copy_(restore(whole, out.dtype))
-    return True
 
 
 def _sums(left: Tensor, right: Tensor) -> Tensor:

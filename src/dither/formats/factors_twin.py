@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.compiled import Twin
+from dither.formats.grid_rounding import restore
 
 F32, I16 = np.float32, np.int16
 MOST = (1 << 15) - 1
@@ -98,10 +100,14 @@ class Product:
         """``(left - zero) @ right * scales``; False where plain code is to do it.
 
         Args:
-            out: ``(rows, columns)`` float32.
+            out: ``(rows, columns)``.
             left: ``(rows, rank)`` codes.
             zero: of the left factor.
             scales: ``(rows,)`` or ``(1,)`` float32.
         """
-        numbers = left.numpy(), zero, self.right, scales.numpy(), out.numpy(), self.most
-        return self.run(*numbers) == len(left)
+        whole = out if out.dtype == torch.float32 else torch.empty(out.shape)
+        numbers = left.numpy(), zero, self.right, scales.numpy(), whole.numpy(), self.most
+        is_done = self.run(*numbers) == len(left)
+        if is_done and whole is not out:
+            out.copy_(restore(whole, out.dtype))
+        return is_done
