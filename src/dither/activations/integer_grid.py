@@ -84,7 +84,7 @@ class _Rounded(torch.autograd.Function):
         # What is saved must not be what a later step changes in place.
         ctx.save_for_backward(values, scale.clone(), zero.clone())
         ctx.top, ctx.kind = top, kind
-        codes = (values / scale).round_().add_(zero.round()).clamp_(0, top)
+        codes = (values / scale).round_().add_(zero.round()).clamp_(0.0, top)
         return codes.sub_(zero.round()).mul_(scale)
 
     @staticmethod

@@ -136,7 +136,7 @@ class Quantizer(Added):
         """
         spec = self.spec
         if spec.per == "tensor" and spec.groups == 1:
-            return values.amin().reshape(1), values.amax().reshape(1)
+            return values.min().reshape(1), values.max().reshape(1)
         rows = values.movedim(spec.axis, -1)
         if spec.groups > 1:
             self._require(rows.shape[-1])

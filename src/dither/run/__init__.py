@@ -1,0 +1,6 @@
+"""From an archive to something that runs: in memory, and in other programs' kernels."""
+
+from dither.run.integers import Integers
+from dither.run.onnx_graph import Exported, StoredTensor, to_onnx
+
+__all__ = ["Exported", "Integers", "StoredTensor", "to_onnx"]

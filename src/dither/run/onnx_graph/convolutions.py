@@ -1,0 +1,88 @@
+"""Convolutions between quantized activations: as onnxruntime computes them with integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dither.run.integers import Integers
+from dither.run.onnx_graph.graph import Graph, attribute
+from dither.run.onnx_graph.sites import input_grid
+
+
+def integer_convolution(
+    graph: Graph, node: Any, held: Integers
+) -> tuple[str, Integers, int] | None:
+    """Prepare a convolution for integers: the name of its weight, itself, and its bits.
+
+    onnxruntime computes with integers where input and output are quantized, the weight has no zero
+    points, and the bias is int32 in steps of input and weight. A batch normalization behind it
+    goes into the scales of the rows. None where this does not fit; nothing is changed then.
+    """
+    before = input_grid(graph, node.inputs[0])
+    if before is None or held.grouping.group is not None or held.grouping.axis not in {None, 0}:
+        return None
+    norm = graph.only_user(node.outputs[0])
+    factor = shift = None
+    behind = norm
+    if norm is not None and norm.op_type == "BatchNormalization":
+        found = _normalization(graph, norm)
+        if found is None:
+            return None
+        (factor, shift), behind = found, graph.only_user(norm.outputs[0])
+    if behind is None or behind.op_type != "QuantizeLinear":
+        return None
+    bias = graph.array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if bias is None and len(node.inputs) > 2 and node.inputs[2] is not None:
+        return None
+    folded = held.by_row()
+    total = np.zeros(len(folded.scale)) if bias is None else bias.astype(np.float64)
+    if factor is not None and shift is not None:
+        folded = folded.scaled(torch.from_numpy(factor.astype(np.float32)))
+        total = total * factor + shift
+    bits = next((bits for bits in (4, 8) if folded.codes(bits, signed=True)), None)
+    if bits is None:
+        return None
+    name = node.inputs[1].name
+    if factor is not None:
+        name = f"{name}.normalized"
+        graph.replace(norm, node.outputs[0])
+    _set_bias(graph, node, name, total, before[0] * folded.scale.numpy())
+    return name, folded, bits
+
+
+def _normalization(
+    graph: Graph, node: Any
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """Factor and shift of each channel, float64."""
+    parts = [graph.array(value) for value in node.inputs[1:5]]
+    if any(part is None for part in parts):
+        return None
+    weight, bias, mean, variance = (np.asarray(part, np.float64) for part in parts)
+    factor = weight / np.sqrt(variance + float(attribute(node, "epsilon", 1e-5)))
+    return factor, bias - mean * factor
+
+
+def _set_bias(
+    graph: Graph, node: Any, name: str, bias: np.ndarray[Any, Any], steps: np.ndarray[Any, Any]
+) -> None:
+    """Give a convolution its bias in steps of the products that it is added to."""
+    if not bias.any() and (len(node.inputs) < 3 or node.inputs[2] is None):
+        return
+    steps = steps.astype(np.float32)
+    whole = np.clip(np.rint(bias / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+    path = name.removesuffix(".normalized")
+    made = graph.add(
+        node,
+        "DequantizeLinear",
+        [
+            graph.initializer(f"{path}.bias_codes", whole),
+            graph.initializer(f"{path}.bias_scale", steps),
+        ],
+        axis=0,
+    )
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, made)
