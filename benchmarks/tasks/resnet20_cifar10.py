@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from . import Split, data_path
 
-__all__ = ["Batches", "ResNet20", "evaluate", "load", "state_dict_path"]
+__all__ = ["Batches", "ResNet20", "evaluate", "load", "some", "state_dict_path"]
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -129,6 +129,17 @@ def evaluate(model: nn.Module, split: Split) -> float:
         guess = model(x).argmax(1).cpu()
         right += int((guess == labels[start : start + _BATCH]).sum())
     return 100.0 * right / len(images)
+
+
+def some(split: Split, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Normalised images [n, 3, 32, 32] of a range of a split, and their labels [n].
+
+    Raises:
+        FileNotFoundError: if the data are missing.
+    """
+    images, labels = _images(split)
+    scale, shift = _normalization(torch.device("cpu"))
+    return images[first:last].float() * scale + shift, labels[first:last].long()
 
 
 class Batches:

@@ -3,9 +3,23 @@
 from dither.search.calibrated import calibrated
 from dither.search.compress import compress
 from dither.search.compress_to import compress_to
+from dither.search.joint import Aim, Evaluation, Joint, joint
+from dither.search.joint_evaluation import Candidate
+from dither.search.joint_space import Layout, Space
 from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
 from dither.search.ledger import Ledger
 from dither.search.outlook import Outlook, SizeOutlook, plan
+from dither.search.policies import (
+    AJPQ,
+    POLICIES,
+    Allocator,
+    Evolution,
+    Learner,
+    Learning,
+    Optuna,
+    Policy,
+    RandomPoints,
+)
 from dither.search.predict import can_quantize
 from dither.search.proposers import PROPOSERS, Grid, RotatedGrid, Stored, TrellisGrid
 from dither.search.sensitivity import data_free, token_counts
@@ -13,18 +27,33 @@ from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills, parse_size
 from dither.search.trials import Trial
 
 __all__ = [
+    "AJPQ",
     "LEAST_SHARE",
+    "POLICIES",
     "PROPOSERS",
     "SLACK_NBYTES",
+    "Aim",
+    "Allocator",
+    "Candidate",
     "Choice",
+    "Evaluation",
+    "Evolution",
     "Grid",
+    "Joint",
     "Knowledge",
+    "Layout",
+    "Learner",
+    "Learning",
     "Ledger",
+    "Optuna",
     "Outlook",
+    "Policy",
     "Proposer",
+    "RandomPoints",
     "RotatedGrid",
     "Sensitivity",
     "SizeOutlook",
+    "Space",
     "Stored",
     "TrellisGrid",
     "Trial",
@@ -34,6 +63,7 @@ __all__ = [
     "compress_to",
     "data_free",
     "fills",
+    "joint",
     "parse_size",
     "plan",
     "token_counts",
