@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dither.core import SpecError, Stats
 from dither.encoders import SparseFactors
+from dither.encoders.lloyd import spread_start
 from dither.formats import Factors
 
 
@@ -61,6 +62,28 @@ def test_no_worse_than_sparse_principal_components() -> None:
     theirs = error(torch.from_numpy(codes @ wanted.components_), centred)
     ours = error(SparseFactors(6, density, 16, 16, sweeps=200).encode(centred).decode(), centred)
     assert ours <= theirs
+
+
+def test_with_one_hot_columns_it_is_k_means() -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    weight = matrix(24, 200, rank=3, seed=3)
+    columns = (weight.double() / weight.abs().max()).T.contiguous()
+    start = spread_start(columns, 12, None, torch.Generator().manual_seed(0)).numpy()
+    theirs = cluster.KMeans(12, init=start, n_init=1, max_iter=200, tol=0.0).fit(columns.numpy())
+    encoded = SparseFactors(12, left_bits=16, sweeps=200, one_hot=True).encode(weight)
+    right = encoded.codes["right"].values.int() - int(encoded.codes["zero"].values[1])
+    assert bool((right.sum(0) == 1).all())
+    assert bool((right.amax(0) == 1).all())
+    ours = error(encoded.decode(), weight) / float(weight.abs().max()) ** 2
+    assert ours == pytest.approx(theirs.inertia_, rel=1e-4)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3])
+def test_no_worse_than_zeros_however_coarse_the_grids(density: float) -> None:
+    for seed in (0, 1):
+        weight = torch.randn(96, 48, generator=torch.Generator().manual_seed(seed))
+        decoded = SparseFactors(48, density, 2, 2, sweeps=3).encode(weight).decode()
+        assert error(decoded, weight) < float(weight.double().square().sum())
 
 
 def test_as_many_zeros_as_asked_for_and_values_on_the_grid() -> None:

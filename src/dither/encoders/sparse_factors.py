@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from dither.core import Encoded, SpecError, Stats, on_cpu
 from dither.encoders.coded_grid import BySettings
+from dither.encoders.lloyd import spread_start
 from dither.formats import Factors
 from dither.formats.factors import MOST_RANK
 from dither.formats.grid_rounding import require_floating
@@ -33,7 +35,8 @@ class SparseFactors(BySettings):
     grids, and at most a share of ``Z`` not 0. Alternating: gradient steps of length one over the
     Lipschitz constant for ``Z``, of which the largest values are kept, and least squares for ``C``;
     then the same with values on their grids. A sweep that would raise the objective is taken back.
-    Without a grid and with all of ``Z`` it is the truncated singular value decomposition.
+    Without a grid and with all of ``Z`` it is the truncated singular value decomposition, and with
+    ``one_hot`` it is Lloyd's algorithm: columns of ``W`` are clustered, ``C`` has the centroids.
 
     The zeros need no mask: they are codes, and cost what their frequency says. Factors that lie so
     close to others that a file could not tell them apart are replaced by ``Factors()``, which takes
@@ -46,6 +49,8 @@ class SparseFactors(BySettings):
         right_bits: of ``Z``, 2 to 16.
         sweeps: of each kind, at most.
         damping: of a Gram matrix, as a share of its mean diagonal.
+        one_hot: one value of 1 in each column of ``Z``, and 0 elsewhere; density, bits of ``Z`` and
+            a Gram matrix are not used then.
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> weight = torch.randn(32, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
@@ -60,6 +65,7 @@ class SparseFactors(BySettings):
     right_bits: int = 4
     sweeps: int = 30
     damping: float = 0.01
+    one_hot: bool = False
 
     def __post_init__(self) -> None:
         check_count("SparseFactors", "rank", self.rank, 1, MOST_RANK)
@@ -107,8 +113,8 @@ class SparseFactors(BySettings):
         matrix, metric = self._problem(*on_cpu(weight, stats))
         return [(fit.is_held, fit.objective) for fit in self._sweeps(matrix, metric)]
 
-    def _problem(self, weight: Tensor, stats: Stats | None) -> tuple[Tensor, Tensor]:
-        """The matrix and the metric of its columns, float64."""
+    def _problem(self, weight: Tensor, stats: Stats | None) -> tuple[Tensor, Tensor | None]:
+        """The matrix and the metric of its columns, float64; None where all count alike."""
         weight = require_floating(weight, Factors.name)
         rows, columns = rows_of(tuple(weight.shape))
         matrix = weight.detach().double().reshape(rows, columns)
@@ -117,8 +123,8 @@ class SparseFactors(BySettings):
         if matrix.numel():
             matrix = matrix / self._unit(weight)
         gram = None if stats is None else stats.gram
-        if gram is None or gram.ndim != _MATRIX or len(gram) != columns:
-            return matrix, torch.eye(columns, dtype=torch.float64)
+        if gram is None or gram.ndim != _MATRIX or len(gram) != columns or self.one_hot:
+            return matrix, None
         gram = gram.double() / gram.diagonal().double().mean().clamp(min=1e-300)
         return matrix, gram + self.damping * torch.eye(columns, dtype=torch.float64)
 
@@ -127,14 +133,10 @@ class SparseFactors(BySettings):
         """The largest magnitude, whose square might be beyond float64; 1 where all is 0."""
         return (float(weight.detach().double().abs().max()) if weight.numel() else 0.0) or 1.0
 
-    def _sweeps(self, matrix: Tensor, metric: Tensor) -> Iterator[_Fit]:
+    def _sweeps(self, matrix: Tensor, metric: Tensor | None) -> Iterator[_Fit]:
         if not bool(matrix.any()):
             return
-        root = torch.linalg.cholesky(metric)
-        left, sizes, right = torch.linalg.svd(matrix @ root, full_matrices=False)
-        left, sizes, right = left[:, : self.rank], sizes[: self.rank], right[: self.rank]
-        right = torch.linalg.solve_triangular(root, sizes[:, None] * right, upper=False, left=False)
-        fit = _Fit(matrix, metric, left, _kept(right, self.density))
+        fit = self._first(matrix, metric)
         yield fit
         for held in (False, True):
             if held:
@@ -147,28 +149,44 @@ class SparseFactors(BySettings):
                 fit = after
                 yield fit
 
+    def _first(self, matrix: Tensor, metric: Tensor | None) -> _Fit:
+        """The singular value decomposition with its smallest values dropped, or drawn centroids."""
+        if self.one_hot:
+            generator = torch.Generator().manual_seed(0)
+            left = spread_start(matrix.T.contiguous(), self.rank, None, generator).T
+            return _Fit(matrix, None, left, _nearest(matrix, left))
+        root = None if metric is None else torch.linalg.cholesky(metric)
+        seen = matrix if root is None else matrix @ root
+        left, sizes, right = torch.linalg.svd(seen, full_matrices=False)
+        left, right = left[:, : self.rank], sizes[: self.rank, None] * right[: self.rank]
+        if root is not None:
+            right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        return _Fit(matrix, metric, left, _kept(right, self.density))
+
     def _swept(self, fit: _Fit) -> _Fit:
         """Some gradient steps for the sparse factor, then least squares for the other."""
         left, right = fit.left, fit.right
+        if self.one_hot:
+            right = _nearest(fit.matrix, left)
+            return _Fit(fit.matrix, None, fit.fitted(right), right)
         curvature = torch.linalg.matrix_norm(left, 2).square()
-        step = 1 / (curvature * torch.linalg.matrix_norm(fit.metric, 2)).clamp(min=1e-300)
+        if fit.metric is not None:
+            curvature = curvature * torch.linalg.matrix_norm(fit.metric, 2)
         for _ in range(_STEPS):
-            slope = left.T @ (left @ right - fit.matrix) @ fit.metric
-            right = _kept(right - step * slope, self.density)
-        moments = right @ fit.metric @ right.T
-        ridge = 1e-9 * moments.diagonal().mean().clamp(min=1e-300)
-        moments = moments + ridge * torch.eye(len(moments), dtype=moments.dtype)
-        left = torch.linalg.solve(moments, right @ fit.metric @ fit.matrix.T).T
-        return _Fit(fit.matrix, fit.metric, left, right).balanced()
+            slope = left.T @ fit.weighed(left @ right - fit.matrix)
+            right = _kept(right - slope / curvature.clamp(min=1e-300), self.density)
+        return _Fit(fit.matrix, fit.metric, fit.fitted(right), right).balanced()
 
     def _held(self, fit: _Fit) -> _Fit:
         """Both factors on the grids that lose least."""
         best: _Fit | None = None
         lefts = [_rounded(fit.left, self.left_bits, share) for share in _TRIED[2:]]
         rights = [_rounded(fit.right, self.right_bits, share) for share in _TRIED]
+        if self.one_hot:
+            rights = [(fit.right, 1.0)]
         for left, left_step in lefts:
             for right, right_step in rights:
-                made = _Fit(fit.matrix, fit.metric, left, right, (left_step, right_step))
+                made = fit.scaled(left, right, (left_step, right_step))
                 if best is None or made.objective < best.objective:
                     best = made
         assert best is not None  # noqa: S101 - there are grids
@@ -188,7 +206,7 @@ class _Fit:
     def __init__(
         self,
         matrix: Tensor,
-        metric: Tensor,
+        metric: Tensor | None,
         left: Tensor,
         right: Tensor,
         steps: tuple[float, float] | None = None,
@@ -196,12 +214,35 @@ class _Fit:
         self.matrix, self.metric, self.left, self.right = matrix, metric, left, right
         self.steps = steps
         error = matrix - left @ right
-        self.objective = float(((error @ metric) * error).sum())
+        self.objective = float((self.weighed(error) * error).sum())
 
     @property
     def is_held(self) -> bool:
         """Whether both factors are on grids."""
         return self.steps is not None
+
+    def weighed(self, rows: Tensor) -> Tensor:
+        """Rows times the metric."""
+        return rows if self.metric is None else rows @ self.metric
+
+    def fitted(self, right: Tensor) -> Tensor:
+        """The left factor that loses least, with a right one."""
+        weighed = self.weighed(right)
+        moments = weighed @ right.T
+        ridge = 1e-9 * moments.diagonal().mean().clamp(min=1e-300)
+        moments = moments + ridge * torch.eye(len(moments), dtype=moments.dtype)
+        solved: Tensor = torch.linalg.solve(moments, weighed @ self.matrix.T)
+        return solved.T
+
+    def scaled(self, left: Tensor, right: Tensor, steps: tuple[float, float]) -> _Fit:
+        """Factors on grids, and the scale of their product that loses least: the file has one."""
+        product = left @ right
+        weighed = self.weighed(product)
+        own = float((weighed * product).sum())
+        scale = float((weighed * self.matrix).sum()) / own if own else 1.0
+        scale = scale if scale > 0 else 1.0
+        steps = (steps[0] * scale, steps[1])
+        return _Fit(self.matrix, self.metric, left * scale, right, steps)
 
     def balanced(self) -> _Fit:
         """The same product with columns of one length on the left, so that one grid suits all."""
@@ -227,6 +268,12 @@ def _kept(values: Tensor, density: float) -> Tensor:
     mask = torch.zeros(values.numel(), dtype=torch.bool)
     mask[order] = True
     return values * mask.reshape(values.shape)
+
+
+def _nearest(matrix: Tensor, centroids: Tensor) -> Tensor:
+    """One-hot columns: which centroid (a column) is nearest to each column of a matrix."""
+    distances = centroids.square().sum(0)[:, None] - 2 * (centroids.T @ matrix)
+    return one_hot(distances.argmin(0), len(distances)).T.to(matrix.dtype)
 
 
 def _rounded(values: Tensor, bits: int, share: float) -> tuple[Tensor, float]:
