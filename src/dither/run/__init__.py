@@ -1,6 +1,15 @@
 """From an archive to something that runs: in memory, and in other programs' kernels."""
 
+from dither.run.compact import PackedWeights, compact, packed_weights
 from dither.run.integers import Integers
 from dither.run.onnx_graph import Exported, StoredTensor, to_onnx
 
-__all__ = ["Exported", "Integers", "StoredTensor", "to_onnx"]
+__all__ = [
+    "Exported",
+    "Integers",
+    "PackedWeights",
+    "StoredTensor",
+    "compact",
+    "packed_weights",
+    "to_onnx",
+]
