@@ -142,7 +142,7 @@ packages/web/node_modules/.installed: packages/web/package-lock.json
 	cd packages/web && npm ci --ignore-scripts --no-audit --no-fund
 	touch $@
 
-# Ray is large, and few need it: its test runs apart.
+# Ray is large, and few need it: its test runs apart, and where everything is checked (.ci/run).
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(PIP) -e '.[dev,ray]'
 	touch $@
