@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,26 @@ def test_a_killed_process_is_missed_at_once(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
     assert "is gone" in told["said"]
     assert told["seconds"] < 30
+
+
+def test_a_job_of_two_processes_goes_on_where_both_were(tmp_path: Path) -> None:
+    first, second = started("interrupted", tmp_path)
+    _, errors = first.communicate(timeout=60)
+    second.communicate(timeout=60)
+    assert second.returncode == -signal.SIGKILL, errors
+    assert first.returncode == 0, errors
+    left = {path.name for path in tmp_path.glob("file*")}
+    assert left == {"file.journal", "file.journal.1"}
+    shutil.copy(tmp_path / "file.journal.1", tmp_path / "file.journal.2")  # of one process more
+    (tmp_path / "again").touch()
+    ranks = started("interrupted", tmp_path)
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    anew = [int((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    wanted = FILES["with_data"]()
+    assert (tmp_path / "file").read_bytes() == wanted.to_bytes()
+    assert {path.name for path in tmp_path.glob("file*")} == {"file"}
+    assert sum(anew) < len(wanted.entries)  # of several passes over all of them
 
 
 def test_a_process_that_does_not_come_is_not_waited_for_without_end(tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 import dither
 from dither import team
+from dither.archive import CodedTensor
 from dither.data import divergence
+from dither.search import compress_to, journal
+from dither.search.coder import Coder
+from dither.search.knowledge import Choice, Knowledge
 from dither.team import alone
 
 
@@ -70,12 +74,16 @@ def ids(rows: int = 40, lengths: tuple[int, ...] = (4, 9, 5, 12, 7)) -> list[Ten
     return [torch.randint(0, 50, (rows, length)) for length in lengths]
 
 
+def samples() -> dither.Data:
+    return dither.Data(ids(), distance=divergence)
+
+
 def without_data() -> dither.Archive:
     return dither.compress(tokens(), "6x")
 
 
 def with_data() -> dither.Archive:
-    return dither.compress(tokens(), "9x", data=dither.Data(ids(), distance=divergence))
+    return dither.compress(tokens(), "9x", data=samples())
 
 
 def one_batch() -> dither.Archive:
@@ -198,6 +206,33 @@ def killed(rank: int, folder: Path) -> None:
         os._exit(0)  # of the group nothing can be closed
 
 
+def interrupted(rank: int, folder: Path) -> None:
+    """A job with a journal, of which one process is killed the first time; what it codes anew."""
+    torch.set_num_threads(1)
+    is_again, journal.PATIENCE = (folder / "again").exists(), 0.0
+    meet = f"file://{folder}/{'meet again' if is_again else 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    coded = 0
+
+    class Counting(Coder):
+        def _coded(self, known: Knowledge, choice: Choice) -> CodedTensor:
+            nonlocal coded
+            coded += 1
+            return super()._coded(known, choice)
+
+    def killing(stage: str, share: float, *_: object) -> None:
+        if rank == 1 and not is_again and "in sequence" in stage and share > 0.3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    compress_to.__globals__["Coder"] = Counting
+    try:
+        compress_to(folder / "file", tokens(), "9x", data=samples(), progress=killing).close()
+    except dither.DitherError:
+        os._exit(0)  # of the group nothing can be closed
+    (folder / f"{rank}.json").write_text(json.dumps(coded), encoding="utf-8")
+    dist.destroy_process_group()
+
+
 def missing(rank: int, folder: Path) -> None:
     """One process has other things to do."""
     team.MEETING = timedelta(seconds=2)
@@ -216,4 +251,5 @@ def missing(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     PROGRAMS = {"main": main, "killed": killed, "missing": missing}
+    PROGRAMS["interrupted"] = interrupted
     PROGRAMS[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))

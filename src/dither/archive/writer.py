@@ -43,6 +43,10 @@ class Payload:
     crc: int
     read: Callable[[], bytes]
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """What is sent to another process is the bytes, wherever they are."""
+        return Payload, (self.nbytes, self.crc, partial(bytes, self.read()))
+
     @classmethod
     def of(cls, data: bytes) -> Payload:
         """Bytes in memory."""

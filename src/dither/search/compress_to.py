@@ -51,7 +51,8 @@ def compress_to(
     What takes more than a few seconds keeps a journal beside the output, ``OUTPUT.journal``, until
     the output is there. After an interruption of any kind, the same call goes on where that ends,
     and makes the same file. A journal of another job is not used, with a warning. With data, models
-    run anew, and only encodings are remembered. Several processes that share the work keep none.
+    run anew, and only encodings are remembered. Of several processes that share the work each keeps
+    one of what it encodes (``OUTPUT.journal.1`` and so on); as many should go on with it.
 
     Args:
         output: the file, which appears whole or not at all; its folder exists.
@@ -101,22 +102,30 @@ def _within(path: Path) -> Path:
 
 
 @contextmanager
-def _journal(path: Path, about: Mapping[str, Any], team: Team) -> Iterator[Journal | None]:
-    """A journal beside a file, which goes with success; several processes keep none."""
-    if team.size > 1:
-        yield None
-        return
-    journal = Journal(path.with_name(f"{path.name}.journal"), about)
+def _journal(path: Path, about: Mapping[str, Any], team: Team) -> Iterator[Journal]:
+    """A journal beside a file, one for each process; it goes with success."""
+    name = f"{path.name}.journal"
+    journal = Journal(path.with_name(f"{name}.{team.rank}" if team.rank else name), about)
     try:
         if journal.resumed:
             report(f"going on from {journal.path.name}", 0.0)
         yield journal
         journal.remove()
+        if team.rank == 0:
+            _clean(path.parent, f"{name}.", team.size)
     except BudgetError:
         journal.remove()
         raise
     finally:
         journal.close()
+
+
+def _clean(folder: Path, begin: str, size: int) -> None:
+    """Remove what an interrupted job of more processes than this one has left."""
+    for left in folder.iterdir():
+        number = left.name.removeprefix(begin)
+        if left.name != number and number.isdigit() and int(number) >= size:
+            left.unlink(missing_ok=True)
 
 
 def _about(asked: Asked, metadata: dict[str, Any], activations: Sites | None) -> dict[str, Any]:
