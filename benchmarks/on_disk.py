@@ -72,7 +72,8 @@ def child(source: Path, output: Path, where: str, room: int) -> dict[str, Any]:
     if home is not None:
         home.room = room
     draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(model.config.vocab_size, (SAMPLES, TOKENS), generator=draw)
+    rows = max(len(value) for value in state.values())
+    ids = torch.randint(rows, (SAMPLES, TOKENS), generator=draw)
     data = scored(model, [{"input_ids": part} for part in ids.split(BATCH)])
     del state
     with dither.compress_to(output, model, "8x", data=data) as archive:

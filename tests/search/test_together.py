@@ -104,8 +104,8 @@ def test_a_job_of_two_processes_goes_on_where_both_were(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "file.journal.1", tmp_path / "file.journal.2")  # of one process more
     (tmp_path / "again").touch()
     ranks = started("interrupted", tmp_path)
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    said = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
     anew = [int((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     wanted = FILES["with_data"]()
     assert (tmp_path / "file").read_bytes() == wanted.to_bytes()

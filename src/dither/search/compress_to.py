@@ -51,8 +51,8 @@ def compress_to(
     What takes more than a few seconds keeps a journal beside the output, ``OUTPUT.journal``, until
     the output is there. After an interruption of any kind, the same call goes on where that ends,
     and makes the same file. A journal of another job is not used, with a warning. With data, models
-    run anew, and only encodings are remembered. Of several processes that share the work each keeps
-    one of what it encodes (``OUTPUT.journal.1`` and so on); as many should go on with it.
+    run anew, and only encodings are remembered. Of several processes each has a journal of its own
+    (``OUTPUT.journal.1`` and so on).
 
     Args:
         output: the file, which appears whole or not at all; its folder exists.
