@@ -78,8 +78,7 @@ def compress_to(
     about = _about(asked, dict(metadata or {}), activations)
     trials: tuple[object, ...] = ()
     with hooked(progress), asked.together() as team, _journal(path, about, team) as journal:
-        coder = Coder(journal, asked.release)
-        disk = asked.home or Disk(path.absolute().parent)
+        coder, disk = Coder(journal, asked.release), asked.home or Disk(path.absolute().parent)
         job = Job(asked.budget, data_free, about["metadata"], team, coder, disk)
         if data is None:
             ledger = job.spend(asked.tensors)[1]
