@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Budget,
         DeadZone,
         DiffQ,
+        Fine,
         LearnedCodebook,
         Plan,
         ProductCodes,
@@ -94,6 +95,7 @@ __all__ = [  # noqa: RUF022 - by task
     "BayesianBits",
     "DeadZone",
     "DiffQ",
+    "Fine",
     "LSQ",
     "LearnedCodebook",
     "ProductCodes",
@@ -118,7 +120,7 @@ _NAMES = {
     "report": "diagnose",
     "search": "compress compress_to plan",
     "train": (
-        "BayesianBits Budget DeadZone DiffQ LSQ LearnedCodebook Plan ProductCodes Pruned "
+        "BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook Plan ProductCodes Pruned "
         "QuantNoise Run StraightThrough attach"
     ),
 }

@@ -13,7 +13,7 @@ from torch import nn
 import dither
 from dither import LSQ
 from dither.core import SpecError
-from dither.integrations.loop import add_penalty, begin, logged, withhold_extras
+from dither.integrations.loop import add_penalty, begin, withhold_extras
 from tests.integrations.distributed import train
 
 
@@ -90,7 +90,7 @@ def test_other_steps_than_those_of_the_budget_are_refused() -> None:
     run = attached()
     with pytest.raises(SpecError, match="steps=11"):
         begin(run, 11, [], [])
-    assert set(logged(run)) == {"predicted_nbytes", "lambda"}
+    assert set(run.metrics()) == {"predicted_nbytes", "lambda"}
 
 
 def test_two_processes_learn_the_same_steps_as_one(tmp_path: Path) -> None:

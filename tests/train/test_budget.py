@@ -10,8 +10,9 @@ from torch.nn import functional
 
 import dither
 from dither import LSQ, Affine, BudgetError, Raw, SpecError
-from dither.train import BayesianBits, DiffQ, Method, Plan
+from dither.train import BayesianBits, DiffQ, Method, Plan, StraightThrough
 from dither.train.controller import AIM, ARRIVE, Controller
+from dither.train.plan import Rule
 
 
 def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,12 +114,100 @@ def test_stored_weights_are_never_overwritten() -> None:
     assert torch.equal(run.model.get_parameter("4.weight"), run.archive["4.weight"])
 
 
-def test_an_impossible_budget_names_the_smallest() -> None:
-    plan = dither.Plan({"4.weight": Affine(4), "*": Raw()})
-    run = trained(3000, steps=2, plan=plan)
-    with pytest.raises(BudgetError, match="nothing in it can be made coarser") as caught:
+@pytest.mark.parametrize(
+    ("plan", "budget", "match"),
+    [
+        ({"4.weight": Affine(4), "*": Raw()}, 3000, "nothing in it can be made coarser"),
+        ({"4.weight": StraightThrough(Affine(4)), "*": Raw()}, 3000, "nothing in it can be made"),
+        ({"4.weight": LSQ(4), "*": Raw()}, 2000, "even far coarser"),
+        ({"4.weight": LSQ(None), "*": Raw()}, 2000, "even far coarser"),
+        ({"4.weight": DiffQ(), "*": Raw()}, 1900, "even far coarser"),
+        (None, 300, "impossible"),
+    ],
+    ids=str,
+)
+def test_an_impossible_budget_is_refused_before_training(
+    plan: dict[str, Rule] | None, budget: int, match: str
+) -> None:
+    model = network()
+    with pytest.raises(BudgetError, match=match) as caught:
+        dither.attach(model, plan, budget=budget, steps=2)
+    smallest = caught.value.smallest
+    assert smallest is not None
+    assert smallest > budget
+    dither.attach(model, plan, budget=smallest + 200, steps=2)  # nothing was left attached
+
+
+def test_what_training_might_still_save_is_refused_in_the_end() -> None:
+    plan = dither.Plan({"4.weight": StraightThrough(Affine(4)), "*": Raw()})
+    model = network()
+    least = dither.attach(model, plan, budget="1MB", steps=2)
+    nbytes = least.measure()
+    least.detach()
+    run = dither.attach(model, plan, budget=round(0.95 * nbytes), steps=2)
+    with pytest.raises(BudgetError, match="nothing in it can be made coarser"):
         run.finish()
-    assert caught.value.smallest == run.measure() > 3000
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_plan_of_fixed_bits_is_made_coarser_to_fit(bits: int) -> None:
+    plan = dither.Plan({"*weight": LSQ(bits), "*": Affine(8)})
+    free = trained("1MB", steps=60, plan=plan)
+    size = free.finish()
+    budget = round(0.8 * size)
+    run = trained(budget, steps=60, plan=plan)
+    assert 0.9 * budget <= run.finish() <= budget  # it is not made finer, which would clip
+    assert all(float(h["lambda"]) <= 300 for h in run.history)
+    assert free.controller is not None
+    assert free.controller.weight >= 0.003 - 1e-9, "lambda does not fall out of reach"
+
+
+def test_weights_midway_between_two_codes_do_not_leave_bytes_unused() -> None:
+    """A little coarser, and most codes change at once: single tensors fill what is left."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+    run = dither.attach(net, {"*": LSQ(bits=None, step=0.125)}, budget="1MB", steps=1)
+    run.step()
+    with torch.no_grad():
+        for name, surrogate in run.surrogates.items():
+            step = surrogate.get_parameter("log_step").exp().bfloat16().float()
+            place = torch.randint(-1, 2, (64, 64)) * 1.0
+            is_midway = torch.rand(64, 64) < 0.25
+            place = torch.where(is_midway, place * (0.5 + 1e-5), place)
+            run.parameter(name).copy_(place * step)
+    assert run.controller is not None
+    size = run.measure()
+    for surrogate in run.surrogates.values():
+        surrogate.trim = 0.02
+    jump = size - run.measure()
+    assert jump > 0.03 * size
+    run.controller.nbytes = budget = size - jump // 3
+    assert 0.985 * budget <= run.finish() <= budget
+
+
+@pytest.mark.parametrize("steps", [5, 20, 60])
+def test_the_file_is_measured_seldom_and_not_after_the_last_step(steps: int) -> None:
+    run = trained(2200, steps=steps)
+    count = len(run.history)
+    assert count <= 1 + steps // 10
+    assert run.controller is not None
+    before = run.controller.state_dict()
+    for _ in range(25):
+        run.step()
+    assert len(run.history) == count
+    assert run.controller.state_dict() == before
+
+
+def test_lambda_stays_within_bounds() -> None:
+    controller = Controller(1000)
+    for _ in range(3000):
+        controller.update(10_000, 1.0)
+    assert controller.weight < 1000
+    for _ in range(3000):
+        controller.update(10, 1.0)
+    for _ in range(12):
+        controller.update(10_000, 1.0)
+    assert controller.weight > 0.3
 
 
 def test_a_budget_needs_steps_and_attach_needs_something_to_do() -> None:

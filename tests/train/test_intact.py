@@ -199,7 +199,7 @@ def test_finish_raises_where_batch_norm_does_not_fit(monkeypatch: pytest.MonkeyP
     (model(inputs).square().mean() + run.penalty()).backward()
     run.step()
     # What is trimmed fits; what batch norm then takes does not, however small the trimming aimed.
-    monkeypatch.setattr("dither.train.run.trim_to", lambda *_: 0)
+    monkeypatch.setattr("dither.train.finish.Trimming.to", lambda *_: 0)
     run.controller.nbytes = 700  # type: ignore[union-attr]
     with pytest.raises(BudgetError, match="700 bytes was missed 3 times") as error:
         run.finish([inputs])

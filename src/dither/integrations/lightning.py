@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from dither.core import SpecError
-from dither.integrations.loop import add_penalty, begin, logged, withhold_extras
+from dither.integrations.loop import add_penalty, begin, withhold_extras
 from dither.train import Run
 
 __all__ = ["DitherCallback"]
@@ -77,7 +77,7 @@ class DitherCallback(Callback):  # type: ignore[misc]
             self._stepped = False
             self.run.step()
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict(logged(self.run))
+            pl_module.log_dict(self.run.metrics())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last checkpoint is written."""

@@ -84,11 +84,3 @@ def add_penalty(run: Run, scale: float = 1.0) -> None:
         if gradient is not None:
             before = parameter.grad
             parameter.grad = gradient if before is None else before + gradient
-
-
-def logged(run: Run) -> dict[str, float]:
-    """What is worth a curve: bytes that the file would take, and what they cost in the loss."""
-    found = {"predicted_nbytes": run.predicted_nbytes()}
-    if run.controller is not None:
-        found["lambda"] = run.controller.weight
-    return found

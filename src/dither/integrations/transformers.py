@@ -29,7 +29,7 @@ from dither.activations import apply
 from dither.archive import Archive
 from dither.checkpoint import ARCHIVE_IN_FOLDER as WEIGHTS
 from dither.core import CheckpointError, DitherError, SpecError
-from dither.integrations.loop import RUN_STATE, add_penalty, begin, logged, withhold_extras
+from dither.integrations.loop import RUN_STATE, add_penalty, begin, withhold_extras
 from dither.integrations.model_folder import (
     METHOD,
     check_target,
@@ -183,8 +183,8 @@ class DitherCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, _: object, state: Any, *__: object, logs: dict[str, Any], **___: Any) -> None:
         """Add to what callbacks behind this one, and the history, are told."""
         if "loss" in logs:
-            logs.update(logged(self.run))
-            state.log_history[-1].update(logged(self.run))
+            logs.update(self.run.metrics())
+            state.log_history[-1].update(self.run.metrics())
 
     def on_save(self, args: Any, state: Any, *_: object, **__: object) -> None:
         """A checkpoint is written."""

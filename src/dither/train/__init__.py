@@ -5,9 +5,11 @@ from dither.train.attached import Attached
 from dither.train.bayesian_bits import BayesianBits, GatePenalty
 from dither.train.controller import Budget
 from dither.train.dead_zone import DeadZone
+from dither.train.default_plan import default_plan
 from dither.train.diffq import DiffQ
 from dither.train.diffq_size import DiffQSize, model_size_mib, true_model_size_mib
 from dither.train.distill import Teacher, embeddings, hidden_states, similarities, soft_targets
+from dither.train.fine_grid import Fine
 from dither.train.finish import reestimate_batch_norm
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
@@ -45,6 +47,7 @@ __all__ = [
     "DeadZone",
     "DiffQ",
     "DiffQSize",
+    "Fine",
     "FixMasks",
     "FreezeOscillations",
     "GatePenalty",
@@ -75,6 +78,7 @@ __all__ = [
     "Vary",
     "WarmUp",
     "attach",
+    "default_plan",
     "drop_layers",
     "embeddings",
     "frozen_share",

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,8 +14,17 @@ from torch.optim import Optimizer
 from dither.activations import begin as begin_sites
 from dither.activations import placed
 from dither.core import SpecError
+from dither.data import Data
 from dither.model import collect, inner, overlapping
-from dither.search import Grid, Knowledge, Sensitivity, Stored, compress, parse_size
+from dither.search import (
+    Grid,
+    Knowledge,
+    Sensitivity,
+    Stored,
+    calibrated,
+    compress,
+    parse_size,
+)
 from dither.team import alone
 from dither.terminal import some_names
 from dither.train.controller import Budget, Controller
@@ -30,16 +40,24 @@ from dither.train.sites import find_sites
 from dither.train.surrogate import Surrogate, plain
 
 
+class More(TypedDict, total=False):
+    """What :func:`attach` takes besides."""
+
+    penalties: Iterable[Penalty]
+    schedules: Iterable[Schedule]
+    noise: Noise | int
+    owners: Mapping[str, str]
+
+
 def attach(
     model: nn.Module,
     plan: Plan | Mapping[str, Rule] | None = None,
     *,
     budget: int | str | Budget | None = None,
+    data: Data | Iterable[Any] | None = None,
     steps: int | None = None,
     optimizer: Optimizer | None = None,
-    penalties: Iterable[Penalty] = (),
-    schedules: Iterable[Schedule] = (),
-    noise: Noise | int = 0,
+    **more: Unpack[More],
 ) -> Run:
     """Train a model through noise: its `forward` reads surrogates where it reads weights.
 
@@ -49,46 +67,54 @@ def attach(
     Args:
         model: any module.
         plan: ``glob -> format, encoder or training method``, the first match wins; by default,
-            with a budget, learned steps on an entropy-coded grid for every tensor. Rules about
-            activations begin from the first batch, unless ``dither.activations.apply`` went before.
+            with a budget, :func:`~dither.train.default_plan`: learned steps on an entropy-coded
+            grid for every tensor. Rules about activations begin from the first batch, unless
+            ``dither.activations.apply`` went before.
         budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
             bytes, ``"4 bits"`` for each value, or a :class:`Budget`. Training is steered there by
             :meth:`Run.penalty`.
+        data: a few hundred samples, no labels, as :func:`dither.compress` takes them: steps then
+            begin where what they measure puts them. Training moves steps far less than that.
         steps: optimizer steps that training will take; needed for a budget.
         optimizer: the learned extras join it, see :meth:`Run.join`.
-        penalties: further terms for :meth:`Run.penalty`.
-        schedules: called now and after every step.
-        noise: a seed, or more: see :class:`Noise`.
+        **more: ``penalties``, further terms for :meth:`Run.penalty`; ``schedules``, called now and
+            after every step; ``noise``, a seed, or more: see :class:`Noise`; ``owners``, of weights
+            that another module's `forward` reads than the one that holds them: see :class:`Plan`.
 
     Raises:
         SpecError: the plan does not fit the model, the model is attached already, or an argument
             is of a wrong kind.
         BudgetError: the budget is not understood or impossible.
     """
-    _check_kinds(model, steps, optimizer, noise)
-    penalties, schedules = list(penalties), list(schedules)
+    _check_kinds(model, steps, optimizer, more)
     tensors = collect(model)
     values = sum(value.numel() for value in tensors.values.values())
     goal = budget if budget is None or isinstance(budget, Budget) else Budget(budget)
     nbytes = None if goal is None else parse_size(goal.size, tensors.nbytes, values)
     _check(model, plan, nbytes, steps)
-    rules = default_plan(model) if plan is None else as_plan(plan)
+    if data is not None:
+        goal = _measured(model, goal, data)
+    rules = default_plan(model, steps=steps) if plan is None else as_plan(plan)
+    rules = replace(rules, owners={**rules.owners, **more.get("owners", {})})
     specs = rules.resolve(model)
     surrogates = _begin(model, specs, goal)
     _place(model, rules, surrogates)
-    run = Run(
-        model,
-        rules,
-        surrogates,
-        {name: spec for name, spec in specs.items() if name not in surrogates},
-        steps=steps,
-        noise=noise if isinstance(noise, Noise) else Noise(noise),
-        aliases=tensors.aliases,
-    )
-    run.penalties += penalties
-    run.schedules += schedules
+    noise = more.get("noise", 0)
+    noise = noise if isinstance(noise, Noise) else Noise(noise)
+    buffers = {name: spec for name, spec in specs.items() if name not in surrogates}
+    run = Run(model, rules, surrogates, buffers, steps=steps, noise=noise, aliases=tensors.aliases)
+    run.penalties += more.get("penalties", ())
+    run.schedules += more.get("schedules", ())
     _start(run, optimizer, nbytes, goal)
     return run
+
+
+def _measured(model: nn.Module, budget: Budget | None, data: Data | Iterable[Any]) -> Budget:
+    """The same budget, spent by what data measure."""
+    if budget is None:
+        raise SpecError("data= says where a budget is spent first: give budget=, too")
+    sensitivity = calibrated(model, data, prior=budget.sensitivity)
+    return replace(budget, sensitivity=sensitivity)
 
 
 def _start(
@@ -98,19 +124,25 @@ def _start(
     try:
         for schedule in run.schedules:
             schedule(run, 0)
-        if optimizer is not None:
-            run.join(optimizer)
         if budget is not None and nbytes is not None:
+            tensors = collect(run.model)
             count = sum(weight.numel() for *_, weight in run.weights())
             run.controller = Controller(nbytes, budget.arrive, count)
-            run.measure()
+            values = sum(value.numel() for value in tensors.values.values())
+            first = parse_size(budget.start or budget.size, tensors.nbytes, values)
+            run.settle(first)
+        if optimizer is not None:
+            run.join(optimizer)
     except BaseException:
         run.detach()
         raise
 
 
-def _check_kinds(model: object, steps: object, optimizer: object, noise: object) -> None:
+def _check_kinds(model: object, steps: object, optimizer: object, more: More) -> None:
     """Refuse arguments of a wrong kind before anything is done."""
+    if unknown := sorted(set(more) - set(More.__annotations__)):
+        raise TypeError(f"attach() got an unexpected keyword argument {unknown[0]!r}")
+    noise: object = more.get("noise", 0)
     if not isinstance(model, nn.Module):
         raise SpecError(f"attach takes a model, a torch.nn.Module, not a {type(model).__name__}")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral)):

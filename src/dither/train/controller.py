@@ -24,6 +24,10 @@ _FASTEST = 0.5
 
 _FIRST = 0.3
 
+_CEILING, _FLOOR = math.log(1e3 * _FIRST), math.log(1e-2 * _FIRST)
+"""Of log(lambda): where the size does not answer, it would rise for ever, or take for ever to come
+back once it is needed."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -55,7 +59,7 @@ MEASURES = 20
 """How often the file is measured while training to a budget, about."""
 
 _EVERY = 10
-"""Steps between looks at the estimated size."""
+"""Steps between looks at the estimated size, at most; between measurements, at least."""
 
 _NUDGE = 0.6
 """Share of the error in size that is mended at once, by steps that all grow or shrink."""
@@ -71,10 +75,10 @@ _FARTHEST = 0.05
 class Controller:
     """Finds the factor of the size penalty, lambda, so that sizes follow a path to the budget.
 
-    log(lambda) integrates the logarithm of predicted over wanted bytes, so that it comes to rest
-    where training keeps the size by itself; until then errors are mended by a common factor of all
-    steps. The wanted size falls geometrically from where training starts, and stays at the
-    budget from the share ``arrive`` of the steps on.
+    log(lambda) integrates the logarithm of predicted over wanted bytes, within bounds, so that it
+    comes to rest where training keeps the size by itself; until then errors are mended by a common
+    factor of all steps. The wanted size falls geometrically from where training starts, and stays
+    at the budget from the share ``arrive`` of the steps on.
 
     Attributes:
         nbytes: the budget.
@@ -115,7 +119,8 @@ class Controller:
         if self.start is None:
             self.start = predicted
         self.error = math.log(max(predicted, 1.0) / self.wanted(progress))
-        self.log_weight += min(max(_INTEGRAL * self.error, -_FASTEST), _FASTEST)
+        moved = self.log_weight + min(max(_INTEGRAL * self.error, -_FASTEST), _FASTEST)
+        self.log_weight = min(max(moved, _FLOOR), _CEILING)
         # Late in training many weights stand near the middle between two grid points, where a
         # little change of the step moves many codes.
         gain = _NUDGE * max(1 - progress, _LEAST_NUDGE)
@@ -133,10 +138,10 @@ class Controller:
 
 
 def measures_at(step: int, steps: int | None) -> bool:
-    """Whether the file is measured after this step."""
-    return step % max(1, (steps or 1) // MEASURES) == 0
+    """Whether the file is measured after this step: it takes as long as many steps."""
+    return step <= (steps or 1) and step % max(_EVERY, (steps or 1) // MEASURES) == 0
 
 
-def looks_at(step: int) -> bool:
+def looks_at(step: int, steps: int | None) -> bool:
     """Whether the size is at least estimated after this step."""
-    return step % _EVERY == 0
+    return step <= (steps or 1) and step % min(_EVERY, max(1, (steps or 1) // MEASURES)) == 0

@@ -77,7 +77,7 @@ class LearnedZone(LearnedStep):
         return value + by_zone
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
-        steps = (self.log_step.detach().exp() * 2.0**self.trim).bfloat16().float()
+        steps = self._trimmed().bfloat16().float()
         return super().encode(self._cleared(weight, self._spread(steps)), stats)
 
     def aside(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dither.archive import CodedTensor, code, packed_nbytes
 from dither.core import Encoded, SpecError
 from dither.data import Data
 from dither.formats import Raw
-from dither.train.finish import first_changed, reestimate_batch_norm, trim_to, values_of
+from dither.train.finish import Trimming, first_changed, reestimate_batch_norm, values_of
 from dither.train.method import AfterTraining, begin
 from dither.train.plan import Spec
 from dither.train.surrogate import Surrogate, encode_now, plain, same_bits
@@ -65,16 +65,35 @@ class File:
         """Encodings of activations as the file would hold them now, those that have a range."""
         return encodings_of(self._model, is_partial=True).to_json()
 
-    def trim(self, budget: int) -> None:
-        """Make what can be made coarser or finer fit a budget: see :func:`trim_to`."""
-        surrogates = self._surrogates.items()
-        movable = {n: (s, self._model.get_parameter(n)) for n, s in surrogates if s.can_trim}
+    def trimming(self, some: Mapping[str, Surrogate] | None = None) -> Trimming:
+        """Its tensors, those that can be made coarser or finer, or some of them, and the others."""
+        surrogates = {n: s for n, s in self._surrogates.items() if s.can_trim}
+        surrogates = surrogates if some is None else dict(some)
+        movable = {n: (s, self._model.get_parameter(n)) for n, s in surrogates.items()}
         fixed = {
             name: code(self._encode(name, value))
             for name, value in self._values().items()
             if name not in movable
         }
-        trim_to(budget, movable, fixed, self.aliases, self.sites())
+        return Trimming(movable, fixed, self.aliases, self.sites())
+
+    def settle(self, nbytes: int) -> int:
+        """Move what can be moved now, by one factor of all steps, towards a size; bytes."""
+        movable = {n: s for n, s in self._surrogates.items() if s.nudges}
+        for surrogate in movable.values():
+            surrogate.trim = 0.0
+        octaves = self.trimming(movable).together(nbytes)
+        for surrogate in movable.values():
+            surrogate.trim = 0.0
+            surrogate.nudge(octaves)
+        return self.coded()[1]
+
+    def refuse(self, budget: int) -> None:
+        """Refuse a budget that nothing can reach: see :meth:`Trimming.refuse`."""
+        trains = any(not self._surrogates[name].can_trim for name in self._trained())
+        self.trimming().refuse(budget, trains=trains)
+        for surrogate in self._surrogates.values():
+            surrogate.trim = 0.0
 
     def fix(self, data: Data | None) -> int:
         """Encode all for good; with data, after batch norm was estimated anew. Bytes."""

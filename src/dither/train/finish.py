@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,78 +23,122 @@ from dither.train.surrogate import Surrogate, encode_now, plain, same_bits
 _TRIES = 14
 _FARTHEST = 6.0
 """Octaves by which steps may be made coarser to fit."""
-_FINEST = -0.25
+_FINEST = -0.5
 """Octaves by which steps may be made finer to use a budget up: what was trained is kept."""
+_SHRINKS = 0.1
+"""Share of its bytes that training might save where nothing can be made coarser."""
 
 
-def trim_to(
-    budget: int,
-    movable: Mapping[str, tuple[Surrogate, Tensor]],
-    fixed: Mapping[str, CodedTensor],
-    aliases: Mapping[str, str],
-    sites: Mapping[str, Any],
-) -> int:
-    """Choose one trim for all surrogates that have one, so that the file fits the budget.
+class Trimming:
+    """What a file takes while the steps of its tensors are made coarser or finer.
 
     Args:
-        budget: bytes.
         movable: surrogates whose ``trim`` is set, and their weights.
         fixed: all other tensors of the file.
         aliases: of the file.
         sites: of the file.
-
-    Returns:
-        Bytes of the file.
-
-    Raises:
-        BudgetError: even the coarsest does not fit.
     """
 
-    def measure(octaves: float) -> int:
-        coded = dict(fixed)
-        for name, (surrogate, weight) in movable.items():
-            surrogate.trim = octaves
-            coded[name] = code(encode_now(surrogate, plain(weight)))
-        return packed_nbytes(coded, aliases, sites=sites)
+    def __init__(
+        self,
+        movable: Mapping[str, tuple[Surrogate, Tensor]],
+        fixed: Mapping[str, CodedTensor],
+        aliases: Mapping[str, str],
+        sites: Mapping[str, Any],
+    ) -> None:
+        self._movable, self._coded = movable, dict(fixed)
+        self._aliases, self._sites = aliases, sites
 
-    size = measure(0.0)
-    if fills(size, budget):
-        return size
-    if not movable:
+    def to(self, budget: int) -> int:
+        """Choose a trim for all that can be moved, so that the file fits; its bytes.
+
+        One for all; where sizes jump, since many weights stand midway between two grid points,
+        single tensors fill what is left.
+
+        Raises:
+            BudgetError: even the coarsest does not fit.
+        """
+        size = self._all(0.0)
+        if fills(size, budget):
+            return size
         if size > budget:
-            raise BudgetError(
-                f"a file of {budget} bytes is impossible with this plan: it takes {size} bytes, "
-                "and nothing in it can be made coarser; use learned sizes (LSQ(bits=None), "
-                "DiffQ), fewer bits, or a larger budget",
-                smallest=size,
-            )
-        return size
-    low, high = (0.0, _FARTHEST) if size > budget else (_FINEST, 0.0)
-    end = measure(high if size > budget else low)
-    if size > budget and end > budget:
+            return self._fitted(budget, 0.0, _FARTHEST, self._least(budget))
+        end = self._all(_FINEST)
+        return end if end <= budget else self._fitted(budget, _FINEST, 0.0, size)
+
+    def together(self, nbytes: int) -> float:
+        """The trim for all at which the file is nearest to a size, at most; none is left set."""
+        size = self._all(0.0)
+        low, high = (0.0, _FARTHEST) if size > nbytes else (-_FARTHEST, 0.0)
+        octaves, _ = self._bisect(self._all, nbytes, (low, high), size)
+        return octaves
+
+    def refuse(self, budget: int, *, trains: bool) -> None:
+        """Refuse a budget that is out of reach, before anything is trained.
+
+        Args:
+            budget: bytes.
+            trains: whether there are weights that nothing here moves, and training might.
+
+        Raises:
+            BudgetError: it is.
+        """
+        self._least(budget, spared=_SHRINKS if trains else 0.0)
+
+    def _least(self, budget: int, spared: float = 0.0) -> int:
+        end = self._all(_FARTHEST)
+        if end * (1 - spared) <= budget:
+            return end
+        said = "even far coarser than trained it takes"
+        advice = "ask for that or more"
+        if not self._movable:
+            said = "nothing in it can be made coarser, and it takes"
+            advice = "use learned sizes (LSQ(bits=None), DiffQ), fewer bits, or a larger budget"
         raise BudgetError(
-            f"a file of {budget} bytes is impossible with this plan: even far coarser than "
-            f"trained it takes {end} bytes; ask for that or more",
+            f"a file of {budget} bytes is impossible with this plan: {said} {end} bytes; {advice}",
             smallest=end,
         )
-    if size <= budget and end <= budget:
-        return end
-    return _bisect(measure, budget, low, high)
 
-
-def _bisect(measure: Callable[[float], int], budget: int, low: float, high: float) -> int:
-    """Find the least octaves at which a file fits, where it is too large at ``low``; its bytes."""
-    best = high
-    for _ in range(_TRIES):
-        middle = (low + high) / 2
-        size = measure(middle)
-        if size <= budget:
-            best = high = middle
+    def _fitted(self, budget: int, low: float, high: float, size: int) -> int:
+        """Between octaves at which it is too large, and others at which it fits."""
+        best, size = self._bisect(self._all, budget, (low, high), size)
+        self._all(best)
+        for name in sorted(self._movable, key=lambda name: -self._coded[name].nbytes):
             if fills(size, budget):
-                return size
-        else:
-            low = middle
-    return measure(best)
+                break
+            best, size = self._bisect(partial(self._one, name), budget, (_FINEST, best), size)
+            self._one(name, best)
+        return size
+
+    def _bisect(
+        self, measure: Callable[[float], int], budget: int, ends: tuple[float, float], size: int
+    ) -> tuple[float, int]:
+        """The least octaves found at which a file fits that is too large at the first; bytes."""
+        low, best = ends
+        for _ in range(_TRIES):
+            middle = (low + best) / 2
+            found = measure(middle)
+            if found <= budget:
+                best, size = middle, found
+                if fills(size, budget):
+                    break
+            else:
+                low = middle
+        return best, size
+
+    def _all(self, octaves: float) -> int:
+        for name in self._movable:
+            self._put(name, octaves)
+        return packed_nbytes(self._coded, self._aliases, sites=self._sites)
+
+    def _one(self, name: str, octaves: float) -> int:
+        self._put(name, octaves)
+        return packed_nbytes(self._coded, self._aliases, sites=self._sites)
+
+    def _put(self, name: str, octaves: float) -> None:
+        surrogate, weight = self._movable[name]
+        surrogate.trim = octaves
+        self._coded[name] = code(encode_now(surrogate, plain(weight)))
 
 
 def reestimate_batch_norm(model: nn.Module, data: Data | Iterable[Any]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Adam, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dither.activations import Quantizer
 from dither.train.surrogate import Surrogate
@@ -21,8 +23,10 @@ class Extras:
     def __init__(self, surrogates: Mapping[str, Surrogate | Quantizer]) -> None:
         self._surrogates = dict(surrogates)
         self._own: Adam | None = None
-        self._first: list[int] = [p._version for p in self.parameters()]
         self._waited = 0
+        self._versions: list[int] = []
+        self.note()
+        self._decay = Decay(self) if self.parameters() else None
 
     @property
     def _groups(self) -> dict[float, list[nn.Parameter]]:
@@ -52,6 +56,7 @@ class Extras:
             group["params"] = [p for p in group["params"] if id(p) not in own]
         if not own:
             return
+        self.release()
         if "betas" in optimizer.defaults and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             for group in self.groups():
                 optimizer.add_param_group(group)
@@ -64,6 +69,7 @@ class Extras:
         """Let an Adam of our own, which is returned, train them, whatever trains the model."""
         self._own = Adam(self.groups(), lr=1e-3)
         self._waited = -1
+        self.release()
         return self._own
 
     def step(self) -> None:
@@ -76,11 +82,20 @@ class Extras:
         elif 0 <= self._waited < _PATIENCE:
             self._watch()
 
+    def note(self) -> None:
+        """Remember what they are now: the run itself moves some of them at times."""
+        self._versions = [p._version for p in self.parameters()]
+
+    def release(self) -> None:
+        """Look at no optimizer any more: all is in order, or the run is over."""
+        if self._decay is not None:
+            self._decay.end()
+
     def _watch(self) -> None:
         """Warn if nobody trains them."""
         parameters = self.parameters()
         self._waited += 1
-        if any(p._version != v for p, v in zip(parameters, self._first, strict=True)):
+        if any(p._version != v for p, v in zip(parameters, self._versions, strict=True)):
             self._waited = _PATIENCE
         elif self._waited == _PATIENCE and any(p.grad is not None for p in parameters):
             warnings.warn(
@@ -98,3 +113,38 @@ class Extras:
         if state is None:
             return
         (self._own or self.train_alone()).load_state_dict(state)
+
+
+class Decay:
+    """Looks at optimizers that step, until one would decay what surrogates learn, and says so.
+
+    An optimizer that is made of all of an attached model's parameters treats logarithms of steps as
+    weights, and draws steps to 1.
+    """
+
+    def __init__(self, extras: Extras) -> None:
+        self._extras = weakref.ref(extras)
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hook = register_optimizer_step_pre_hook(self._look)
+        weakref.finalize(extras, self._hook.remove)
+
+    def end(self) -> None:
+        """Look no more."""
+        self._hook.remove()
+
+    def _look(self, optimizer: Optimizer, *_: object) -> None:
+        extras = self._extras()
+        if extras is None or optimizer in self._seen:
+            return
+        self._seen.add(optimizer)
+        own = {id(parameter) for parameter in extras.parameters()}
+        for group in optimizer.param_groups:
+            if group.get("weight_decay") and any(id(p) in own for p in group["params"]):
+                self.end()
+                warnings.warn(
+                    f"{type(optimizer).__name__} decays what surrogates learn (steps, bits) as it "
+                    "does weights; call run.join(optimizer), which moves them to a group of their "
+                    "own without, or make the optimizer before attach(..., optimizer=optimizer)",
+                    stacklevel=4,
+                )
+                return

@@ -87,7 +87,8 @@ class LearnedStep(Surrogate):
         super().__init__()
         self.spec = spec
         self.lr = spec.lr
-        self.can_trim = spec.bits is None  # an unbounded grid may take any step
+        self.can_trim = True
+        self.nudges = spec.bits is None and spec.learn
         self.classes: Tensor | None = None
         self.watch: Watch | None = None
         self._rate: tuple[Tensor, Tensor, Tensor] | None = None
@@ -121,7 +122,9 @@ class LearnedStep(Surrogate):
         self.log_step = nn.Parameter(steps.log(), requires_grad=self.spec.learn)
 
     def nudge(self, octaves: float) -> None:
-        if self.can_trim and self.spec.learn:
+        if self.spec.bits is not None:
+            octaves = max(octaves, 0.0)  # finer, it would clip; its gradient brings the step back
+        if self.spec.learn:
             with torch.no_grad():
                 self.log_step.add_(octaves * math.log(2))
 
@@ -132,6 +135,12 @@ class LearnedStep(Surrogate):
     def _stored(self) -> Tensor:
         steps = self.log_step.exp()
         return steps.detach().bfloat16().float() + (steps - steps.detach())
+
+    def _trimmed(self) -> Tensor:
+        """Steps as a budget wants them; finer ones of a grid with ends would clip."""
+        trim = self.trim if self.spec.bits is None else max(self.trim, 0.0)
+        steps: Tensor = self.log_step.detach().exp() * 2.0**trim
+        return steps
 
     def noisy(self, weight: Tensor) -> Tensor:
         self._read = None
@@ -153,7 +162,7 @@ class LearnedStep(Surrogate):
         return self._rounded(rows, steps)
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
-        steps = self.log_step.detach().exp() * 2.0**self.trim
+        steps = self._trimmed()
         fmt = self.spec.format
         if self.classes is not None:
             steps, fmt = steps[self.classes], Affine(None, axis=0, scale_dtype=torch.bfloat16)

@@ -102,6 +102,7 @@ class Masked(Surrogate):
         self.spec = spec
         self.inner = begin(spec.inner, weight)
         self.can_trim, self.lr = self.inner.can_trim, self.inner.lr
+        self.nudges = self.inner.nudges
         self.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         self.share: float | None = None
         self.is_fixed = self.teaches = False

@@ -16,9 +16,10 @@ from dither.activations import step as step_sites
 from dither.archive import Archive, pack, write
 from dither.core import BudgetError, Encoded, SpecError
 from dither.data import Data, moved
-from dither.search.size import SLACK_NBYTES
+from dither.search.size import SLACK_NBYTES, fills
 from dither.train.controller import Controller, looks_at, measures_at
 from dither.train.file import File
+from dither.train.habits import Habits
 from dither.train.intact import Intact
 from dither.train.learned_extras import Extras
 from dither.train.method import AfterTraining
@@ -76,6 +77,7 @@ class Run:
         self.extras = Extras({**self.surrogates, **learning})
         self._held = File(model, self.surrogates, buffers, aliases)
         self._noise = noise
+        self._habits = Habits(model)
         self._bits: Tensor | None = None
         self._ratio, self._rest = 1.0, 0.0
         self._draw()
@@ -105,6 +107,7 @@ class Run:
         terms = [penalty(self) for penalty in self.penalties]
         if self.controller is not None:
             terms.append(self.soft_bits() * self.controller.per_bit)
+        self._habits.is_penalised = True
         if not terms:
             return torch.zeros((), device=next(self.model.parameters()).device)
         return torch.stack(terms).sum()
@@ -126,6 +129,26 @@ class Run:
         self._draw()
         if self.controller is not None:
             self._steer(self.controller)
+        self.extras.note()
+        if self.controller is not None or self.penalties:
+            self._habits.expect_penalty(self.done)
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth a curve in a logger: bytes that the file would take, what they cost."""
+        found = {"predicted_nbytes": self.predicted_nbytes()}
+        if self.controller is not None:
+            found["lambda"] = self.controller.weight
+        return found
+
+    def __repr__(self) -> str:
+        """Where training stands, in a line."""
+        steps = "" if self.steps is None else f" of {self.steps:,}"
+        state = "finished" if self._file.is_fixed else f"step {self.done:,}{steps}"
+        size = f", about {self.predicted_nbytes():,.0f} bytes" if self.history else ""
+        if self.controller is not None:
+            size += f" for {self.controller.nbytes:,}, lambda {self.controller.weight:.3g}"
+        what = type(self.model).__name__
+        return f"<Run of {what}: {state}, {len(self.surrogates)} tensors trained{size}>"
 
     def predicted_nbytes(self) -> float:
         """Bytes of the file, by the last estimate of its size and the last measurement."""
@@ -153,6 +176,25 @@ class Run:
         weight = self.controller.weight if self.controller else 0.0
         self.history.append({"step": self.done, "nbytes": nbytes, "lambda": weight})
         return nbytes
+
+    def settle(self, nbytes: int) -> None:
+        """Let all steps begin where the file, nearest codes, takes about so many bytes.
+
+        The search found them for codes that make up for each other's errors, which take more.
+
+        Raises:
+            BudgetError: the budget is out of reach.
+        """
+        assert self.controller is not None  # noqa: S101 - there is something to settle on
+        size = self._file.coded()[1]
+        if size > self.controller.nbytes:
+            self._file.refuse(self.controller.nbytes)
+        for _ in range(_ATTEMPTS):
+            if fills(size, nbytes) or not any(s.nudges for s in self.surrogates.values()):
+                break
+            size = self._file.settle(nbytes)
+        self.extras.note()
+        self.measure()
 
     def join(self, optimizer: Optimizer) -> None:
         """Let an optimizer train the learned extras, in a group of their own without weight decay.
@@ -192,6 +234,7 @@ class Run:
         self._intact.check(self.model, self.done)
         samples = None if data is None else Data.of(data).first(batches).held()
         self._file.undo()
+        self._habits.expect_steps(self.done)
         for name, surrogate in self.surrogates.items():
             surrogate.trim = 0.0
             surrogate.commit(self.parameter(name), None)
@@ -199,9 +242,10 @@ class Run:
         for attempt in range(_ATTEMPTS):
             self._file.undo()
             if self.controller is not None:
-                self._file.trim(self.controller.nbytes - attempt * SLACK_NBYTES)
+                self._file.trimming().to(self.controller.nbytes - attempt * SLACK_NBYTES)
             nbytes = self._file.fix(samples)
             if nbytes <= goal:
+                self._habits.expect_arrival(self.surrogates, self.done, self.steps)
                 return nbytes
         raise BudgetError(
             f"a file of {goal} bytes was missed {_ATTEMPTS} times: with the new statistics of "
@@ -256,6 +300,7 @@ class Run:
                     parameter.copy_(surrogate.committed.decode().to(parameter.device))
         for module in list(self.model.modules()):
             unshadow(module)
+        self.extras.release()
         return self.model
 
     # --- resuming --------------------------------------------------------------------------------
@@ -317,7 +362,7 @@ class Run:
         """After a step: look at the size now and then, adjust lambda, and mend the error."""
         if measures_at(self.done, self.steps):
             self.measure()
-        elif looks_at(self.done):
+        elif looks_at(self.done, self.steps):
             self.look()
         else:
             return

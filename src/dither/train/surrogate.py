@@ -93,6 +93,7 @@ class Surrogate(Added):
         trim: octaves by which :meth:`encode` is coarser than what was learned, to meet a budget.
         progress: share of the steps of training that is done, 0 to 1.
         can_trim: whether ``trim`` has an effect.
+        nudges: whether :meth:`nudge` has one, in both directions.
         is_still: whether weights always train as they are, without noise.
         lr: learning rate that suits the learned parameters (Adam).
         weight_name: of the weight in the model that was attached.
@@ -100,6 +101,7 @@ class Surrogate(Added):
     """
 
     can_trim: bool = False
+    nudges: bool = False
     is_still: bool = False
     lr: float = 1e-3
 
