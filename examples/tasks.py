@@ -16,7 +16,7 @@ from benchmarks.tasks import resnet20_cifar10
 from dither.demo import network as digits
 from dither.train import Run
 
-__all__ = ["Options", "Task", "arguments", "load", "report"]
+__all__ = ["Options", "Task", "arguments", "load", "report", "report_archive"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class Options:
     out: Path
 
 
-def arguments(document: str | None, steps: int, name: str) -> Options:
+def arguments(document: str | None, steps: int, name: str, what: str = "training steps") -> Options:
     """Read the command line.
 
     Args:
         document: the script's docstring.
         steps: training steps by default.
         name: of the file that is written by default.
+        what: steps are.
     """
     parser = argparse.ArgumentParser(
         description=document, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,7 +76,7 @@ def arguments(document: str | None, steps: int, name: str) -> Options:
         help="cifar10 with a trained ResNet-20, from the folder DITHER_DATA; or scikit-learn's "
         "digits with a small network, which is trained first",
     )
-    parser.add_argument("--steps", type=int, default=steps, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"{what} (%(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="of the digits' network, before")
     parser.add_argument("--out", type=Path, default=Path(f"{name}.dither"), help="the file")
     given = parser.parse_args()
@@ -120,12 +121,25 @@ def _cifar10() -> Task:
 
 def report(run: Run, task: Task, out: Path) -> None:
     """Save the file, load it into an empty network, and print bytes and accuracy."""
-    nbytes = run.save(out, {"data": task.name})
+    run.save(out, {"data": task.name})
+    _report(run.model, task, out)
+
+
+def report_archive(archive: dither.Archive, task: Task, out: Path) -> None:
+    """The same of a file that was found."""
+    archive.save(out)
+    model = task.empty()
+    dither.load_into(model, archive)
+    _report(model, task, out)
+
+
+def _report(model: nn.Module, task: Task, out: Path) -> None:
+    nbytes = out.stat().st_size
     loaded = task.empty()
     dither.load_into(loaded, out)
     inputs = task.batch(0)[0]
     with torch.no_grad():
-        shipped, trained = loaded.eval()(inputs), run.model.eval()(inputs)
+        shipped, trained = loaded.eval()(inputs), model.eval()(inputs)
     assert torch.equal(shipped, trained), "the file computes something else"
     print(f"{task.name:12}{'bytes':>12}{'accuracy %':>12}")
     print(f"{'float32':12}{task.nbytes:12,}{task.evaluate(task.model):12.2f}")

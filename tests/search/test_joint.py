@@ -232,6 +232,15 @@ def point(layout: Layout, sparsity: float, widths: Sequence[float]) -> tuple[flo
     return (sparsity, *widths) * len(layout.kernels)
 
 
+@pytest.mark.parametrize("size", [700, 1_100, 1_500, 2_400, 5_000])
+def test_files_fill_budgets_from_the_least_to_the_finest(size: int) -> None:
+    judge, _ = prepared(network(), size, Aim(near, space=SMALL))
+    for numbers in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.2)):
+        archive, widths = judge.archive(point(judge.files.layout, 0.0, numbers))
+        assert size * 0.985 - 64 <= archive.nbytes <= size
+        assert all(width > 0 for own in widths.values() for width in own)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 1.0])
 def test_kernels_of_no_bits_leave_the_file_and_the_model(sparsity: float) -> None:
     model = network()

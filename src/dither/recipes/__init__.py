@@ -7,11 +7,14 @@ schedules; a :class:`Recipe` is data until it is attached::
 
     run = diffq.recipe(model, penalty=5.0).attach(model, optimizer=optimizer)
 
+A recipe that trains nothing, as ``ajpq``, gives a file at once.
+
 What a recipe leaves out (learning rates, epochs, data) its paper's tables and ``examples/`` tell.
 Each file is meant to be read, copied and changed.
 """
 
 from dither.recipes import (
+    ajpq,
     bayesian_bits,
     cyclical_pruning,
     differentiable_quantization,
@@ -27,6 +30,7 @@ from dither.recipes.recipe import Recipe
 
 __all__ = [
     "Recipe",
+    "ajpq",
     "bayesian_bits",
     "cyclical_pruning",
     "differentiable_quantization",

@@ -67,6 +67,7 @@ class Evaluation:
         nbytes: of the file; 0 if there is none.
         kept: whether it was the best so far.
         error: why there is no reward; empty if there is one.
+        point: what the policy asked for, by layer a sparsity and widths, all from 0 to 1.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Evaluation:
     nbytes: int
     kept: bool = False
     error: str = ""
+    point: Point | None = None
 
     def __str__(self) -> str:
         """One line for people."""
@@ -232,7 +234,6 @@ class _Search:
         self._judge, self._policy, self._journal = judge, policy, journal
         self._learner = policy.begin(judge.files.layout, seed)
         self._history: list[Evaluation] = []
-        self._best: Point | None = None
 
     def go(self, workers: Workers, evaluations: int) -> None:
         """Judge so many files, the allocator's first."""
@@ -265,10 +266,8 @@ class _Search:
         for point, row in zip(points, done, strict=True):
             best = max((r.reward for r in self._history if not r.error), default=-math.inf)
             kept = not row.error and (row.reward > best or best == -math.inf)
-            self._best = point if kept else self._best
-            self._history.append(
-                Evaluation(len(self._history), row.reward, row.nbytes, kept, row.error)
-            )
+            number = len(self._history)
+            self._history.append(Evaluation(number, *row[:2], kept, row.error, point))
         return done
 
     def _recall(self, key: bytes) -> Judged | None:
@@ -284,11 +283,12 @@ class _Search:
         Raises:
             SpecError: none has a score.
         """
-        if not any(row.kept for row in self._history):
+        kept = [row for row in self._history if row.kept]
+        if not kept:
             raise SpecError(
                 f"none of {len(self._history)} files has a score: {self._history[0].error}"
             )
-        archive, widths = self._judge.archive(self._best)
+        archive, widths = self._judge.archive(kept[-1].point)
         return Joint(archive, widths, tuple(self._history), self._policy)
 
     def close(self) -> None:

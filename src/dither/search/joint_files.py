@@ -24,9 +24,10 @@ from dither.search.size import fills
 LEVELS = math.sqrt(2 * math.pi * math.e)
 """Steps in a standard deviation at 0 bits, so that widths are the entropy of normal weights."""
 
-COARSEST = 1 / 16
-"""Bits below which no step is made coarser."""
+COARSEST = -4.0
+"""The same the other way: below 0, all but the largest weights are 0."""
 
+_PRUNED = -math.inf
 _TRIES = 8
 _AIM = 0.9975
 _BACK = 0.0005
@@ -96,7 +97,7 @@ class Files:
             size = ledger.nbytes
             if size <= self.budget and (best is None or size > best[0]):
                 best = size, ledger.rows(), moved
-            is_finest = all(w in {0.0, FINEST} for own in moved.values() for w in own)
+            is_finest = all(w in {_PRUNED, FINEST} for own in moved.values() for w in own)
             if best and (is_finest or fills(best[0], self.budget)):
                 break
             if tried and size != tried[-1][1]:
@@ -110,14 +111,17 @@ class Files:
                 f"which {rest:.0f} are not searched; ask for more, or prune more"
             )
         ledger.restore(best[1])
-        return ledger, best[2]
+        said = {name: tuple(_said(w) for w in own) for name, own in best[2].items()}
+        return ledger, said
 
     def _put(self, name: str, widths: Sequence[float]) -> None:
         """Code a weight with a step for each kernel."""
-        known, kept = self._known[name], torch.tensor(widths) > 0
-        least = min(width for width in widths if width)
+        known, kept = self._known[name], torch.tensor(widths) > _PRUNED
+        least = min(width for width in widths if width > _PRUNED)
         step = short(self._units[name] * 2.0**-least)
-        relative = torch.tensor([2.0 ** (least - width) if width else 1.0 for width in widths])
+        relative = torch.tensor(
+            [2.0 ** (least - width) if width > _PRUNED else 1.0 for width in widths]
+        )
         rows = None if bool((relative == 1).all()) else relative
         if known.rows is not None:
             rows = known.rows * relative
@@ -155,8 +159,7 @@ class Files:
 
     def _entropy(self, name: str, widths: Sequence[float]) -> float:
         """Bytes of nearest codes, by their entropy."""
-        own = np.asarray(widths)
-        scales = np.where(own > 0, 2.0**own, 0.0)
+        scales = 2.0 ** np.asarray(widths)
         sample = self._samples[name]
         codes = np.rint(sample * scales[:, None]).astype(np.int64)
         counts = np.bincount((codes - codes.min()).ravel()).astype(np.float64)
@@ -178,9 +181,14 @@ class Files:
         return (0.0, *[space.number(width)] * space.groups)
 
 
+def _said(width: float) -> float:
+    """As a kernel's bits are told: those of few are few, and 0 is pruned."""
+    return 0.0 if width == _PRUNED else max(width, 1 / 16)
+
+
 def _moved(widths: Widths, shift: float) -> Widths:
     return {
-        name: tuple(min(max(w + shift, COARSEST), FINEST) if w else 0.0 for w in own)
+        name: tuple(min(max(w + shift, COARSEST), FINEST) if w else _PRUNED for w in own)
         for name, own in widths.items()
     }
 
