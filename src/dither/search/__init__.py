@@ -8,6 +8,7 @@ from dither.search.joint_evaluation import Candidate
 from dither.search.joint_space import Layout, Space
 from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
 from dither.search.ledger import Ledger
+from dither.search.offering import Offering
 from dither.search.outlook import Outlook, SizeOutlook, plan
 from dither.search.policies import (
     AJPQ,
@@ -21,7 +22,15 @@ from dither.search.policies import (
     RandomPoints,
 )
 from dither.search.predict import can_quantize
-from dither.search.proposers import PROPOSERS, Grid, RotatedGrid, Stored, TrellisGrid
+from dither.search.proposers import (
+    PROPOSERS,
+    Grid,
+    RotatedGrid,
+    SparseProducts,
+    Stored,
+    TrellisGrid,
+)
+from dither.search.pruned import PrunedFirst
 from dither.search.sensitivity import data_free, token_counts
 from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills, parse_size
 from dither.search.trials import Trial
@@ -45,15 +54,18 @@ __all__ = [
     "Learner",
     "Learning",
     "Ledger",
+    "Offering",
     "Optuna",
     "Outlook",
     "Policy",
     "Proposer",
+    "PrunedFirst",
     "RandomPoints",
     "RotatedGrid",
     "Sensitivity",
     "SizeOutlook",
     "Space",
+    "SparseProducts",
     "Stored",
     "TrellisGrid",
     "Trial",

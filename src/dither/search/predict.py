@@ -27,7 +27,7 @@ BASIS_BITS = 4.0
 TURNED_LEVEL = 0.7
 """What errors in a table that is rotated count, relative to those of other matrices of its size.
 
-They count more the more of the table is lost: see :func:`_to_what_is_left`.
+They count more the more of the table is lost: see :func:`what_counts`.
 """
 
 BENT = 4
@@ -93,7 +93,7 @@ def predict_grids(known: Knowledge) -> Iterator[Prediction]:
         least = [numel * 4.0**knot / 12 for knot in knots]
         predicted = [(p[0], max(p[1], error)) for p, error in zip(predicted, least, strict=True)]
     energy = sum(part.energy for part in columns)
-    predicted = [(size, _to_what_is_left(known, error, energy)) for size, error in predicted]
+    predicted = [(size, what_counts(known, error, energy)) for size, error in predicted]
     loss = np.exp2(np.interp(fine, knots[::-1], np.log2([p[1] for p in predicted])[::-1]))
     overhead = _overhead(known)
     for log_step, size, error in zip(fine, nbytes, loss, strict=True):
@@ -109,7 +109,7 @@ def _given_up(
     energy = sum(part.energy for part in columns)
     for step, penalty in _coarser(coarsest, nothing):
         size, error = _predict_all(columns, step)
-        cost = known.sensitivity * _to_what_is_left(known, error, energy) * penalty
+        cost = known.sensitivity * what_counts(known, error, energy) * penalty
         yield Prediction(step, _overhead(known) + size, cost, is_useful=False)
 
 
@@ -289,7 +289,7 @@ def _predict_all(columns: list[_Columns], step: float) -> tuple[float, float]:
     return nbytes, error
 
 
-def _to_what_is_left(known: Knowledge, error: float, energy: float) -> float:
+def what_counts(known: Knowledge, error: float, energy: float) -> float:
     """What counts as squared error: in matrices, more where little is left of them.
 
     Of an error that is the share e of all, there is e / (1 - e ** 4) (:data:`BENT`): as it is up to
@@ -316,7 +316,5 @@ def noise_of(known: Knowledge, loss: float, energy: float) -> float:
     wanted, low, high = loss / known.sensitivity, 0.0, energy
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if _to_what_is_left(known, middle, energy) < wanted else (low, middle)
-        )
+        low, high = (middle, high) if what_counts(known, middle, energy) < wanted else (low, middle)
     return high

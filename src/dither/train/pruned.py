@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dither.core import Encoded, Encoder, SpecError, Stats
+from dither.encoders.masks import largest, n_of_m, parse_pattern
 from dither.formats.settings import check_count
 from dither.train.attached import Attached
 from dither.train.lsq import LSQ, LearnedStep
@@ -21,8 +20,6 @@ from dither.train.surrogate import Surrogate, plain, straight_through
 
 _RISE = Gradual(1 - 1e-9)
 """Of what is worth no code, how much is pruned."""
-
-_N_OF_M = re.compile(r"(\d+):(\d+)")
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,7 @@ class Pruned(Method):
             )
         if self.pattern in {None, "channels"}:
             return
-        match = _N_OF_M.fullmatch(self.pattern or "")
-        if match is None or not 0 < int(match[1]) < int(match[2]):
+        if parse_pattern(self.pattern or "") is None:
             raise SpecError(
                 f'Pruned(pattern={self.pattern!r}): give "n:m" with n < m, as "2:4", "channels", '
                 "or None"
@@ -158,14 +154,14 @@ class Masked(Surrogate):
             return torch.ones_like(self.mask)
         if self.spec.pattern == "channels" and weight.ndim:
             norms = weight.reshape(len(weight), -1).norm(dim=1)
-            rows = _largest(norms, share)
+            rows = largest(norms, share)
             return rows.reshape([-1] + [1] * (weight.ndim - 1)).expand(weight.shape).clone()
         if self.spec.pattern is None or not weight.ndim:
-            return _largest(weight.abs().flatten(), share).reshape(weight.shape)
-        keep, size = map(int, self.spec.pattern.split(":"))
+            return largest(weight.abs().flatten(), share).reshape(weight.shape)
+        keep, size = parse_pattern(self.spec.pattern) or (1, 1)
         end = self.spec.sparsity.end if self.spec.sparsity is not None else 0.0
         lost = min(share / end, 1.0) if end else 1.0
-        return _n_of_m(weight, size - round(lost * (size - keep)), size)
+        return n_of_m(weight, size - round(lost * (size - keep)), size)
 
     def _wanted(self, weight: Tensor) -> float:
         if self.spec.sparsity is not None:
@@ -197,26 +193,6 @@ class Masked(Surrogate):
         self.inner.load_aside(state["inner"])
 
 
-def _largest(magnitudes: Tensor, share: float) -> Tensor:
-    """Where the largest are, but for that share at least; ties are broken by their place."""
-    count = len(magnitudes) - math.ceil(round(share * len(magnitudes), 6))
-    mask = torch.zeros(len(magnitudes), dtype=torch.bool, device=magnitudes.device)
-    mask[magnitudes.argsort(descending=True, stable=True)[:count]] = True
-    return mask
-
-
-def _n_of_m(weight: Tensor, keep: int, size: int) -> Tensor:
-    """The largest ``keep`` of each ``size`` consecutive inputs; a last, shorter run is kept."""
-    rows = weight.abs().reshape(len(weight) if weight.ndim > 1 else 1, -1)
-    whole = rows.shape[1] // size * size
-    runs = rows[:, :whole].reshape(len(rows), -1, size)
-    order = runs.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    kept = torch.zeros_like(runs, dtype=torch.bool).scatter_(-1, order[..., :keep], value=True)
-    mask[:, :whole] = kept.reshape(len(rows), whole)
-    return mask.reshape(weight.shape)
-
-
 @dataclass(frozen=True)
 class Together:
     """A schedule that ranks the weights of all pruned tensors together: global magnitude pruning.
@@ -240,6 +216,6 @@ class Together:
                 (value if surrogate.spec.regrow else value * surrogate.mask).abs().flatten().cpu()
                 for surrogate, value in found
             ]
-            kept = _largest(torch.cat(marks), self.sparsity.at(run.progress))
+            kept = largest(torch.cat(marks), self.sparsity.at(run.progress))
         for (surrogate, _), part in zip(found, kept.split([len(m) for m in marks]), strict=True):
             surrogate.share = 1 - float(part.float().mean())
