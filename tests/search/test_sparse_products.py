@@ -22,7 +22,8 @@ def product(rows: int, columns: int, rank: int, noise: float, *, density: float 
     right = right * (
         torch.rand(rank, columns, generator=torch.Generator().manual_seed(2)) < density
     )
-    return normal(rows, rank) @ right / rank**0.5 + noise * normal(rows, columns, seed=3)
+    made: Tensor = normal(rows, rank) @ right / rank**0.5
+    return made + noise * normal(rows, columns, seed=3)
 
 
 def lost(archive: dither.Archive, weights: dict[str, Tensor]) -> float:

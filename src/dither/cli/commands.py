@@ -71,6 +71,31 @@ MaxSize = Annotated[
         help="Most memory that reading an archive may take, such as 16GB.",
     ),
 ]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="By default ./SOURCE.dither; with a / at its end a model folder, of a model folder, "
+        "that transformers reads.",
+    ),
+]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Without data: make 0.9 or 90% of the weights of matrices exactly 0 first, those that "
+        "cost least; or 2:4, two of each four.",
+    ),
+]
+Factored = Annotated[
+    bool,
+    typer.Option(
+        "--factors",
+        help="Without data: try products of quantized sparse matrices, too; some seconds each.",
+    ),
+]
 MAX_BITS = 64
 _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or a model folder."
 
@@ -117,16 +142,7 @@ def compress(
     bits: Annotated[
         float | None, typer.Option(help="Bits for each value, instead of SIZE.")
     ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="By default ./SOURCE.dither; with a / at its end a model folder, of a model "
-            "folder, that transformers reads.",
-        ),
-    ] = None,
+    output: Output = None,
     key: Annotated[
         str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
     ] = None,
@@ -150,6 +166,8 @@ def compress(
         str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
     ] = None,
     on_disk: OnDisk = None,
+    prune: Prune = None,
+    factors: Factored = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -163,8 +181,12 @@ def compress(
     if data is None and (model or evaluate or activations or on_disk is not None):
         options = "--model, --evaluate, --activations, --on-disk and --in-memory"
         raise typer.BadParameter(f"{options} go with --data")
+    if data is not None and (prune is not None or factors):
+        raise typer.BadParameter("--prune and --factors work without --data")
     samples = None if data is None else work.Given(data, model, evaluate, activations, on_disk)
-    work.compress(Printer(as_json, quiet), source, output, size=wanted, key=key, given=samples)
+    way = work.sensitivity_of(prune, factors=factors)
+    printer = Printer(as_json, quiet)
+    work.compress(printer, source, output, size=wanted, key=key, given=samples, way=way)
 
 
 @app.command()

@@ -34,7 +34,15 @@ from dither.disk import memory_nbytes
 from dither.integrations.model_folder import own_weights, write_folder
 from dither.model import collect
 from dither.report import check_picture, draw_sizes, save_page, save_pair
-from dither.search import Trial, compress_to, parse_size
+from dither.search import (
+    Offering,
+    PrunedFirst,
+    Sensitivity,
+    SparseProducts,
+    Trial,
+    compress_to,
+    parse_size,
+)
 from dither.search import compress as search
 from dither.search import plan as predict
 from dither.team import Team, joined
@@ -73,11 +81,34 @@ def compress(
     size: str,
     key: str | None,
     given: Given | None = None,
+    way: Sensitivity | None = None,
 ) -> None:
     """Compress a source to ``size``, with data if any are given; all processes of torchrun do."""
     with joined("the command") as team:
         told = printer if team.rank == 0 else Printer(as_json=False, quiet=True)
-        _compress(told, source, output, size=size, key=key, given=given, team=team)
+        _compress(told, source, output, size=size, key=key, given=given, way=way, team=team)
+
+
+def sensitivity_of(prune: str | None, *, factors: bool) -> Sensitivity | None:
+    """What the search weighs errors by, and offers, if anything is asked of it; else None.
+
+    Args:
+        prune: a share as ``"0.9"`` or ``"90%"``, or a pattern as ``"2:4"``.
+        factors: whether sparse factors are tried.
+
+    Raises:
+        SpecError: both, which would not leave zeros where they are; no share.
+    """
+    if prune is None:
+        return Offering(SparseProducts()) if factors else None
+    if factors:
+        raise SpecError("--prune and --factors exclude each other: a product has other zeros")
+    text = prune.removesuffix("%")
+    try:
+        share: float | str = float(text) / (100 if text != prune else 1)
+    except ValueError:
+        share = prune
+    return PrunedFirst(share)
 
 
 def _compress(
@@ -88,6 +119,7 @@ def _compress(
     size: str,
     key: str | None,
     given: Given | None,
+    way: Sensitivity | None,
     team: Team,
 ) -> None:
     target = Path(output or f"{_stem(source)}.dither")
@@ -111,10 +143,14 @@ def _compress(
             how["data"] = data_of(given.data, source, model)
             how["evaluate"] = evaluate_of(given.evaluate)
             how["activations"] = given.activations
-        if to_folder:
+        if way is not None:
+            how["sensitivity"] = way
+        if to_folder or way is not None:
             archive = search(weights, wanted, **how)
-            if team.rank == 0:
+            if team.rank == 0 and to_folder:
                 write_folder(archive, source, target)
+            elif team.rank == 0:
+                archive.save(target)
         else:
             archive = compress_to(target, weights, wanted, **how)
             archive.close()
