@@ -232,7 +232,7 @@ def point(layout: Layout, sparsity: float, widths: Sequence[float]) -> tuple[flo
     return (sparsity, *widths) * len(layout.kernels)
 
 
-@pytest.mark.parametrize("size", [700, 1_100, 1_500, 2_400, 5_000])
+@pytest.mark.parametrize("size", [750, 1_100, 1_500, 2_400, 5_000])
 def test_files_fill_budgets_from_the_least_to_the_finest(size: int) -> None:
     judge, _ = prepared(network(), size, Aim(near, space=SMALL))
     for numbers in ((0.0, 0.0), (0.5, 0.5), (1.0, 0.2)):

@@ -28,11 +28,13 @@ COARSEST = -4.0
 """The same the other way: below 0, all but the largest weights are 0."""
 
 _PRUNED = -math.inf
-_TRIES = 8
+_TRIES = 10
 _AIM = 0.9975
-_BACK = 0.0005
 _GAIN = 1.6
 """Bytes by which a prediction must move for each that is missed, until two tries tell."""
+
+_LEAP = 1.0
+_MARGIN = 0.05
 
 _SAMPLE = 1 << 15
 _HALVINGS = 14
@@ -88,23 +90,23 @@ class Files:
         self._prune_followers(widths)
         searched = [kernels.name for kernels in self.layout.kernels]
         rest = ledger.nbytes - sum(ledger.measured(name) for name in searched)
-        aim = _AIM * self.budget
-        asked, gain, tried, best = aim - rest, _GAIN, list[tuple[float, int]](), None
+        goal, best, tried = _AIM * self.budget, None, dict[float, int]()
+        shift = self._predicted_shift(widths, goal - rest)
         for _ in range(_TRIES):
-            moved = self._moved_to(widths, asked)
+            moved = _moved(widths, shift)
             for name in searched:
                 self._put(name, moved[name])
-            size = ledger.nbytes
+            size = tried[shift] = ledger.nbytes
             if size <= self.budget and (best is None or size > best[0]):
                 best = size, ledger.rows(), moved
             is_finest = all(w in {_PRUNED, FINEST} for own in moved.values() for w in own)
             if best and (is_finest or fills(best[0], self.budget)):
                 break
-            if tried and size != tried[-1][1]:
-                gain = min(max((asked - tried[-1][0]) / (size - tried[-1][1]), 0.5), 3.0)
-            tried.append((asked, size))
-            asked += gain * (aim - size)
-            aim -= _BACK * self.budget if size > self.budget else 0.0
+            if len(tried) == 1:
+                asked = self._predicted(moved) + _GAIN * (goal - size)
+                shift = self._predicted_shift(widths, asked)
+            if shift in tried:
+                shift = _next_shift(tried, goal)
         if best is None:
             raise BudgetError(
                 f"no steps were found with which these widths take at most {self.budget} bytes, of "
@@ -139,8 +141,8 @@ class Files:
                 known = replace(known, value=known.value.masked_fill(pruned, 0.0))
                 self._ledger.put(name, choice, self._coder.code(known, choice))
 
-    def _moved_to(self, widths: Widths, nbytes: float) -> Widths:
-        """Widths moved by as many bits as bring what is predicted of them to some bytes."""
+    def _predicted_shift(self, widths: Widths, nbytes: float) -> float:
+        """By how many bits widths are moved for what is predicted of them to be some bytes."""
         low, high = COARSEST - FINEST, FINEST
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -148,7 +150,7 @@ class Files:
                 high = middle
             else:
                 low = middle
-        return _moved(widths, low)
+        return low
 
     def _predicted(self, widths: Widths) -> float:
         """Bytes that weights take, about."""
@@ -179,6 +181,24 @@ class Files:
         step = self._start[kernels.name][0].step
         width = space.highest if step is None else math.log2(self._units[kernels.name] / step)
         return (0.0, *[space.number(width)] * space.groups)
+
+
+def _next_shift(tried: Mapping[float, int], goal: float) -> float:
+    """Where a line through what was tried next to the goal, or nearest it, meets the goal."""
+    under = max((s for s, size in tried.items() if size <= goal), default=None)
+    over = min((s for s, size in tried.items() if size > goal), default=None)
+    if under is None or over is None or under > over:
+        ends = sorted(tried, key=lambda s: abs(tried[s] - goal))[:2]
+    else:
+        ends = [under, over]
+    (one, other), (start, end) = ends, (tried[s] for s in ends)
+    if start == end:
+        return one + math.copysign(_LEAP, goal - start)
+    found = one + (other - one) * (goal - start) / (end - start)
+    if under is not None and over is not None and under < over:
+        margin = _MARGIN * (over - under)
+        return min(max(found, under + margin), over - margin)
+    return min(max(found, one - _LEAP), one + _LEAP)
 
 
 def _said(width: float) -> float:
