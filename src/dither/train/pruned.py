@@ -36,7 +36,7 @@ class Pruned(Method):
         sparsity: share of zeros over training; with ``pattern="n:m"`` the pattern is the end. None,
             for learned steps: of each tensor what is worth no code other than 0 at the price that
             its step pays for a bit, so that a budget decides. It rises as with ``Gradual``, and
-            weights come back as they were where steps become finer.
+            what is pruned goes on training, as with ``regrow``.
         regrow: pruned weights go on training, by the gradient that their zeros get, and come back
             at any look at which they are among the largest (Kim et al. 2021).
         pattern: ``"n:m"``: at most n of m consecutive inputs of a row are kept, for kernels that
@@ -89,6 +89,7 @@ class Masked(Surrogate):
         inner: that one.
         mask: bool, of the weight's shape; True where it is kept.
         share: of zeros that is wanted instead of the schedule's, see :class:`Together`.
+        regrows: whether pruned weights go on training.
         is_fixed: whether the mask stays from now on, and what it hides trains no more.
         teaches: whether all weights are read, as they are, see :class:`~dither.train.OwnTeacher`.
     """
@@ -102,6 +103,7 @@ class Masked(Surrogate):
         self.mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         self.share: float | None = None
         self.is_fixed = self.teaches = False
+        self.regrows = spec.regrow or spec.sparsity is None
         self._cycle = 0
         self._before = 0.0  # progress at the last step
 
@@ -109,7 +111,7 @@ class Masked(Surrogate):
         if self.teaches:
             return torch.where(self.mask, weight.detach(), weight)
         kept = weight * self.mask
-        if self.spec.regrow and not self.is_fixed:
+        if self.regrows and not self.is_fixed:
             kept = straight_through(kept, weight)
             return kept if self.inner.is_still else self.inner.noisy(kept)
         return (kept if self.inner.is_still else self.inner.noisy(kept)) * self.mask
@@ -139,8 +141,7 @@ class Masked(Surrogate):
                 self.mask = torch.ones_like(self.mask)
                 self._cycle = cycle
             seen = weight.float()
-            returns = self.spec.regrow or schedule is None
-            mask = self._look(seen if returns else seen * self.mask)
+            mask = self._look(seen if self.regrows else seen * self.mask)
             if not torch.equal(mask, self.mask):
                 self.reset()
             self.mask = mask
@@ -213,7 +214,7 @@ class Together:
             raise SpecError("Together ranks pruned weights, and the plan has none; use Pruned(...)")
         with torch.no_grad():
             marks = [
-                (value if surrogate.spec.regrow else value * surrogate.mask).abs().flatten().cpu()
+                (value if surrogate.regrows else value * surrogate.mask).abs().flatten().cpu()
                 for surrogate, value in found
             ]
             kept = largest(torch.cat(marks), self.sparsity.at(run.progress))
