@@ -7,6 +7,7 @@ are gone with the process, however that ends.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -142,10 +143,8 @@ class Disk:
         """Another file; where it begins in memory."""
         size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         with tempfile.TemporaryFile(dir=self.folder, prefix="dither-") as file:
-            if hasattr(os, "posix_fallocate"):  # where there is no room, say so now
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+            file.truncate(size)
+            _reserve(file.fileno(), size)
             memory = mmap.mmap(file.fileno(), size)
         start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         self._files[start] = memory
@@ -155,6 +154,20 @@ class Disk:
     def _give_back(self, size: int, place: tuple[int, int]) -> None:
         with self._lock:
             self._free.setdefault(size, []).append(place)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take a file's room on its disk now, where the system can: later, a full disk is no error.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 def disk_of(value: Tensor) -> Disk | None:

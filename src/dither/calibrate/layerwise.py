@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.lockstep import MOST_KEPT, Lockstep, Room, held_by_one
+from dither.calibrate.lockstep import MOST_KEPT, Lockstep, Room
 from dither.calibrate.mean_shift import Receiver, centered, find_receivers, mean_outputs
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.together import Inputs, moments_together
@@ -135,9 +135,7 @@ class Layerwise:
         self.order: Order = find_order(model, first, self.data.forward)
         self.receivers = find_receivers(model, first, self.data.forward)
         together = {name for group in self.order.together for name in group}
-        one = held_by_one(model, self.data, together, self.room)
-        self.waiting = one is not None
-        self.room = self.room.fitting((one or 0) * len(list(self.data)))
+        self.room, self.waiting = self.room.fitting(model, self.data, together)
 
     @contextmanager
     def walk(

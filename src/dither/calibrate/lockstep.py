@@ -48,9 +48,21 @@ class Room:
     disk: Disk | None = None
     is_enough: bool = False
 
-    def fitting(self, nbytes: int) -> Room:
-        """The same where passes hold about so many bytes in all."""
-        return replace(self, is_enough=2 * nbytes <= self.most)
+    def fitting(self, model: nn.Module, data: Data, names: Collection[str]) -> tuple[Room, bool]:
+        """What suits a model that is to stop at some weights, and whether passes can wait there.
+
+        Where what they hold has to go to the disk, and they do not give the same then, the room has
+        no disk.
+        """
+        if not self.most and self.disk is None:
+            return self, False
+        one = held_by_one(model, data, names, Room(MOST_KEPT))
+        if one is None:
+            return self, False
+        fitting = replace(self, is_enough=2 * one * len(list(data)) <= self.most)
+        if fitting.tracked() is not None and held_by_one(model, data, names, fitting) is None:
+            fitting = Room(self.most)
+        return fitting, fitting.most > 0 or fitting.disk is not None
 
     def share(self, count: int) -> Room:
         """The same for one of several models."""
@@ -311,10 +323,8 @@ def held_by_one(model: nn.Module, data: Data, names: Collection[str], room: Room
     where a model keeps something of a batch in itself from one layer to the next, draws random
     numbers, or does not run in another thread.
     """
-    if not room.most and room.disk is None:
-        return None
-    pair, own = data.first(2), Room(MOST_KEPT if room.disk is None else room.most, room.disk)
-    with Lockstep(model, pair, names, own) as steps, torch.no_grad():
+    pair = data.first(2)
+    with Lockstep(model, pair, names, room) as steps, torch.no_grad():
         try:
             outputs = steps.finish()
         except Exception:  # noqa: BLE001 - what is wrong in any thread is raised by what comes

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dither.core import SpecError
+from dither.disk import touched
 from dither.rewrite.channels import (
     Layer,
     bias_of,
@@ -102,6 +103,8 @@ def equalize(
 
 def _equalize(first: Layer, second: Layer) -> Tensor:
     """Balance one pair; returns what the outputs of the first were multiplied by."""
+    touched(first.weight)
+    touched(second.weight)
     before, after = by_output(first), by_input(second, output_channels(first))
     one, other = ranges(before).double(), ranges(after).double()
     factors = torch.sqrt(other / one)  # 1 / s
