@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dither.calibrate.collect import check_loss
+from dither.core import SpecError
 from dither.data import Forward
 from dither.disk import Disk, disk_of, home_of
 
@@ -18,44 +19,58 @@ _SMALL = 1 << 16
 """Bytes of a tensor that is not worth a place on a disk."""
 
 
-def square_sums(
-    model: nn.Module, batch: object, loss: Callable[[Any, Any], Tensor], forward: Forward
-) -> dict[str, float]:
-    """Sums of squared gradients by the name of the parameter, of those that have a gradient.
+Loss = Callable[[Any, Any], Tensor]
+"""A model's output and the batch to a scalar."""
 
-    Each gradient is looked at when it is complete, and dropped. Of a model on a disk, what the
-    forward pass keeps for the backward pass goes there, too, once it takes more than the disk has
-    room for in memory.
+
+def squared_gradients(
+    model: nn.Module,
+    batch: object,
+    loss: Loss,
+    forward: Forward,
+    use: Callable[[str, Tensor], None],
+) -> None:
+    """Squared gradients of one batch, each as soon as it is complete; then it is dropped.
+
+    Of a model on a disk, what the forward pass keeps for the backward pass goes there, too, once it
+    takes more than the disk has room for in memory.
 
     Args:
         model: parameters and their ``grad`` are left as they are.
         batch: as ``forward`` takes it.
-        loss: of an output and the batch, a scalar.
+        loss: of an output and the batch.
         forward: runs the model.
+        use: is given the name of a parameter and the square of its gradient, float32.
 
     Raises:
         SpecError: the loss is no scalar, or has no gradient.
     """
-    found: dict[str, float] = {}
     disk = home_of(model)
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
     saved = nullcontext() if disk is None else _Saved(disk).hooks()
-    with _wanting(named, found), torch.enable_grad(), saved:
+    with _wanting(named, use), torch.enable_grad(), saved:
         value = loss(forward(model, batch), batch)
-        check_loss(value)
+        if value.ndim:
+            raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
+        if not value.requires_grad:
+            raise SpecError(
+                "the loss has no gradient: the model runs under torch.no_grad, or detaches its "
+                "output; give a forward that does not"
+            )
         torch.autograd.backward(value, inputs=[parameter for _, parameter in named])
-    return found
 
 
 @contextmanager
-def _wanting(named: list[tuple[str, nn.Parameter]], found: dict[str, float]) -> Iterator[None]:
-    """Let parameters have gradients for a while, and note the sum of squares of each."""
+def _wanting(
+    named: list[tuple[str, nn.Parameter]], use: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Let parameters have gradients for a while, and look at each."""
 
-    def note(name: str, parameter: Tensor) -> None:
+    def look(name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             with torch.no_grad():
-                found[name] = float(gradient.float().square().sum(dtype=torch.float64))
+                use(name, gradient.float().square())
 
     before = [(parameter.requires_grad, parameter.grad) for _, parameter in named]
     with ExitStack() as hooks:
@@ -63,10 +78,8 @@ def _wanting(named: list[tuple[str, nn.Parameter]], found: dict[str, float]) -> 
             for name, parameter in named:
                 parameter.requires_grad_(True)  # noqa: FBT003 - torch's own signature
                 parameter.grad = None
-                handle = parameter.register_post_accumulate_grad_hook(
-                    lambda given, name=name: note(name, given)
-                )
-                hooks.callback(handle.remove)
+                hook = partial(look, name)
+                hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
             yield
         finally:
             for (_, parameter), (flag, gradient) in zip(named, before, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from dither.calibrate.backward import Loss, squared_gradients
 from dither.calibrate.inputs import (
     attention_vectors,
     cell_vectors,
@@ -25,14 +26,11 @@ from dither.calibrate.inputs import (
 )
 from dither.calibrate.moments import MOST_INPUTS, Moments, Vectors
 from dither.calibrate.stack_inputs import StackInputs
-from dither.core import STACKED, SpecError, Stats
-from dither.data import Data, Forward
+from dither.core import STACKED, Stats
+from dither.data import Data
 from dither.disk import home_of
 from dither.model import evaluating, own_class, parameters_of, stacks_of
 from dither.progress import report
-
-Loss = Callable[[Any, Any], Tensor]
-"""A model's output and the batch to a scalar."""
 
 
 def collect(
@@ -76,7 +74,7 @@ def collect(
             [2., 4.]])
     """
     samples, watch = Data.of(data), Watch(model, most_inputs)
-    squares: dict[str, Tensor] = {}
+    squares = _Sums()
     count, total = 0, samples.count or math.inf
     with evaluating(model), watch.hooks():
         for count, batch in enumerate(samples, 1):
@@ -86,15 +84,20 @@ def collect(
                 with torch.no_grad():
                     samples.forward(model, batch)
             else:
-                for name, gradient in gradients(model, batch, loss, samples.forward):
-                    square = gradient.square()
-                    squares[name] = squares[name] + square if name in squares else square
+                squared_gradients(model, batch, loss, samples.forward, squares.add)
     fisher = {name: total / count for name, total in squares.items()}
     return {
         name: watch.stats(name, fisher.get(name)).to("cpu")
         for name in parameters_of(model).values()
         if name in watch.moments or name in watch.counts or name in fisher
     }
+
+
+class _Sums(dict[str, Tensor]):
+    """Tensors by name, to which others are added."""
+
+    def add(self, name: str, value: Tensor) -> None:
+        self[name] = self[name] + value if name in self else value
 
 
 class Here(threading.local):
@@ -317,40 +320,3 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         if len(args) == len(names) or not names:
             return dict(zip(names or ["input"], args, strict=False))
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-
-
-def check_loss(value: Tensor) -> None:
-    """Refuse what gradients are not to be had of.
-
-    Raises:
-        SpecError: it is no scalar, or has no gradient.
-    """
-    if value.ndim:
-        raise SpecError(f"a loss is a scalar, not of shape {tuple(value.shape)}")
-    if not value.requires_grad:
-        raise SpecError(
-            "the loss has no gradient: the model runs under torch.no_grad, or detaches its output; "
-            "give a forward that does not"
-        )
-
-
-def gradients(
-    model: nn.Module, batch: object, loss: Loss, forward: Forward
-) -> Iterator[tuple[str, Tensor]]:
-    """Gradients of one batch, by name; parameters and their ``grad`` stay as they are."""
-    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
-    wanted = [parameter.requires_grad for _, parameter in named]
-    try:
-        for _, parameter in named:
-            parameter.requires_grad_(True)  # noqa: FBT003 - torch's own signature
-        with torch.enable_grad():
-            value = loss(forward(model, batch), batch)
-            check_loss(value)
-            parameters = [parameter for _, parameter in named]
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
-    finally:
-        for (_, parameter), flag in zip(named, wanted, strict=True):
-            parameter.requires_grad_(flag)
-    for (name, _), gradient in zip(named, found, strict=True):
-        if gradient is not None:
-            yield name, gradient.detach().float()

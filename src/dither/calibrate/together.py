@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dither.calibrate.backward import square_sums
+from dither.calibrate.backward import squared_gradients
 from dither.calibrate.collect import Watch
 from dither.calibrate.moments import CROSSED, SQUARES, Moments, Vectors
 from dither.core import Stats
@@ -133,7 +133,13 @@ def _run(
     def numbered(output: object, batch: object) -> Tensor:
         return loss(output, batch, number)
 
-    return square_sums(model, batch, numbered, data.forward)
+    found: dict[str, float] = {}
+
+    def note(name: str, square: Tensor) -> None:
+        found[name] = float(square.sum(dtype=torch.float64))
+
+    squared_gradients(model, batch, numbered, data.forward, note)
+    return found
 
 
 def _windows(data: Data, length: int) -> Iterator[dict[int, object]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -55,15 +54,15 @@ def folder_model(source: Path, state: Mapping[str, Tensor] | None = None) -> nn.
         config = transformers.AutoConfig.from_pretrained(str(source))  # type: ignore[no-untyped-call,unused-ignore]
         named = [getattr(transformers, name, None) for name in config.architectures or ()]
         kind: Any = next((kind for kind in named if kind is not None), transformers.AutoModel)
-        where = {"config": config, "state_dict": None if state is None else dict(state)}
-        with _one_by_one() if state is not None else nullcontext():
-            model, info = kind.from_pretrained(
-                None if state is not None else str(source),
-                dtype=torch.float32,
-                output_loading_info=True,
-                local_files_only=True,
-                **(where if state is not None else {}),
-            )
+        if state is None:
+            where, how = str(source), {}
+        else:
+            where, how = None, {"config": config, "state_dict": dict(state)}
+            # No tensor is read before the one before it is in its place.
+            os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+        model, info = kind.from_pretrained(
+            where, dtype=torch.float32, output_loading_info=True, local_files_only=True, **how
+        )
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         raise DitherError(
@@ -78,21 +77,6 @@ def folder_model(source: Path, state: Mapping[str, Tensor] | None = None) -> nn.
         )
     made: nn.Module = model.eval()
     return made
-
-
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Let transformers read no tensor before the one before it is in its place."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def scored(model: nn.Module, loader: Iterable[Any]) -> Data:
