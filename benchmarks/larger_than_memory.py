@@ -21,7 +21,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD = 1 << 29
 """Values of a shard, at most, but for a tensor that has more."""
@@ -53,24 +56,27 @@ def layers(gb: float, width: int) -> list[Named]:
     return found
 
 
+def drawn(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Values of a layer, bfloat16."""
+    import torch
+
+    noise = torch.Generator().manual_seed(seed)
+    if len(shape) == 1:
+        return (1 + 0.1 * torch.randn(shape, generator=noise)).bfloat16()
+    rows = torch.randn(shape[0], 1, generator=noise).mul_(ROWS).exp_()
+    tails = torch.randn(shape, generator=noise).mul_(TAIL).exp_()
+    values = torch.randn(shape, generator=noise).mul_(tails).mul_(rows)
+    return values.mul_(shape[1] ** -0.5).bfloat16()
+
+
 def make(folder: Path, listed: list[Named]) -> None:
     """Write the shards and their index."""
-    import torch
     from safetensors.torch import save_file
-
-    def value(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-        noise = torch.Generator().manual_seed(seed)
-        if len(shape) == 1:
-            return (1 + 0.1 * torch.randn(shape, generator=noise)).bfloat16()
-        rows = torch.randn(shape[0], 1, generator=noise).mul_(ROWS).exp_()
-        tails = torch.randn(shape, generator=noise).mul_(TAIL).exp_()
-        values = torch.randn(shape, generator=noise).mul_(tails).mul_(rows)
-        return values.mul_(shape[1] ** -0.5).bfloat16()
 
     placed: dict[str, str] = {}
     for number, part in enumerate(_shards(listed)):
         file = f"model-{number:05}.safetensors"
-        tensors = {name: value(shape, len(placed) + i) for i, (name, shape) in enumerate(part)}
+        tensors = {name: drawn(shape, len(placed) + i) for i, (name, shape) in enumerate(part)}
         save_file(tensors, folder / file)
         placed |= dict.fromkeys(tensors, file)
     index = json.dumps({"weight_map": placed})

@@ -35,6 +35,11 @@ class Peak:
         """By how many bytes the process was larger at its peak than at the start."""
         return _status("VmHWM") - self._before
 
+    @staticmethod
+    def whole() -> int:
+        """How many bytes it has had at its peak."""
+        return _status("VmHWM")
+
 
 def _status(what: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -9,9 +9,11 @@ import torch
 import dither
 from dither.archive import Archive, reader
 from dither.progress import hooked
+from dither.search.coder import Coder
 from dither.search.forecast import Forecast
+from dither.search.knowledge import Knowledge
 from dither.search.ladder import Ladder
-from dither.threads import side_by_side
+from dither.threads import Room, side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +120,37 @@ def test_loading_stops_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), hooked(stop_at("decoding")):
         archive.state_dict()
     assert 1 <= len(calls) < 30
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [9, 1, 9, 1, 4, 6], [12, 12], [10, 1, 1, 30, 1]])
+def test_room_holds_what_fits_or_one_that_does_not(sizes: list[int]) -> None:
+    room, held, seen, lock = Room(10), 0, [], threading.Lock()
+
+    def work(size: int) -> None:
+        nonlocal held
+        with room.for_some(size):
+            with lock:
+                held += size
+                seen.append(held)
+            threading.Event().wait(0.005)
+            with lock:
+                held -= size
+
+    with side_by_side(work, sizes, 4) as done:
+        assert len(list(done)) == len(sizes)
+    assert all(most <= 10 or most in sizes for most in seen)
+    assert held == 0
+
+
+def test_large_tensors_are_worked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that each wait for the other to begin: one after another they would wait for ever."""
+    both, ladder = threading.Barrier(2), Coder.ladder
+
+    def wait(self: Coder, known: Knowledge) -> Ladder:
+        both.wait(30)
+        return ladder(self, known)
+
+    monkeypatch.setattr(Coder, "ladder", wait)
+    large = {name: torch.zeros(1 << 11, (1 << 10) + 1) for name in "ab"}
+    known = {name: Knowledge(value, 1.0) for name, value in large.items()}
+    assert set(Forecast(known).ladders()) == {"a", "b"}

@@ -5,13 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Barrier
+from threading import Barrier, Condition
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Room:
+    """Bounds what several threads have in work at once.
+
+    >>> with Room(10).for_some(12):  # more than there is room for has it to itself
+    ...     pass
+    """
+
+    def __init__(self, most: int) -> None:
+        """Have room for so much, of any unit."""
+        self._most, self._held, self._changed = most, 0, Condition()
+
+    @contextmanager
+    def for_some(self, size: int) -> Iterator[None]:
+        """Wait until there is room, and take it as long as the block runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + size <= self._most)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
 
 
 @contextmanager

@@ -45,3 +45,23 @@ def histogram(values: NDArray[Any], alphabet: int) -> Ints:
     for start in range(0, len(values), piece):
         counts += np.bincount(values[start : start + piece], minlength=alphabet)
     return counts
+
+
+def joint_counts(
+    contexts: NDArray[Any], symbols: NDArray[Any], kinds: int, count: int, stride: int = 1
+) -> Ints:
+    """How often each symbol occurs in each context, ``(kinds, count)``.
+
+    Args:
+        contexts: ``(n,)``, unsigned, each below ``kinds``.
+        symbols: ``(n,)``, unsigned, each below ``count``.
+        kinds: number of contexts; with ``count`` less than 2**31.
+        count: number of symbols.
+        stride: how far those that are looked at are apart.
+    """
+    found = lanes_twin.counted_jointly(contexts, symbols, kinds, count, stride)
+    if found is not None:
+        return found
+    joint = contexts[::stride].astype(np.int32) * np.int32(count)
+    joint += symbols[::stride].astype(np.int32)
+    return np.asarray(np.bincount(joint, minlength=kinds * count).reshape(-1, count), np.int64)

@@ -207,7 +207,7 @@ def count_loop(values: NDArray[np.uint64], counts: NDArray[np.uint32]) -> None:
 
 
 def joint_loop(
-    contexts: NDArray[np.uint8],
+    contexts: NDArray[Any],
     tokens: NDArray[Any],
     stride: int,
     size: int,
@@ -355,7 +355,7 @@ def counted(values: NDArray[np.uint8]) -> Ints | None:
 
 
 def counted_jointly(
-    contexts: NDArray[np.uint8], tokens: NDArray[Any], tables: int, size: int, stride: int
+    contexts: NDArray[Any], tokens: NDArray[Any], tables: int, size: int, stride: int
 ) -> Ints | None:
     """How often each symbol occurs in each context, ``(tables, size)``, of every stride-th.
 

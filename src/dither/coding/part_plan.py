@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dither.coding import lanes_twin
 from dither.coding.bits import code_dtype, pack_bits, packed_nbytes, width_of
 from dither.coding.contexts import Contexts, clip, propose
-from dither.coding.histograms import pairs_of
+from dither.coding.histograms import joint_counts, pairs_of
 from dither.coding.parity_contexts import Machine
 from dither.coding.payload import Head, Window, stride_of
 from dither.coding.rans import MAX_COUNT, MAX_LANES_LOG2, MAX_ROWS, encode_lanes
@@ -208,14 +207,7 @@ def _joint_counts(
     contexts: Contexts, shape: tuple[int, ...], tokens: NDArray[Any], symbols: int, stride: int
 ) -> Ints:
     """Histograms of every ``stride``-th symbol by context, ``(tables, symbols)``."""
-    chosen = contexts.of(shape)
-    found = lanes_twin.counted_jointly(chosen, tokens, contexts.tables, symbols, stride)
-    if found is not None:
-        return found
-    joint = chosen[::stride].astype(np.int32) * np.int32(symbols)
-    joint += tokens[::stride].astype(np.int32)
-    counts = np.bincount(joint, minlength=contexts.tables * symbols)
-    return np.asarray(counts.reshape(-1, symbols), np.int64)
+    return joint_counts(contexts.of(shape), tokens, contexts.tables, symbols, stride)
 
 
 def plan_contexts(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dither.coding.contexts import Contexts
+from dither.coding.histograms import joint_counts
 
 _MOST = 1 << 23
 """The most counts kept at a time; an axis that needs more stays as it is."""
@@ -40,13 +41,10 @@ def _reassign(
     kinds, highest = int(others.max()) + 1, int(old.max())
     if shape[axis] * kinds * count > _MOST:
         return None
-    places = np.arange(shape[axis], dtype=np.int32)
-    joint = others.astype(np.int32)
-    joint += (places * kinds).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    joint *= count
-    joint += symbols
-    found = np.bincount(joint.reshape(-1), minlength=shape[axis] * kinds * count)
-    found = found.reshape(shape[axis], -1).astype(np.float64)
+    places = np.arange(shape[axis], dtype=np.uint32) * np.uint32(kinds)
+    joint = others + places.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    counts = joint_counts(joint.reshape(-1), symbols.reshape(-1), shape[axis] * kinds, count)
+    found = counts.reshape(shape[axis], -1).astype(np.float64)
     usage = np.bincount(old, minlength=highest + 1) + 0.5
     reached = np.arange(highest + 1)[:, None] + np.arange(kinds) - contexts.offset
     prices = lengths[np.clip(reached, 0, tables - 1)].reshape(highest + 1, -1)
@@ -63,12 +61,11 @@ def refine(contexts: Contexts, symbols: NDArray[Any], count: int, rounds: int = 
         count: size of the alphabet.
         rounds: how often every axis is looked at.
     """
+    flat = symbols.reshape(-1)
     for _ in range(rounds):
         for axis in contexts.classes:
-            which = contexts.of(symbols.shape).astype(np.int32) * np.int32(count)
-            which += symbols.reshape(-1)
-            histograms = np.bincount(which, minlength=contexts.tables * count)
-            lengths = _lengths(histograms.reshape(-1, count))
+            tables = contexts.of(symbols.shape)
+            lengths = _lengths(joint_counts(tables, flat, contexts.tables, count))
             classes = _reassign(contexts, axis, symbols, lengths)
             if classes is not None:
                 chosen = {**contexts.classes, axis: classes}

@@ -304,15 +304,17 @@ def feed_errors(
     for start in range(0, len(inputs), _BLOCK):
         block = inputs[start : start + _BLOCK]
         within = spread[start : start + _BLOCK, start : start + _BLOCK]
-        errors = torch.empty_like(block)
-        for i in range(len(block)):
-            value = block[i].clone()
+        errors, found = torch.empty_like(block), torch.empty_like(block)
+        # Views of all rows at once: one by one they take longer than the numbers in them.
+        rows = zip(block, found, errors, within, strict=True)
+        for i, (value, rounded, error, shares) in enumerate(rows):
             if rate is None:
-                torch.round(value, out=block[i])
+                torch.round(value, out=rounded)
             else:
-                block[i] = rate.choose(value, costs[start + i])
-            torch.sub(block[i], value, out=errors[i])
-            block[i + 1 :].addr_(within[i, i + 1 :], errors[i])
+                rounded.copy_(rate.choose(value, costs[start + i]))
+            torch.sub(rounded, value, out=error)
+            block.narrow(0, i + 1, len(block) - i - 1).addr_(shares[i + 1 :], error)
+        block.copy_(found)
         behind = inputs[start + _BLOCK :]
         behind.addmm_(spread[start : start + _BLOCK, start + _BLOCK :].T, errors)
     return inputs

@@ -19,7 +19,7 @@ from dither.search.ladder import Ladder
 from dither.search.ledger import Ledger
 from dither.search.predict import GRID_INDEX_NBYTES
 from dither.team import ALONE, Team
-from dither.threads import side_by_side
+from dither.threads import Room, side_by_side
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,7 +28,8 @@ AIM = 0.9985
 """Share of a budget that is allocated: predictions err."""
 
 _PROBED = 1 << 16
-_LARGE = 1 << 21
+_TOGETHER = 1 << 23
+"""Values of tensors that are worked at at once, or those of the largest: it bounds the memory."""
 
 
 class Forecast:
@@ -138,15 +139,17 @@ class Forecast:
             done[name], passed = result, passed + sizes[name]
             report(stage, passed / total, name)
 
-        # Large tensors one after another, so that the copies of one at most are in memory.
-        large = [name for name in items if self.tensors[name].value.numel() > _LARGE]
-        small = [name for name in items if self.tensors[name].value.numel() <= _LARGE]
-        for name in large:
-            report(stage, passed / total, name)
-            note(name, function(items[name]))
-        count = min(4, torch.get_num_threads())
-        with side_by_side(function, (items[name] for name in small), count) as results:
-            for name, result in zip(small, results, strict=True):
+        names = sorted(items, key=lambda name: -sizes[name])  # or the last one would be waited for
+        room = Room(max(_TOGETHER, *sizes.values()) if sizes else 0)
+
+        def work(name: str) -> Result:
+            with room.for_some(sizes[name]):
+                return function(items[name])
+
+        if names and sizes[names[0]] > _TOGETHER // 4:  # or nothing would be heard for seconds
+            report(stage, 0.0, names[0])
+        with side_by_side(work, names, min(4, torch.get_num_threads())) as results:
+            for name, result in zip(names, results, strict=True):
                 note(name, result)
         return done
 

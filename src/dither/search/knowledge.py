@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -155,4 +155,10 @@ Sensitivity = Callable[[Mapping[str, Tensor]], Mapping[str, Knowledge]]
 
 def short(step: float) -> float:
     """A step that takes two bytes in the file."""
-    return float(torch.tensor(step, dtype=torch.float32).bfloat16())
+    return short_all([step])[0]
+
+
+def short_all(steps: Sequence[float]) -> list[float]:
+    """The same of many."""
+    found: list[float] = torch.tensor(steps, dtype=torch.float32).bfloat16().tolist()
+    return found

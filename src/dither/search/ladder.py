@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 
@@ -30,13 +32,18 @@ class Ladder:
     def hull(cls, choices: Iterable[Choice]) -> Ladder:
         """Those on the lower convex hull of (bytes, loss), from the fewest bytes on."""
         hull: list[Choice] = []
-        for choice in sorted(choices, key=lambda c: (c.nbytes, c.loss)):
+        for choice in sorted(choices, key=attrgetter("nbytes", "loss")):
             if hull and choice.loss >= hull[-1].loss:
                 continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], choice):
                 hull.pop()
             hull.append(choice)
         return cls(tuple(hull))
+
+    @cached_property
+    def _logs(self) -> dict[int, float]:
+        """The binary logarithms of the steps of grids, by their places."""
+        return {i: math.log2(c.step) for i, c in enumerate(self.choices) if c.step is not None}
 
     def predict(self, step: float) -> float:
         """Predicted bytes of the grid whose step is nearest."""
@@ -54,14 +61,13 @@ class Ladder:
         steps = sorted(measured)
         known = [math.log2(step) for step in steps]
         ratios = [(measured[step] + _DAMPING) / (self.predict(step) + _DAMPING) for step in steps]
-
-        def correct(choice: Choice) -> Choice:
-            if choice.step is None:
-                return choice
-            ratio = float(np.interp(math.log2(choice.step), known, ratios))
-            return replace(choice, nbytes=(choice.nbytes + _DAMPING) * ratio - _DAMPING)
-
-        return Ladder.hull(correct(choice) for choice in self.choices)
+        found = np.interp(list(self._logs.values()), known, ratios).tolist()
+        choices = list(self.choices)
+        for place, ratio in zip(self._logs, found, strict=True):
+            old = choices[place]
+            nbytes = (old.nbytes + _DAMPING) * ratio - _DAMPING
+            choices[place] = Choice(nbytes, old.loss, old.proposer, old.step, old.fed)
+        return Ladder.hull(choices)
 
 
 def _slope(a: Choice, b: Choice) -> float:

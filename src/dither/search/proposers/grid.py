@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dither.core import STACKED, Codes, Encoded, Stats
 from dither.encoders.gptq import GPTQ
-from dither.search.knowledge import Choice, Knowledge, short
+from dither.search.knowledge import Choice, Knowledge, short_all
 from dither.search.predict import GRID_NBYTES, can_quantize, coded_nbytes, predict_grids
 
 _MOST_EXACT = 1 << 15
@@ -31,8 +31,8 @@ class Grid:
         """Steps from dropping the tensor to the accuracy of float16, and one that loses nothing."""
         if known.axes is not None or not can_quantize(known.value):
             return
-        for found in predict_grids(known):
-            step = short(found.step)
+        grids = list(predict_grids(known))
+        for found, step in zip(grids, short_all([found.step for found in grids]), strict=True):
             yield Choice(found.nbytes, found.loss, self, step, found.is_useful)
         if known.rows is None:
             yield from self._exact(known.value)
