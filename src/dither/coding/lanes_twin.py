@@ -59,32 +59,19 @@ def decode_loop(
     out: NDArray[Any],
     settings: NDArray[np.uint32],
 ) -> int:
-    """Whole turns of symbols into ``out``; how many words were taken, one too many if they end.
+    """Whole turns of symbols into ``out``; how many words were taken, more than there are if few.
 
-    Their number is not looked at in turns for which enough are left. Settings are precision, and
-    entries of a table.
+    Behind the words lie as many that nobody takes as there are lanes: their number is looked
+    at once in a turn. Settings are precision, and entries of a table.
     """
     shift, wide, size = settings[0], U64(settings[0]), U64(settings[1])
     lanes, mask = len(state), U32((U32(1) << shift) - U32(1))
-    at, count = U64(0), U64(len(words) // 2)  # both, as numba makes floats of mixed types
+    at, most = U64(0), U64(len(words) // 2 - lanes)  # both, as numba makes floats of mixed types
     for begin in range(0, len(out), lanes):
         row = out[begin : begin + lanes]
-        if at + U64(lanes) > count:
-            for lane in range(lanes):
-                old, table = state[lane], U64(contexts[begin + lane] if len(contexts) else 0)
-                symbol = slots[(table << wide) + U64(old & mask)]
-                entry = entries[table * size + U64(symbol)]
-                row[lane] = symbol
-                new = U32(U32(U16(entry)) * U32(old >> shift))
-                new = U32(new + U32(U32(old & mask) - U32(entry >> U32(16))))
-                if new < U32(65536):
-                    if at >= count:
-                        return int(count + U64(1))
-                    word = U32(words[U64(2) * at]) | U32(U32(words[U64(2) * at + U64(1)]) << U32(8))
-                    new = U32(U32(new << U32(16)) | word)
-                    at += U64(1)
-                state[lane] = new
-        elif len(contexts):
+        if at > most:
+            break
+        if len(contexts):
             chosen = contexts[begin : begin + lanes]
             for lane in range(lanes):
                 old, table = state[lane], U64(chosen[lane])
@@ -256,12 +243,13 @@ def decoded(
     if found is None:
         return None
     (slots, entries, size), state, taken = found, states.copy(), 0
+    padded = np.concatenate([words, np.zeros(2 * len(states), np.uint8)])
     settings = np.array([precision, size], np.uint32)
     block = max(_CALL // len(states), 1) * len(states)
     for begin in range(0, len(out), block):  # in between, signals are answered
         part = out[begin : begin + block]
         chosen = NONE if contexts is None else contexts[begin : begin + len(part)]
-        taken += run(state, words[2 * taken :], chosen, slots, entries, part, settings)
+        taken += run(state, padded[2 * taken :], chosen, slots, entries, part, settings)
         if 2 * taken > len(words):
             break
         if known is not None:
