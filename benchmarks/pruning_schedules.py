@@ -3,8 +3,8 @@
 ``python -m benchmarks.pruning_schedules --split test`` trains from the checkpoint by the distance
 to its own outputs, with 4-bit learned steps under masks that rank all layers together: one-shot,
 gradual, cyclical. Learning rates fall by half a cosine, once or in each cycle. PQK and what it is
-compared with read labels: equal masks in time and bits, with and without the teacher of pruned
-weights. Finished runs stay in the results.
+compared with read labels: masks fixed at the same step and equal bits, with and without pruned
+weights that may return, and with and without them as a teacher. Finished runs stay in the results.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ def schedule_of(method: str, share: float) -> Sparsity:
     return known.get(method, Gradual(share, until=0.75 * PHASE))
 
 
-METHODS = ("one-shot", "gradual", "cyclical, 3 cycles", "prune, then 4 bits", "PQK")
-LABELLED = METHODS[3:]
+SCHEDULES = ("one-shot", "gradual", "cyclical, 3 cycles")
+LABELLED = ("prune, then 4 bits", "PQK, phase 1 alone", "PQK")
+METHODS = SCHEDULES + LABELLED
 
 
 def attached(model: nn.Module, method: str, share: float, steps: int) -> Run:
     """The model under masks that rank all layers together."""
-    if method == "PQK":
+    if method.startswith("PQK"):
         return pqk.recipe(model, BITS, share, steps=steps, phase=PHASE).attach(model)
     schedule = schedule_of(method, share)
     names = [name for name, value in model.named_parameters() if value.ndim > 1]

@@ -57,6 +57,22 @@ def test_a_students_loss_reaches_only_kept_weights_once_masks_are_fixed() -> Non
         assert weight.grad[surrogate.mask].any()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_teacher_that_is_evaluated_has_all_weights(mode: type) -> None:
+    model, run = fixed()
+    x, plain = batch()[0], network().eval()(batch()[0])
+    teacher = OwnTeacher(run)
+    model.eval()
+    with mode():
+        before = model(x)
+        with teacher.teaching():
+            taught = model(x)
+        after = model(x)
+    assert torch.equal(taught.detach(), plain.detach())
+    assert torch.equal(before, after)
+    assert not torch.equal(before, taught)
+
+
 def test_before_that_pruned_weights_train_too_and_may_return() -> None:
     model = network()
     run = attach(model, {"*.weight": Pruned(LSQ(4), OneShot(0.8), regrow=True, refresh=1)}, steps=9)

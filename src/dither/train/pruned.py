@@ -116,6 +116,10 @@ class Masked(Surrogate):
             return kept if self.inner.is_still else self.inner.noisy(kept)
         return (kept if self.inner.is_still else self.inner.noisy(kept)) * self.mask
 
+    def forward(self, weight: Tensor) -> Tensor:
+        """As for any surrogate; a teacher reads all weights in evaluation, too."""
+        return self.noisy(weight) if self.teaches else super().forward(weight)
+
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         self.inner.trim = self.trim
         encoded = self.inner.encode(weight * self.mask.to(weight.device), stats)
