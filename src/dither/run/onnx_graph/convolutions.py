@@ -21,7 +21,7 @@ def integer_convolution(
     points, and the bias is int32 in steps of input and weight. A batch normalization behind it
     goes into the scales of the rows. None where this does not fit; nothing is changed then.
     """
-    before = input_grid(graph, node.inputs[0])
+    before = input_grid(graph, _before_padding(graph, node).inputs[0])
     if before is None or held.grouping.group is not None or held.grouping.axis not in {None, 0}:
         return None
     norm = graph.only_user(node.outputs[0])
@@ -46,11 +46,42 @@ def integer_convolution(
     if bits is None:
         return None
     name = node.inputs[1].name
+    _take_padding(graph, node)
     if factor is not None:
         name = f"{name}.normalized"
         graph.replace(norm, node.outputs[0])
     _set_bias(graph, node, name, total, before[0] * folded.scale.numpy())
     return name, folded, bits
+
+
+def _before_padding(graph: Graph, node: Any) -> Any:
+    """A convolution, or the Pad with zeros before it that its own padding can do."""
+    pad = node.inputs[0].producer()
+    if pad is None or pad.op_type != "Pad" or attribute(pad, "mode", "constant") != "constant":
+        return node
+    parts = [graph.array(value) for value in pad.inputs[1:]]
+    sides, fill = (*parts, None)[:2]
+    is_zero = len(parts) < 2 or pad.inputs[2] is None or (fill is not None and not fill.any())
+    if sides is None or not is_zero or len(parts) > 2 or attribute(node, "auto_pad") != "NOTSET":
+        return node
+    outer = [*sides[:2], *sides[len(sides) // 2 :][:2]]
+    is_ours = graph.only_user(pad.outputs[0]) is node and not any(outer) and min(sides) >= 0
+    return pad if is_ours else node
+
+
+def _take_padding(graph: Graph, node: Any) -> None:
+    """Let a convolution do the padding before it: of quantized activations nothing else would."""
+    pad = _before_padding(graph, node)
+    if pad is node:
+        return
+    sides = graph.array(pad.inputs[1])
+    assert sides is not None  # noqa: S101 - as _before_padding found
+    half = len(sides) // 2
+    more = [*sides[2:half], *sides[half + 2 :]]
+    own = attribute(node, "pads") or [0] * len(more)
+    total = [int(a) + int(b) for a, b in zip(own, more, strict=True)]
+    node.attributes["pads"] = graph.ir.AttrInt64s("pads", total)
+    node.replace_input_with(0, pad.inputs[0])
 
 
 def _normalization(
