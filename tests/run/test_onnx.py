@@ -255,13 +255,14 @@ def test_a_model_with_its_sites_in_place_and_a_batch_of_labels(tmp_path: Path) -
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     batch = torch.randn(1, 8)
-    sites = observe(model, {"0@in": Activation(8)}, [batch])
+    plan = {"0@in": Activation(8), "@out": Activation(8)}  # Sequential calls what is put into it
+    sites = observe(model, plan, [batch])
     apply(model, sites)
     found = to_onnx(
         model, packed(nn.Sequential(model[0]), Affine(8), sites), [batch, 1], tmp_path / "m.onnx"
     )
-    assert operators(found)["QuantizeLinear"] == 1
-    assert list(placed(model)) == ["0@in"]
+    assert operators(found)["QuantizeLinear"] == 2
+    assert set(placed(model)) == {"0@in", "@out"}
     assert run(found.path, input=torch.zeros(4, 8))[0].shape == (4, 4)
 
 

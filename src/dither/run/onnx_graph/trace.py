@@ -65,6 +65,10 @@ class _Sites(nn.Module):
     def __getitem__(self, end: str) -> nn.Module:
         return self.get_submodule(self.ends[end])
 
+    def forward(self, values: Any) -> Any:
+        """No change: a Sequential calls it among its children."""
+        return values
+
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         for end in self.ends:
             yield end, self[end]
