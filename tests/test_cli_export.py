@@ -67,7 +67,7 @@ def test_a_model_of_the_users_own(module: str) -> None:
     code, text = run(*given, "-o", "deep/other.onnx", "--kernels", "standard", "--json")
     assert code == 0, text
     document = json.loads(text)
-    assert document["output"] == "deep/other.onnx"
+    assert document["path"] == "deep/other.onnx"
     assert document["nbytes"] == Path("deep/other.onnx").stat().st_size
     assert document["sites"] == {"2@in": True}
     assert document["difference"] < 1e-5

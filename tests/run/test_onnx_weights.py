@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dither import Affine, Codebook, Raw, Trellis
 from dither.core import Encoded, Format
-from dither.run import Integers
+from dither.run.integers import Integers
 from dither.run.onnx_graph.graph import Graph
 from dither.run.onnx_graph.weights import write_numbers, write_weight
 

@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints."""
 
 from dither.cli.commands import app, main
+from dither.cli.export_command import export
 
-__all__ = ["app", "main"]
+__all__ = ["app", "export", "main"]

@@ -22,20 +22,16 @@ from dither.cli.interrupt import answer_signals, ending_at_once
 from dither.terminal import printable
 
 if TYPE_CHECKING:
-    from dither.cli import export as exporting
     from dither.cli import work
 else:
 
     class _Late:
         """Imported at the first use: torch takes seconds, and ``dither --help`` needs none."""
 
-        def __init__(self, name: str) -> None:
-            self._name = name
-
         def __getattr__(self, name: str) -> object:
-            return getattr(importlib.import_module(self._name), name)
+            return getattr(importlib.import_module("dither.cli.work"), name)
 
-    work, exporting = _Late("dither.cli.work"), _Late("dither.cli.export")
+    work = _Late()
 
 
 class _Commands(TyperGroup):
@@ -301,47 +297,6 @@ def decompress(
 ) -> None:
     """Write an archive's tensors as a checkpoint that other programs read."""
     work.decompress(Printer(as_json, quiet), file, output, max_size)
-
-
-@app.command()
-def export(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A .dither archive, or a model folder of one.")
-    ],
-    *,
-    to: Annotated[str, typer.Option(metavar="KIND", help="onnx.")] = "onnx",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="OUT", help="By default ./FILE.onnx."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="A model folder, or MODULE:NAME of what makes the model."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA", help="As of compress: the first batch shows what is computed."
-        ),
-    ] = None,
-    kernels: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND",
-            help="exact; fast: inputs are rounded to 8 bits; standard: ONNX's own operators alone.",
-        ),
-    ] = "exact",
-    single: Annotated[bool, typer.Option("--single", help="Numbers in float32.")] = False,
-    max_size: MaxSize = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write an archive as an ONNX file for onnxruntime, with weights as integers."""
-    wanted = exporting.Target(to, kernels, not single)
-    given: dict[str, str | None] = {"model": model, "data": data, "max_size": max_size}
-    exporting.export(Printer(as_json, quiet), file, output, target=wanted, **given)
 
 
 @app.command()

@@ -19,10 +19,9 @@ from torch import Tensor
 from dither.archive import Archive, atomic_write, is_archive
 from dither.archive.layout import MAGIC
 from dither.checkpoint import ALIASES_KEY, TORCH_SUFFIXES, read_checkpoint
-from dither.core import DTYPES, ArchiveError, BudgetError, CheckpointError
+from dither.core import DTYPES, ArchiveError, CheckpointError
 from dither.integrations.model_folder import check_target, is_model_folder
 from dither.progress import steps
-from dither.search import parse_size
 
 OUTPUT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".npz")
 
@@ -265,12 +264,3 @@ def _write_torch(file: BinaryIO, archive: Archive) -> None:
         if kept.error is not None:
             raise kept.error from None
         raise
-
-
-def memory_limit(max_size: str | None) -> int | None:
-    """The bytes that ``--max-size`` allows."""
-    if max_size is None:
-        return None
-    if max_size.strip()[-1:] in {"%", "x", "X"}:
-        raise BudgetError(f"--max-size is a number of bytes, such as 16GB, not {max_size!r}")
-    return parse_size(max_size, 0)

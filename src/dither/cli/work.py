@@ -23,13 +23,12 @@ from dither.cli.files import (
     check_page_output,
     check_tensor_output,
     make_folder,
-    memory_limit,
     names_folder,
     open_source,
     write_tensors,
 )
 from dither.cli.sweep import sweep as run_sweep
-from dither.core import SpecError
+from dither.core import BudgetError, SpecError
 from dither.demo.story import run
 from dither.disk import memory_nbytes
 from dither.integrations.model_folder import own_weights, write_folder
@@ -247,7 +246,7 @@ def sweep(
 
 def inspect(printer: Printer, file: Path, max_size: str | None, *, as_tree: bool) -> None:
     """Show an archive's index."""
-    with Archive.open(file, memory_limit(max_size)) as archive:
+    with Archive.open(file, _limit(max_size)) as archive:
         budget = archive.metadata.get("budget")
         printer.document({"file": str(file), **report.archive_document(archive, budget)})
         (report.print_tree if as_tree else report.print_tensors)(printer, archive)
@@ -258,7 +257,7 @@ def decompress(printer: Printer, file: Path, output: Path | None, max_size: str 
     target = output or Path(f"{_stem(file)}.safetensors")
     check_tensor_output(target, file, named=output is not None)
     with (
-        Archive.open(file, memory_limit(max_size)) as archive,
+        Archive.open(file, _limit(max_size)) as archive,
         printer.progress(f"decoding {file}"),
     ):
         make_folder(target)
@@ -274,7 +273,7 @@ def decompress(printer: Printer, file: Path, output: Path | None, max_size: str 
 def verify(printer: Printer, file: Path, max_size: str | None) -> bool:
     """Whether an archive is without faults."""
     with printer.progress(f"verifying {file}"):
-        faults = find_faults(file, memory_limit(max_size))
+        faults = find_faults(file, _limit(max_size))
     printer.document({"file": str(file), "good": not faults, "faults": faults})
     for fault in faults:
         printer.text(f"fault: {fault}")
@@ -286,7 +285,7 @@ def compare(
     printer: Printer, a: Path, b: Path, *, min_sqnr: float | None, max_size: str | None
 ) -> bool:
     """Whether two sources have the same names and shapes, and no tensor is below ``min_sqnr``."""
-    limit = memory_limit(max_size)
+    limit = _limit(max_size)
     with (
         printer.progress("reading"),
         open_source(a, limit) as left,
@@ -305,7 +304,7 @@ def write_page(
     """Write a page about an archive, compared with a checkpoint if there is one."""
     target = output or Path(f"{_stem(file)}.html")
     check_page_output(target, file, against)
-    limit = memory_limit(max_size)
+    limit = _limit(max_size)
     with (
         printer.progress(f"reading {file}"),
         Archive.open(file, limit) as archive,
@@ -344,7 +343,7 @@ def write_pair(
     target = output or Path(f"{_stem(files[0])}.html")
     for file in files:
         check_page_output(target, file, against)
-    limit = memory_limit(max_size)
+    limit = _limit(max_size)
     with (
         printer.progress(f"reading {files[0]} and {files[1]}"),
         Archive.open(files[0], limit) as one,
@@ -374,3 +373,11 @@ def _stem(source: Path) -> str:
     if resolved.is_dir():
         return resolved.name or "model"
     return Path(resolved.name.removesuffix(".index.json")).stem
+
+
+def _limit(max_size: str | None) -> int | None:
+    if max_size is None:
+        return None
+    if max_size.strip()[-1:] in {"%", "x", "X"}:
+        raise BudgetError(f"--max-size is a number of bytes, such as 16GB, not {max_size!r}")
+    return parse_size(max_size, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from functools import cache, partial
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,6 @@ _HELD = "_dither_compact"
 
 _READ_ONLY = "is packed in memory, and cannot be loaded into; load into a plain model"
 
-_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
-
 
 class PackedWeights:
     """Tensors of an archive, decoded when they are read; those read last are kept.
@@ -36,6 +35,7 @@ class PackedWeights:
     Attributes:
         archive: in memory.
         keep: most bytes of decoded tensors that are kept.
+        kept: bytes of those that are kept now.
         decodings: how many tensors were decoded so far.
     """
 
@@ -44,13 +44,8 @@ class PackedWeights:
         self.keep = keep
         self.decodings = 0
         self._kept: OrderedDict[tuple[str, torch.device, torch.dtype], Tensor] = OrderedDict()
-        self._nbytes = 0
+        self.kept = 0
         self._lock = threading.Lock()
-
-    @property
-    def kept(self) -> int:
-        """Bytes of decoded tensors that are kept now."""
-        return self._nbytes
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """A tensor, on the device and in the floating-point type of another."""
@@ -66,25 +61,15 @@ class PackedWeights:
             self.decodings += 1
             if key not in self._kept and value.nbytes <= self.keep:
                 self._kept[key] = value
-                self._nbytes += value.nbytes
-                while self._nbytes > self.keep:
+                self.kept += value.nbytes
+                while self.kept > self.keep:
                     _, old = self._kept.popitem(last=False)
-                    self._nbytes -= old.nbytes
+                    self.kept -= old.nbytes
         return value
 
-    def clear(self) -> None:
-        """Keep nothing of what was decoded."""
-        with self._lock:
-            self._kept.clear()
-            self._nbytes = 0
-
-    def __copy__(self) -> Self:
-        """A copy that keeps nothing."""
-        return type(self)(self.archive, self.keep)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """The same: archives do not change."""
-        return self.__copy__()
+        """A copy that keeps nothing; archives do not change."""
+        return type(self)(self.archive, self.keep)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles hold the archive's bytes."""
@@ -163,7 +148,7 @@ def compact(model: nn.Module, archive: Archive, keep: int | None = None) -> nn.M
     for module, read in found.items():
         vars(module)[_HELD] = _Held(weights, read)
         vars(module).pop("_flat_weights", None)
-        module.__class__ = _class_of(type(module), tuple(read))
+        module.__class__ = _class_of(cast("Any", type(module)), tuple(read))
     return model
 
 
@@ -184,14 +169,13 @@ def _names(model: nn.Module, archive: Archive) -> dict[tuple[object, ...], str]:
     """
     state = weights_of(model.state_dict(keep_vars=True))
     stored = {name: archive.aliases.get(name, name) for name in archive}
-    names = {memory_of(state[name]): own for name, own in stored.items() if name in state}
+    pairs = [(state[name], own) for name, own in stored.items() if name in state]
+    names = {memory_of(value): own for value, own in pairs}
     differing = {
         "missing": [name for name, value in state.items() if memory_of(value) not in names],
         "unknown to the model": [name for name in stored if name not in state],
         "of another shape": [
-            name
-            for name, own in stored.items()
-            if name in state and archive.entries[own].shape != tuple(state[name].shape)
+            own for value, own in pairs if archive.entries[own].shape != tuple(value.shape)
         ],
     }
     for kind, found in differing.items():
@@ -216,10 +200,9 @@ def _places(
                 yield module, leaf, entry.name
 
 
-def _class_of(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
+@cache
+def _class_of(base: Any, leaves: tuple[str, ...]) -> type[nn.Module]:
     """A subclass whose attributes of these names are decoded when they are read."""
-    if (base, leaves) in _CLASSES:
-        return _CLASSES[base, leaves]
 
     def save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         base._save_to_state_dict(self, destination, prefix, keep_vars)  # noqa: SLF001
@@ -239,12 +222,12 @@ def _class_of(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]
     def reduce(self: Any, protocol: int) -> Any:
         return (_rebuild, (base, leaves), *base.__reduce_ex__(self, protocol)[2:])
 
-    members: dict[str, Any] = {leaf: property(_reader(leaf)) for leaf in leaves}
+    members: dict[str, Any] = {leaf: property(partial(_read, leaf=leaf)) for leaf in leaves}
     if issubclass(base, nn.RNNBase):
         # A list of its weights, which such a layer sets when it moves.
         members["_flat_weights"] = property(
             lambda self: [getattr(self, name, None) for name in self._flat_weights_names],
-            _ignore,
+            lambda *_: None,
         )
     members |= {
         "_save_to_state_dict": save,
@@ -252,28 +235,16 @@ def _class_of(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]
         "_apply": move,
         "__reduce_ex__": reduce,
         "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
     }
-    made: type[nn.Module] = type(base.__name__, (base,), members)
-    _CLASSES[base, leaves] = made
-    return made
+    return type(base.__name__, (base,), members)
 
 
-def _reader(leaf: str) -> Callable[[nn.Module], Tensor]:
-    def read(self: nn.Module) -> Tensor:
-        held: _Held = vars(self)[_HELD]
-        return held.read(leaf)
-
-    return read
+def _read(module: nn.Module, leaf: str) -> Tensor:
+    value: Tensor = vars(module)[_HELD].read(leaf)
+    return value
 
 
-def _ignore(self: nn.Module, value: object) -> None:
-    """Set nothing."""
-    del self, value
-
-
-def _rebuild(base: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: Any, leaves: tuple[str, ...]) -> nn.Module:
     """An empty module of a compact class, for copies and pickles."""
     kind = _class_of(base, leaves)
     return kind.__new__(kind)

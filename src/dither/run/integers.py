@@ -93,15 +93,11 @@ class Integers:
             box.sub_(least)
         return codes, -low
 
-    def blocks(self, block: int) -> Tensor | None:
-        """Scales of runs of ``block`` in each row, ``(rows, blocks)``; None where they do not fit.
-
-        The last run of a row may be shorter. All columns of a row may share a scale, too.
-        """
-        return self.by_block(self.scale, block)
-
     def by_block(self, values: Tensor, block: int) -> Tensor | None:
-        """One value for each scale as :meth:`blocks` gives the scales."""
+        """What belongs to each scale, for runs of ``block`` in rows, ``(rows, blocks)``.
+
+        The last run of a row may be shorter. None where scales are of no rows or runs in them.
+        """
         held, (rows, columns) = self.grouping, rows_of(self.grouping.shape)
         count = -(-columns // block)
         if held.group is not None:

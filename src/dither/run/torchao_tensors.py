@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from dither.archive import Archive, load_into
 from dither.core import DitherError
 from dither.model import inner, memory_of, refuse_attached
 from dither.run.integers import Integers
+from dither.run.quiet import quiet
 from dither.terminal import some_names
 
 _INT4_GROUPS = (128, 64, 32)
@@ -33,16 +31,14 @@ class Converted:
     Attributes:
         integers: weights that are tensors of torchao now, and how they are stored.
         dense: weights of Linear layers that stayed numbers, and why.
-        nbytes: of all parameters and buffers of the model, with integers as they are stored.
     """
 
     integers: dict[str, str]
     dense: dict[str, str]
-    nbytes: int
 
     def __str__(self) -> str:
         """One line for each way of storing, and for each reason."""
-        lines = [f"{self.nbytes:,} bytes of parameters and buffers"]
+        lines = []
         for title, table in (("", self.integers), ("dense, ", self.dense)):
             for kind in sorted(set(table.values())):
                 names = [name for name, other in table.items() if other == kind]
@@ -70,7 +66,7 @@ def to_torchao(model: nn.Module, archive: Archive, *, four_bits: bool = True) ->
         DitherError: torchao is missing.
     """
     refuse_attached(model, "to_torchao")
-    with _quiet():
+    with quiet("torchao"):
         try:
             import torchao.quantization as torchao
             from torchao.prototype.quantization.int4 import Int4OpaqueTensor
@@ -84,13 +80,13 @@ def to_torchao(model: nn.Module, archive: Archive, *, four_bits: bool = True) ->
     load_into(whole, archive)
     integers: dict[str, str] = {}
     dense: dict[str, str] = {}
-    shared = _readers(whole)
+    places = Counter(memory_of(v) for _, v in whole.named_parameters(remove_duplicate=False))
     for path, module in whole.named_modules():
         name = f"{path}.weight" if path else "weight"
         if not isinstance(module, nn.Linear) or name not in archive:
             continue
         held = Integers.of(archive.encoded(name))
-        if shared[memory_of(module.weight)] > 1:
+        if places[memory_of(module.weight)] > 1:
             dense[name] = "another layer has the same weight"
         elif held is None:
             dense[name] = "its format is no grid"
@@ -103,80 +99,35 @@ def to_torchao(model: nn.Module, archive: Archive, *, four_bits: bool = True) ->
             module.weight = nn.Parameter(eight, requires_grad=False)
         else:
             dense[name] = "torchao has no such grid"
-    return Converted(integers, dense, _nbytes(whole))
-
-
-def _readers(model: nn.Module) -> dict[tuple[object, ...], int]:
-    """How many modules have each parameter."""
-    found: dict[tuple[object, ...], int] = {}
-    for _, value in model.named_parameters(remove_duplicate=False):
-        found[memory_of(value)] = found.get(memory_of(value), 0) + 1
-    return found
+    return Converted(integers, dense)
 
 
 def _int8(kind: Any, held: Integers) -> Any:
     """A row or a run in it for each scale; rows with zeros other than 0 torchao would misread."""
     rows, columns = held.steps.shape
-    group = held.grouping.group
-    found = held.codes(8)
-    if found is None or held.grouping.axis == 1 or (group or columns) > columns:
+    run = held.grouping.group or columns
+    found = held.codes(8, signed=run >= columns)
+    if found is None or held.grouping.axis == 1 or columns % run:
         return None
     codes, zero = found
-    if zero is not None and (group in {None, columns} or columns % (group or 1)):
-        return None
-    if group is not None and columns % group:
-        return None
-    scale = held.by_row().scale.reshape(rows, -1).contiguous()
     settings: dict[str, Any] = {}
     if zero is not None:
         codes, settings = codes - 128, {"zero_point": (zero - 128).to(torch.int8).reshape(rows, -1)}
-    block = [1, group or columns]
-    return kind(codes.to(torch.int8), scale, block, torch.float32, **settings)
+    scale = held.by_row().scale.reshape(rows, -1).contiguous()
+    return kind(codes.to(torch.int8), scale, [1, run], torch.float32, **settings)
 
 
 def _int4_block(held: Integers) -> int | None:
     rows, columns = held.steps.shape
     if rows % _ROWS or held.codes(4, signed=True) is None:
         return None
-    fitting = (n for n in _INT4_GROUPS if columns % n == 0 and held.blocks(n) is not None)
-    return next(fitting, None)
+    fitting = (n for n in _INT4_GROUPS if columns % n == 0)
+    return next((n for n in fitting if held.by_block(held.scale, n) is not None), None)
 
 
 def _int4(kind: Any, held: Integers, block: int) -> Any:
     """Codes from 0, of which the kernel subtracts 8."""
-    scale = held.blocks(block)
-    assert scale is not None  # noqa: S101 - as _int4_block found
+    scale = cast("Tensor", held.by_block(held.scale, block))
     pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu  # noqa: SLF001 - torch's only name
     pairs = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()
     return kind(pack(held.steps + 8, 1), pairs, [1, block], held.steps.shape)
-
-
-def _nbytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, each once, with those of torchao as they are stored."""
-    held = {id(v): v for v in (*model.parameters(), *model.buffers())}
-    return sum(part.nbytes for value in held.values() for part in _parts(value))
-
-
-def _parts(value: Tensor) -> Iterator[Tensor]:
-    names = getattr(value, "tensor_data_names", None)
-    if names is None:
-        yield value
-        return
-    for name in (*names, *getattr(value, "optional_tensor_data_names", ())):
-        part = getattr(value, name, None)
-        if isinstance(part, Tensor):
-            yield part
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torchao says of kernels for other machines when it is imported."""
-    logger = logging.getLogger("torchao")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -9,13 +9,14 @@ import torch
 
 from dither.run.integers import Integers
 from dither.run.onnx_graph.graph import Graph, attribute
+from dither.run.onnx_graph.packing import Codes, least
 from dither.run.onnx_graph.sites import input_grid
 
 
 def integer_convolution(
     graph: Graph, node: Any, held: Integers
-) -> tuple[str, Integers, int] | None:
-    """Prepare a convolution for integers: the name of its weight, itself, and its bits.
+) -> tuple[str, Integers, tuple[int, Codes]] | None:
+    """Prepare a convolution for integers: the name of its weight, itself, and its codes.
 
     onnxruntime computes with integers where input and output are quantized, the weight has no zero
     points, and the bias is int32 in steps of input and weight. A batch normalization behind it
@@ -42,8 +43,8 @@ def integer_convolution(
     if factor is not None and shift is not None:
         folded = folded.scaled(torch.from_numpy(factor.astype(np.float32)))
         total = total * factor + shift
-    bits = next((bits for bits in (4, 8) if folded.codes(bits, signed=True)), None)
-    if bits is None:
+    codes = least(folded, signed=True)
+    if codes is None:
         return None
     name = node.inputs[1].name
     _take_padding(graph, node)
@@ -51,7 +52,7 @@ def integer_convolution(
         name = f"{name}.normalized"
         graph.replace(norm, node.outputs[0])
     _set_bias(graph, node, name, total, before[0] * folded.scale.numpy())
-    return name, folded, bits
+    return name, folded, codes
 
 
 def _before_padding(graph: Graph, node: Any) -> Any:
@@ -100,8 +101,6 @@ def _set_bias(
     graph: Graph, node: Any, name: str, bias: np.ndarray[Any, Any], steps: np.ndarray[Any, Any]
 ) -> None:
     """Give a convolution its bias in steps of the products that it is added to."""
-    if not bias.any() and (len(node.inputs) < 3 or node.inputs[2] is None):
-        return
     steps = steps.astype(np.float32)
     whole = np.clip(np.rint(bias / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
     path = name.removesuffix(".normalized")

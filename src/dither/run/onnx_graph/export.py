@@ -88,20 +88,16 @@ class Exported:
         if self.decoded:
             cost = sum(one.nbytes - one.archive_nbytes for one in self.decoded)
             kinds = ", ".join(sorted({one.format.partition("(")[0] for one in self.decoded}))
-            lines.append(
-                f"decoded, because ONNX has no such format ({kinds}): "
-                f"{some_names([one.name for one in self.decoded])}, {cost:,} bytes more"
-            )
+            names = some_names([one.name for one in self.decoded])
+            why = f"because ONNX has no such format ({kinds})"
+            lines.append(f"decoded, {why}: {names}, {cost:,} bytes more")
         if floating := [site for site, whole in self.sites.items() if not whole]:
             lines.append(f"activations rounded in floating point: {some_names(floating)}")
-        if self.difference is None:
-            lines.append("not compared with the model: onnxruntime is not installed")
-        else:
-            lines.append(
-                f"outputs differ by at most {self.difference:.3g} from the model's, of up to "
-                f"{self.largest:.3g}"
-            )
-        return "\n".join(lines)
+        found = "not compared with the model: onnxruntime is not installed"
+        if self.difference is not None:
+            found = f"outputs differ by at most {self.difference:.3g} from the model's, of up to "
+            found += f"{self.largest:.3g}"
+        return "\n".join([*lines, found])
 
 
 def to_onnx(
@@ -148,7 +144,10 @@ def to_onnx(
         raise SpecError(f"kernels={kernels!r}: give one of {', '.join(map(repr, KERNELS))}")
     onnx_ir()
     refuse_attached(model, "to_onnx")
-    evaluated = with_numbers(model, archive)
+    evaluated = duplicate(inner(model)).cpu().eval()
+    if archive.sites and not placed(evaluated):
+        apply(evaluated, archive.sites)
+    load_into(evaluated, archive)
     with evaluating(evaluated), torch.no_grad():
         output = call(evaluated, sample)
     traced = duplicate(evaluated)
@@ -160,22 +159,8 @@ def to_onnx(
     graph.tidy()
     nbytes = _save(graph, Path(path))
     difference = _difference(Path(path), arguments(evaluated, sample), output)
-    sizes = [leaf.abs().max() for leaf in _tensors(output) if leaf.numel()]
-    largest = max((float(size) for size in sizes), default=0.0)
+    largest = max(float(leaf.abs().max()) for leaf in _tensors(output))
     return Exported(Path(path), nbytes, archive.nbytes, tensors, sites, difference, largest)
-
-
-def with_numbers(model: nn.Module, archive: Archive) -> nn.Module:
-    """A copy of a model with the numbers and the quantized activations of an archive.
-
-    Raises:
-        CheckpointError: the archive does not fit the model.
-    """
-    made = duplicate(inner(model)).cpu().eval()
-    if archive.sites and not placed(made):
-        apply(made, archive.sites)
-    load_into(made, archive)
-    return made
 
 
 def _write_tensors(
@@ -185,30 +170,19 @@ def _write_tensors(
     state = weights_of(model.state_dict(keep_vars=True))
     own = {memory_of(state[name]): name for name in archive.entries if name in state}
     found: list[StoredTensor] = []
-    for is_last in (False, True):
-        for name, value in graph.weights().items():
-            entry = own.get(memory_of(state[name])) if name in state else None
-            if entry is None or is_last == (len(value.shape) > 2) or not value.uses():
-                continue
-            found.append(_write_tensor(graph, value, archive, entry, kernels, half))
+    for key, value in sorted(graph.weights().items(), key=lambda item: -len(item[1].shape)):
+        name = own.get(memory_of(state[key])) if key in state else None
+        if name is None or not value.uses():
+            continue
+        entry, before = archive.entries[name], graph.weights()
+        form = write_weight(graph, value, archive.encoded(name), kernels)
+        is_decoded = form is None and entry.format.name != "raw"
+        form = form or write_numbers(graph, value, half=half)
+        made = [one for new, one in graph.weights().items() if new not in before] or [value]
+        nbytes = sum(one.const_value.nbytes for one in made)
+        one = StoredTensor(name, describe(entry), form, nbytes, entry.nbytes, is_decoded)
+        found.append(one)
     return tuple(found)
-
-
-def _write_tensor(
-    graph: Graph,
-    value: Any,
-    archive: Archive,
-    name: str,
-    kernels: str,
-    half: bool,  # noqa: FBT001
-) -> StoredTensor:
-    entry, before = archive.entries[name], set(graph.weights())
-    form = write_weight(graph, value, archive.encoded(name), kernels)
-    is_decoded = form is None and entry.format.name != "raw"
-    form = form or write_numbers(graph, value, half=half)
-    made = [one for key, one in graph.weights().items() if key not in before]
-    nbytes = sum(one.const_value.nbytes for one in made) or value.const_value.nbytes
-    return StoredTensor(name, describe(entry), form, nbytes, entry.nbytes, is_decoded)
 
 
 def _names(output: object) -> list[str]:
@@ -248,5 +222,4 @@ def _difference(
     names = [one.name for one in session.get_inputs()]
     made = session.run(None, {n: v.numpy() for n, v in zip(names, inputs, strict=True)})
     pairs = zip(made, _tensors(output), strict=True)
-    found = [(torch.from_numpy(a).double() - b.double()).abs() for a, b in pairs]
-    return max((float(one.max()) for one in found if one.numel()), default=0.0)
+    return max(float((torch.from_numpy(a).double() - b.double()).abs().max()) for a, b in pairs)

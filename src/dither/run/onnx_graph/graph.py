@@ -52,13 +52,7 @@ class Graph:
         held = self._graph.initializers.get(name)
         if held is not None:
             return held
-        tensor = self.ir.tensor(_array(values), name=name)
-        value = self.ir.Value(
-            name=name,
-            shape=self.ir.Shape(tensor.shape),
-            type=self.ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
+        value = self.ir.val(name, const_value=self.ir.tensor(_array(values), name=name))
         self._graph.register_initializer(value)
         return value
 

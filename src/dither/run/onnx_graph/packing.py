@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dither.core import DitherError
 from dither.run.integers import Integers
 from dither.run.onnx_graph.graph import Graph
 
@@ -23,30 +23,19 @@ Codes = tuple[Tensor, Tensor | None]
 
 
 def narrow(values: Tensor, bits: int, *, signed: bool) -> np.ndarray[Any, Any]:
-    """Codes in a type of so many bits, 4 or 8.
+    """Codes in a type of so many bits, 4 or 8."""
+    import ml_dtypes  # comes with onnx
 
-    Raises:
-        DitherError: the package of 4-bit types is missing.
-    """
+    kind: Any = ml_dtypes.int4 if signed else ml_dtypes.uint4
     if bits == 8:
-        kind: Any = np.int8 if signed else np.uint8
-    else:
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise DitherError(
-                f'ONNX needs {error.name}; run: pip install "dither[onnx]"'
-            ) from error
-        kind = ml_dtypes.int4 if signed else ml_dtypes.uint4
+        kind = np.int8 if signed else np.uint8
     return values.to(torch.int8 if signed else torch.uint8).numpy().astype(kind)
 
 
-def least(held: Integers) -> tuple[int, Codes] | None:
+def least(held: Integers, *, signed: bool = False) -> tuple[int, Codes] | None:
     """The fewest bits that codes fit into, 4 or 8, and the codes; None where neither will do."""
-    for bits in (4, 8):
-        if (found := held.codes(bits)) is not None:
-            return bits, found
-    return None
+    found = ((bits, held.codes(bits, signed=signed)) for bits in (4, 8))
+    return next(((bits, codes) for bits, codes in found if codes is not None), None)
 
 
 def dequantize(
@@ -90,41 +79,28 @@ def block_of(rows: Integers, bits: int) -> int | None:
     def nbytes(block: int) -> int:
         return count * -(-columns // block) * (block * bits // 8 + 4)
 
-    fitting = [block for block in BLOCKS if rows.blocks(block) is not None]
+    fitting = [block for block in BLOCKS if rows.by_block(rows.scale, block) is not None]
     return min(fitting, key=nbytes, default=None)
 
 
 def packed(
-    graph: Graph, name: str, rows: Integers, codes: Codes, bits: int, block: int
+    graph: Graph, name: str, rows: Integers, found: tuple[int, Codes], block: int
 ) -> list[Any]:
     """Initializers ``(rows, blocks, bytes)``, ``(rows, blocks)`` of scales and, if any, of zeros.
 
     A byte has its first code in its low bits. Rows are filled up to whole blocks.
     """
-    values, zero = codes
-    count, columns = values.shape
-    blocks = -(-columns // block)
-    middle = 1 << (bits - 1) if zero is None else 0
-    filled = torch.zeros(count, blocks * block, dtype=torch.uint8)
-    filled[:, :columns] = (values + middle).to(torch.uint8)
-    if columns < blocks * block and zero is not None:
-        last = rows.by_block(zero.expand(len(rows.scale)), block)
-        assert last is not None  # noqa: S101 - as block_of found
-        filled[:, columns:] = last[:, -1:].to(torch.uint8)
-    elif columns < blocks * block:
-        filled[:, columns:] = middle
-    shape = (count, blocks, block * bits // 8)
-    scales = rows.blocks(block)
-    assert scales is not None  # noqa: S101 - the same
-    made = [
-        graph.initializer(f"{name}.packed", together(filled, bits).reshape(shape)),
-        graph.initializer(f"{name}.scale", scales),
-    ]
+    bits, (values, zero) = found
+    codes = values if zero is not None else values + (1 << (bits - 1))
+    codes = pad(codes, (0, -codes.shape[1] % block)).to(torch.uint8).unflatten(1, (-1, block))
+    parts = {
+        "packed": together(codes, bits),
+        "scale": cast("Tensor", rows.by_block(rows.scale, block)),
+    }
     if zero is not None:
-        zeros = rows.by_block(zero.expand(len(rows.scale)), block)
-        assert zeros is not None  # noqa: S101 - the same
-        made.append(graph.initializer(f"{name}.zero", together(zeros.to(torch.uint8), bits)))
-    return made
+        zeros = cast("Tensor", rows.by_block(zero.expand(len(rows.scale)), block))
+        parts["zero"] = together(zeros.to(torch.uint8), bits)
+    return [graph.initializer(f"{name}.{part}", value) for part, value in parts.items()]
 
 
 def together(codes: Tensor, bits: int) -> Tensor:
@@ -135,5 +111,5 @@ def together(codes: Tensor, bits: int) -> Tensor:
     """
     if bits == 8:
         return codes.contiguous()
-    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    codes = pad(codes, (0, codes.shape[-1] % 2))
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

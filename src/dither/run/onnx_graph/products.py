@@ -31,7 +31,7 @@ def integer_product(graph: Graph, value: Any, held: Integers) -> str | None:
     columns = rows.turned()
     if columns is None or not all(input_grid(graph, use.node.inputs[0]) for use in uses):
         return None
-    found = next(((n, codes) for n in (4, 8) if (codes := columns.codes(n, signed=True))), None)
+    found = least(columns, signed=True)
     if found is None:
         return None
     made = dequantize(graph, value.name, columns, found, axis=1)
@@ -57,11 +57,11 @@ def _in_blocks(graph: Graph, value: Any, held: Integers, most: int) -> str | Non
     found = None if rows is None else least(rows)
     if rows is None or found is None or found[0] > most:
         return None
-    bits, codes = found
+    bits = found[0]
     block = block_of(rows, bits)
     if block is None:
         return None
-    inputs = packed(graph, value.name, rows, codes, bits, block)
+    inputs = packed(graph, value.name, rows, found, block)
     settings = {
         "N": rows.steps.shape[0],
         "K": rows.steps.shape[1],

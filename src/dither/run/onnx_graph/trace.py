@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -18,12 +15,16 @@ from dither.activations.functions import Traced
 from dither.core import DitherError
 from dither.data import arguments
 from dither.model import SITES, evaluating
+from dither.run.quiet import quiet
 
 ROUNDED = "dither::Rounded"
 """A node that stands for activations on a grid, until it is written in ONNX's own operators."""
 
 OPSET = 21
 """The first with 4-bit integers and scales of blocks."""
+
+_HOW: dict[str, Any] = {"dynamo": True, "opset_version": OPSET, "optimize": False, "verbose": False}
+"""What torch calls optimizing would turn integers back into numbers."""
 
 Shapes = dict[str, Any] | tuple[Any, ...] | None
 
@@ -127,19 +128,10 @@ def trace(model: nn.Module, sample: Any, shapes: Shapes, names: list[str]) -> An
     args, kwargs = arguments(model, sample)
     if shapes is None:
         shapes = tree_map_only(Tensor, _first_axis, kwargs or args)
-    with _quiet(), evaluating(model), torch.no_grad():
+    with quiet("torch.onnx"), evaluating(model), torch.no_grad():
         try:
-            made: Any = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                optimize=False,  # which would turn integers back into numbers
-                output_names=names or None,
-                verbose=False,
-            )
+            how = {"dynamic_shapes": shapes, "output_names": names or None, **_HOW}
+            made: Any = torch.onnx.export(model, args, kwargs=kwargs, **how)
         except Exception as error:
             raise DitherError(
                 f"torch.onnx.export refuses this {type(model).__name__}: {_cause(error)}"
@@ -165,17 +157,3 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are absent, and of its own future."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -78,11 +78,9 @@ def _convolution(graph: Graph, value: Any, held: Integers) -> str | None:
     found = integer_convolution(graph, node, held)
     if found is None:
         return None
-    name, folded, bits = found
-    codes = folded.codes(bits, signed=True)
-    assert codes is not None  # noqa: S101 - as it found
-    node.replace_input_with(1, dequantize(graph, name, folded, (bits, codes), axis=0))
-    return f"int{bits}, computed with integers"
+    name, folded, codes = found
+    node.replace_input_with(1, dequantize(graph, name, folded, codes, axis=0))
+    return f"int{codes[0]}, computed with integers"
 
 
 def _table(graph: Graph, value: Any, held: Integers) -> str | None:
@@ -92,30 +90,27 @@ def _table(graph: Graph, value: Any, held: Integers) -> str | None:
     is_table = len(held.grouping.shape) == 2 and all(is_read) and bool(nodes)
     if not is_table or any(attribute(node, "axis", 0) for node in nodes):
         return None
-    found = least(held)
-    if found is None:
+    four, wide = held.codes(4), held.codes(8)
+    block = None if four is None else block_of(held, 4)
+    if four is not None and block is not None and held.steps.shape[1] % block == 0:
+        parts = packed(graph, value.name, held, (4, four), block)
+        return _table_in_blocks(graph, nodes, parts, block)
+    if wide is None or held.grouping.group is not None or held.grouping.axis not in {None, 0}:
         return None
-    bits, codes = found
-    block = block_of(held, bits) if bits == 4 else None
-    if block is not None and held.steps.shape[1] % block == 0:
-        return _table_in_blocks(
-            graph, nodes, packed(graph, value.name, held, codes, 4, block), block
-        )
-    if held.grouping.group is not None or held.grouping.axis not in {None, 0}:
-        return None
-    wide = held.codes(8)
-    assert wide is not None  # noqa: S101 - 4 bits fit into 8
     stored = graph.initializer(f"{value.name}.codes", narrow(wide[0], 8, signed=wide[1] is None))
-    parts = {"Sub": None if wide[1] is None else wide[1].float(), "Mul": held.scale}
+    columns = (
+        [("Mul", held.scale)]
+        if wide[1] is None
+        else [("Sub", wide[1].float()), ("Mul", held.scale)]
+    )
     for node in nodes:
         read = graph.add(node, "Gather", [stored, node.inputs[1]], axis=0)
         read = graph.add(node, "Cast", [read], to=FLOAT)
-        for operator, part in parts.items():
-            if part is not None:
-                spread = part.expand(len(held.steps)).reshape(-1, 1).contiguous()
-                column = graph.initializer(f"{value.name}.{operator}", spread)
-                term = graph.add(node, "Gather", [column, node.inputs[1]], axis=0)
-                read = graph.add(node, operator, [read, term])
+        for operator, part in columns:
+            spread = part.expand(len(held.steps)).reshape(-1, 1).contiguous()
+            column = graph.initializer(f"{value.name}.{operator}", spread)
+            term = graph.add(node, "Gather", [column, node.inputs[1]], axis=0)
+            read = graph.add(node, operator, [read, term])
         graph.replace(node, read)
     return "int8" if wide[1] is None else "uint8"
 
