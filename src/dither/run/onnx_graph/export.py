@@ -143,11 +143,7 @@ def to_onnx(
     if kernels not in KERNELS:
         raise SpecError(f"kernels={kernels!r}: give one of {', '.join(map(repr, KERNELS))}")
     onnx_ir()
-    refuse_attached(model, "to_onnx")
-    evaluated = duplicate(inner(model)).cpu().eval()
-    if archive.sites and not placed(evaluated):
-        apply(evaluated, archive.sites)
-    load_into(evaluated, archive)
+    evaluated = _evaluated(model, archive)
     with evaluating(evaluated), torch.no_grad():
         output = call(evaluated, sample)
     traced = duplicate(evaluated)
@@ -161,6 +157,16 @@ def to_onnx(
     difference = _difference(Path(path), arguments(evaluated, sample), output)
     largest = max(float(leaf.abs().max()) for leaf in _tensors(output))
     return Exported(Path(path), nbytes, archive.nbytes, tensors, sites, difference, largest)
+
+
+def _evaluated(model: nn.Module, archive: Archive) -> nn.Module:
+    """A copy of a model with what the archive says of it."""
+    refuse_attached(model, "to_onnx")
+    made = duplicate(inner(model)).cpu().eval()
+    if archive.sites and not placed(made):
+        apply(made, archive.sites)
+    load_into(made, archive)
+    return made
 
 
 def _write_tensors(
