@@ -25,7 +25,7 @@ CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help quick demo test lint pytest test-ray durations bench bench-full docs web web-test changelog
-.PHONY: format clean
+.PHONY: package format clean
 
 help:
 	@echo "make quick   lint, types and the quick tests, in less than a minute"
@@ -36,6 +36,7 @@ help:
 	@echo "make docs    the documentation as HTML, in docs/_build/html"
 	@echo "make web     a page that searches by meaning with a compressed model, in out/web"
 	@echo "make web-test  drive it in headless Chromium, and compare what it finds with Python"
+	@echo "make package  build wheel and sdist, check them, and run the demo from the wheel alone"
 	@echo "make changelog  fold the fragments in changes/ into CHANGELOG.md"
 	@echo "make test-ray  a sweep on a Ray cluster of two nodes; installs Ray"
 	@echo "make format  rewrite the code in the house style"
@@ -95,6 +96,19 @@ web: $(VENV)/.installed-web packages/web/node_modules/.installed
 web-test: packages/web/node_modules/.installed
 	node packages/web/test.js $(WEB) $(WEB)-test
 
+# Wheel and sdist in dist/; the demo then runs from the wheel, in an environment of its own.
+PACKAGED := out/package
+package: $(VENV)/.installed-package
+	rm -rf dist $(PACKAGED)
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(PACKAGED)/.venv
+	$(PACKAGED)/.venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c $(CONSTRAINTS) torch
+	$(PACKAGED)/.venv/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c $(CONSTRAINTS) "$$(echo dist/*.whl)[demo]"
+	cd $(PACKAGED) && .venv/bin/dither demo
+
 changelog: $(VENV)/.installed-dev
 	$(BIN)/python changes/fold.py
 
@@ -145,6 +159,10 @@ packages/web/node_modules/.installed: packages/web/package-lock.json
 # Ray is large, and few need it: its test runs apart, and where everything is checked (.ci/run).
 $(VENV)/.installed-ray: $(VENV)/.installed-dev
 	$(PIP) -e '.[dev,ray]'
+	touch $@
+
+$(VENV)/.installed-package: $(VENV)/.installed-torch
+	$(PIP) build==1.6.1 twine==7.0.0
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-torch pyproject.toml
