@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -129,20 +130,18 @@ def _seen(model: nn.Module, data: Data | None) -> tuple[Mapping[str, int], Mappi
     sides: dict[str, int] = {}
     uses: dict[str, int] = {}
 
-    def look(name: str, module: nn.Module, given: Tensor, made: Tensor) -> None:
-        channel = 1 if isinstance(module, nn.Linear) else made.shape[1]
-        per_use = made.shape[-1] if isinstance(module, nn.Linear) else channel
-        sides[name] = 1 if isinstance(module, nn.Linear) else given.shape[-1]
-        uses[name] = uses.get(name, 0) + max(1, made[:1].numel() // max(1, per_use))
+    def look(name: str, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        channels = made.shape[-1] if isinstance(module, nn.Linear) else made.shape[1]
+        if given and not isinstance(module, nn.Linear):
+            sides[name] = given[0].shape[-1]
+        uses[name] = uses.get(name, 0) + max(1, made[:1].numel() // max(1, channels))
 
     if data is None:
         return sides, uses
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
     handles = [
-        module.register_forward_hook(
-            lambda own, given, made, name=name: look(name, own, given[0], made)
-        )
-        for name, module in layers
+        module.register_forward_hook(partial(look, name))
+        for name, module in model.named_modules()
+        if isinstance(module, Layer)
     ]
     try:
         with evaluating(model), torch.no_grad():
