@@ -48,7 +48,7 @@ class Task:
     Attributes:
         load: gives it.
         some: images and labels of a range.
-        count: images in all.
+        count: images in all; more would cost more than they tell.
         choosing: so many of the first are chosen by, the others are reported on.
         budget: bytes.
     """
@@ -87,7 +87,7 @@ def some_digits(first: int, last: int) -> tuple[Tensor, Tensor]:
 
 
 TASKS = {
-    "resnet20": Task(resnet20, some_cifar, 10_000, 500, 45_000),
+    "resnet20": Task(resnet20, some_cifar, 2_500, 500, 45_000),
     "digits": Task(digit_net, some_digits, 797, 400, 18_000),
 }
 
@@ -221,7 +221,14 @@ def main() -> None:
     if options.plot:
         draw(own, options.json.parent / "plots" / f"joint_search_{options.task}")
         return
-    rows += [] if own else fixed(options.task, options.folder)
+
+    def write() -> None:
+        result = {"environment": describe(), "space": repr(SPACE), "rows": rows}
+        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    if not own:
+        rows += fixed(options.task, options.folder)
+        write()
     for seed in options.seeds:
         for policy in options.policies:
             key = {"task": options.task, "policy": policy, "seed": seed}
@@ -230,10 +237,8 @@ def main() -> None:
                 continue
             row = searched(options.task, policy, seed, options)
             print({k: v for k, v in row.items() if k not in {"curve", "rewards"}}, flush=True)
-            rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else rows
             rows.append(row)
-            result = {"environment": describe(), "space": repr(SPACE), "rows": rows}
-            options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            write()
 
 
 if __name__ == "__main__":
