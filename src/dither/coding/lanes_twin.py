@@ -21,6 +21,8 @@ U16, U32, U64 = np.uint16, np.uint32, np.uint64
 NONE = np.zeros(0, np.uint8)
 BLOCK = 1 << 20
 """Symbols that are encoded at a time; it bounds the temporary memory."""
+_ROOM = 1 << 26
+"""Words that there is room for at a time."""
 _ENTRIES = 1 << 18
 """The most symbols of all tables, those among them that do not occur."""
 _CALL = 1 << 24
@@ -146,39 +148,35 @@ def encode_loop(
     symbols: NDArray[Any],
     contexts: NDArray[np.uint8],
     entries: NDArray[np.uint64],
-    inverses: NDArray[np.uint64],
     state: NDArray[np.uint32],
     words: NDArray[np.uint16],
     settings: NDArray[np.uint32],
 ) -> int:
     """Whole turns of symbols, last first, into the end of ``words``; where they begin there.
 
-    Sixteen bits of an entry are the frequency ``f``, sixteen the start, 32 ``2**precision - f``.
-    With ``inverses``, ``ceil(2**(32 + precision) / f)``, division is a multiplication (Granlund,
-    Montgomery 1994), exact for all states that are divided. Entries are those of one table after
-    another; settings are precision and symbols in a table. ``words`` has room for one more than
+    There are two entries for each symbol of each table. Sixteen bits of the first are the frequency
+    ``f``, sixteen the start, 32 ``2**precision - f``. With the second, ``ceil(2**(32 + precision) /
+    f)``, division is a multiplication (Granlund, Montgomery 1994), exact for all states that are
+    divided. Settings are precision and symbols in a table. ``words`` has room for one more than
     there are symbols: every symbol writes one, and keeps its place only where the state was too
-    large. Minus 1 where a symbol is of no table.
+    large.
     """
     lanes, limit, size = U64(len(state)), U32(U32(32) - settings[0]), U64(settings[1])
-    wide, count = U64(settings[0]) + U64(32), U64(len(entries))
-    at, begin = U64(len(words) - 1), U64(len(symbols))
+    wide, at, begin = U64(settings[0]) + U64(32), U64(len(words) - 1), U64(len(symbols))
     while begin >= lanes:
         begin -= lanes
         lane = lanes
         while lane > U64(0):
             lane -= U64(1)
-            which = U64(symbols[begin + lane])
+            which = U64(2) * U64(symbols[begin + lane])
             if len(contexts):
-                which += U64(contexts[begin + lane]) * size
-            if which >= count:
-                return -1
-            entry, old = entries[which], state[lane]
+                which += U64(2) * size * U64(contexts[begin + lane])
+            entry, inverse, old = entries[which], entries[which + U64(1)], state[lane]
             words[at] = U16(old)
             is_full = U32(old >> limit) >= U32(U16(entry))
             at -= U64(is_full)
             rest = U32(old >> U32(16)) if is_full else old
-            quotient = U32((U64(rest) * inverses[which]) >> wide)
+            quotient = U32((U64(rest) * inverse) >> wide)
             more = U32(quotient * U32(entry >> U64(32)))
             state[lane] = U32(more + U32(rest + U32(U16(entry >> U64(16)))))
     return int(at) + 1
@@ -291,8 +289,8 @@ def encoded(
     entries: tuple[Ints, Ints, int],
     states: NDArray[np.uint32],
     precision: int,
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
-    """Code whole turns: states and words. None where plain code is to do it.
+) -> tuple[NDArray[np.uint32], list[NDArray[np.uint16]]] | None:
+    """Code whole turns: states, and pieces of the words. None where plain code is to do it.
 
     Args:
         symbols: whole turns of them.
@@ -308,23 +306,26 @@ def encoded(
     if run is None:
         return None
     frequency, start, size = entries
+    last = 0 if contexts is None or not len(symbols) else int(contexts[: len(symbols)].max())
+    if len(symbols) and (int(symbols.max()) >= size or (last + 1) * size > len(frequency)):
+        raise IndexError("a symbol is of no table")
     wide = np.int64(1) << (32 + precision)
     rest = (1 << precision) - frequency
-    table = ((rest << 32) | (start << 16) | frequency).astype(np.uint64)
-    inverses = -(-wide // np.maximum(frequency, 1))
-    kept, state = (table, inverses.astype(np.uint64)), states.copy()
-    settings = np.array([precision, size], np.uint32)
+    table = (rest << 32) | (start << 16) | frequency
+    kept = np.stack([table, -(-wide // np.maximum(frequency, 1))], axis=1).astype(np.uint64)
+    settings, state = np.array([precision, size], np.uint32), states.copy()
     symbols = symbols if symbols.dtype == np.uint8 else symbols.astype(np.uint32, copy=False)
     block = max(BLOCK // len(states), 1) * len(states)
-    room, pieces = np.empty(min(block, len(symbols)) + 1, np.uint16), [np.zeros(0, np.uint16)]
+    room, pieces = np.empty(0, np.uint16), list[NDArray[np.uint16]]()
     for begin in range((len(symbols) - 1) // block * block, -1, -block):
         part = slice(begin, begin + block)
+        if len(room) <= block:  # pages that nothing is written to take no memory
+            room = np.empty(min(begin + block, _ROOM) + 1, np.uint16)
         chosen = NONE if contexts is None else contexts[: len(symbols)][part]
-        first = run(symbols[part], chosen, *kept, state, room, settings)
-        if first < 0:
-            raise IndexError("a symbol is of no table")
-        pieces.append(room[first:].copy())
-    return state, np.concatenate(pieces[::-1])
+        first = run(symbols[part], chosen, kept.reshape(-1), state, room, settings)
+        pieces.append(room[first:])
+        room = room[:first]
+    return state, pieces[::-1]
 
 
 def counted(values: NDArray[np.uint8]) -> Ints | None:

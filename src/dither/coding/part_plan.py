@@ -336,7 +336,7 @@ def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: in
     """The payload of a part by its plan."""
     head, window = plan.head, plan.head.window
     tokens, escaped = split(values, window)
-    pieces = [plan.head_bytes]
+    pieces: list[bytes | memoryview] = [plan.head_bytes]
     if window.shift:
         pieces.append(pack_bits(values & ((1 << window.shift) - 1), window.shift))
     pieces.append(pack_bits(escaped, width_of(-(-alphabet >> window.shift))))
@@ -344,7 +344,7 @@ def write(plan: Plan, values: NDArray[Any], shape: tuple[int, ...], alphabet: in
     if any(len(table.symbols) > 1 for table in tables):
         contexts = head.choices(values, shape)
         lanes = 1 << head.lanes_log2
-        pieces.append(encode_lanes(tokens, contexts, tables, head.precision, lanes))
+        pieces += encode_lanes(tokens, contexts, tables, head.precision, lanes)
     return b"".join(pieces)
 
 

@@ -160,8 +160,8 @@ def encode_lanes(
     tables: Sequence[Table],
     precision: int,
     lanes: int,
-) -> bytes:
-    """Code symbols with known tables.
+) -> list[bytes | memoryview]:
+    """Code symbols with known tables: pieces of the payload.
 
     Args:
         symbols: ``(n,)``, unsigned, each with a frequency in its table.
@@ -187,9 +187,10 @@ def encode_lanes(
     if done is None:
         code = _encode_scalar if lanes <= SCALAR_LANES else _encode_rows
         whole = _joined(symbols, contexts, size)[:coded]
-        done = code(whole, states, frequency, start, precision)
-    states, words = done
-    return b"".join((pack_states(states), words.astype("<u2", copy=False).data))
+        states, words = code(whole, states, frequency, start, precision)
+        done = states, [words]
+    states, pieces = done
+    return [pack_states(states), *(words.astype("<u2", copy=False).data for words in pieces)]
 
 
 def _joined(symbols: Symbols, contexts: NDArray[np.uint8] | None, size: int) -> Symbols:
