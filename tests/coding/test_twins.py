@@ -21,8 +21,7 @@ from dither.coding import (
 from dither.coding.bits import pack_bits, packed_nbytes, unpack_bits
 from dither.coding.codes import checked
 from dither.coding.contexts import Contexts
-from dither.coding.histograms import histogram
-from dither.coding.part_plan import _joint_counts
+from dither.coding.histograms import histogram, joint_counts
 from dither.coding.payload import Window
 from dither.compiled import Twin
 from tests.coding import test_hostile as hostile
@@ -187,9 +186,10 @@ def test_counts_by_context(twins: str, stride: int, alphabet: int) -> None:
         checked(sample("rows", (20, 31), alphabet, 0).reshape(-1), alphabet),
         Window(0, 0, alphabet, 0),
     )
-    contexts = Contexts({0: np.arange(20, dtype=np.uint8) % 4}, 1, 3)
-    found = same(partial(_joint_counts, contexts, (20, 31), tokens, alphabet, stride), twins)
-    assert found.sum() == len(tokens[::stride])
+    contexts = Contexts({0: np.arange(20, dtype=np.uint8) % 4}, 1, 3).of((20, 31))
+    for which, kinds in ((contexts, 3), (contexts.astype(np.uint32) * 300, 601)):
+        found = same(partial(joint_counts, which, tokens, kinds, alphabet, stride), twins)
+        assert found.sum() == len(tokens[::stride])
 
 
 def test_a_symbol_of_no_table_is_no_place_in_memory(twins: str) -> None:

@@ -26,6 +26,17 @@ _MOST = 1 << 20
 """Elements of all kinds of runs: it bounds the temporary memory."""
 
 
+def sums(
+    classes: Mapping[int, NDArray[np.uint8]], shape: tuple[int, ...], begin: int, end: int
+) -> NDArray[np.uint8]:
+    """Sums of the classes of the axes from ``begin`` up to ``end``, shaped like these."""
+    total = np.zeros(shape[begin:end], np.uint8)
+    for axis, found in classes.items():
+        if begin <= axis < end:
+            total += found.reshape([-1 if a == axis else 1 for a in range(begin, end)])
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class Contexts:
     """A choice of tables.
@@ -45,20 +56,13 @@ class Contexts:
         split = len(shape) - 1
         while split > 0 and prod(shape[split:]) < _RUN:
             split -= 1
-        ahead, behind = self._sums(shape, 0, split), self._sums(shape, split, len(shape))
+        ahead = sums(self.classes, shape, 0, split).reshape(-1)
+        behind = sums(self.classes, shape, split, len(shape)).reshape(-1)
         kinds = int(ahead.max()) + 1 if ahead.size else 0
         if kinds * len(behind) > _MOST:
             return self._clipped(ahead[:, None] + behind).reshape(-1)
         runs = self._clipped(np.arange(kinds, dtype=np.uint8)[:, None] + behind)
         return runs.take(ahead, axis=0).reshape(-1)
-
-    def _sums(self, shape: tuple[int, ...], begin: int, end: int) -> NDArray[np.uint8]:
-        """Sums of the classes of some axes, flat."""
-        total = np.zeros(shape[begin:end], np.uint8)
-        for axis, classes in self.classes.items():
-            if begin <= axis < end:
-                total += classes.reshape([-1 if a == axis else 1 for a in range(begin, end)])
-        return total.reshape(-1)
 
     def _clipped(self, sums: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The tables of sums, which are overwritten."""

@@ -203,13 +203,6 @@ def plan_counts(symbols: Ints, counts: Ints, alphabet: int, ndim: int) -> Plan:
     return min(plans, key=lambda plan: plan.nbytes)
 
 
-def _joint_counts(
-    contexts: Contexts, shape: tuple[int, ...], tokens: NDArray[Any], symbols: int, stride: int
-) -> Ints:
-    """Histograms of every ``stride``-th symbol by context, ``(tables, symbols)``."""
-    return joint_counts(contexts.of(shape), tokens, contexts.tables, symbols, stride)
-
-
 def plan_contexts(
     values: NDArray[Any],
     shape: tuple[int, ...],
@@ -226,7 +219,8 @@ def plan_contexts(
     best: tuple[float, Contexts] | None = None
     stride = len(tokens) // _SAMPLE | 1
     for candidate in propose(tokens, shape):
-        counts = _joint_counts(candidate, shape, tokens, window.symbols, stride)
+        which, tables = candidate.of(shape), candidate.tables
+        counts = joint_counts(which, tokens, tables, window.symbols, stride)
         clipped, bits = clip(candidate, counts * stride)
         if clipped.tables > 1 and (best is None or bits < best[0]):
             best = bits, clipped
@@ -236,7 +230,7 @@ def plan_contexts(
     # Codes of one bit gain more than a per cent, and estimates are to be right to that.
     if (is_thorough or window.symbols == 2) and len(tokens) <= 4 * _SAMPLE:
         contexts = refine(contexts, tokens.reshape(shape), window.symbols)
-    rows = _joint_counts(contexts, shape, tokens, window.symbols, 1)
+    rows = joint_counts(contexts.of(shape), tokens, contexts.tables, window.symbols)
     # A context that never occurs is given the counts of all: its table is written, and no symbol.
     is_empty = rows.sum(axis=1) == 0
     rows[is_empty] = rows.sum(axis=0)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dither.coding.contexts import Contexts
+from dither.coding.contexts import Contexts, sums
 from dither.coding.histograms import joint_counts
 
 _MOST = 1 << 23
@@ -24,20 +23,14 @@ def _lengths(histograms: NDArray[np.int64]) -> Floats:
     return np.asarray(np.log2(shares.sum(axis=1, keepdims=True)) - np.log2(shares))
 
 
-def _sums(classes: Mapping[int, NDArray[np.uint8]], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    total = np.zeros(shape, np.uint8)
-    for axis, found in classes.items():
-        total += found.reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    return total
-
-
 def _reassign(
     contexts: Contexts, axis: int, symbols: NDArray[Any], lengths: Floats
 ) -> NDArray[np.uint8] | None:
     """The classes of one axis that take the fewest bits, the others held fixed."""
     shape, (tables, count) = symbols.shape, lengths.shape
     old = contexts.classes[axis]
-    others = _sums({a: c for a, c in contexts.classes.items() if a != axis}, shape)
+    rest = {a: c for a, c in contexts.classes.items() if a != axis}
+    others = sums(rest, shape, 0, len(shape))
     kinds, highest = int(others.max()) + 1, int(old.max())
     if shape[axis] * kinds * count > _MOST:
         return None
