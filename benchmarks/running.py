@@ -9,7 +9,8 @@ Linear layers and tables, for each row in convolutions (depthwise ones: 8).
 
 Each row is measured in a process of its own: resident memory before the model is there is taken
 from that after some runs. Times are of one process for each number of threads, in which all rows
-take turns; they are given as ratios to torch's in float32, of medians over rounds.
+take turns: the least and the median of rounds. The least is what other programs on the machine
+disturb least; ratios of rows are what to compare.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def _resident() -> int:
 
 
 def times(name: str, folder: Path, threads: int) -> dict[str, Any]:
-    """Seconds of each way for each size of batch, taken in turns; ratios to torch in float32."""
+    """Seconds of each way for each size of batch, taken in turns."""
     torch.set_num_threads(threads)
     task = TASKS[name]
     runs = {row: runner(task, row, folder, threads)[0] for row in ROWS}
@@ -226,10 +227,9 @@ def times(name: str, folder: Path, threads: int) -> dict[str, Any]:
                 for _ in range(counts[row]):
                     run(batch)
                 seconds[row].append((time.perf_counter() - start) / counts[row])
-        middle = {row: float(np.median(values)) for row, values in seconds.items()}
         found[str(size)] = {
-            row: {"seconds": value, "speed": middle["torch"] / value}
-            for row, value in middle.items()
+            row: {"least": min(values), "median": float(np.median(values))}
+            for row, values in seconds.items()
         }
     return found
 
