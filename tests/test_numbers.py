@@ -1,0 +1,95 @@
+"""Tables of README and documentation hold what the results of the benchmarks hold.
+
+Each expected row is made from JSON in `benchmarks/results`; a document must have it as it stands.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TITLES = {
+    "minilm_stsb": "all-MiniLM-L6-v2 (90.9 MB, STS-B 82.03)",
+    "resnet20_cifar10": "ResNet-20 (1.09 MB, CIFAR-10 91.73 %)",
+}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def without_training() -> Iterator[str]:
+    """Data-free, with samples, and NNCodec at its bytes."""
+    fitted = {(row["task"], row["budget"]): row["score"] for row in read("calibrated_test")}
+    last = ""
+    for row in read("data_free_test")["rows"]:
+        task, budget = row["task"], row["budget"]
+        assert row["nbytes"] <= budget
+        title = "" if task == last else TITLES[task]
+        last = task
+        scores = [row["score"], fitted[task, budget], row["nncodec"]]
+        cells = [title, f"{budget:,}", *(f"{score:.2f}" for score in scores)]
+        yield "| " + " | ".join(cells).lstrip() + " |"
+
+
+def trained() -> Iterator[str]:
+    """ResNet-20 trained to three budgets."""
+    rows = read("train_resnet20_test")["rows"]
+    for row in sorted(rows, key=lambda row: (-row["budget"], row["seed"])):
+        assert row["bytes"] <= row["budget"]
+        yield f"| {row['budget']:,} | {row['seed']} | {row['bytes']:,} | {row['test']:.2f} |"
+
+
+def minilm() -> Iterator[str]:
+    """MiniLM trained to two budgets, in running text."""
+    for row in read("train_minilm_test")["rows"]:
+        yield f"{row['bytes']:,} bytes"
+        yield f"{row['test']:.2f}"
+
+
+def diffq() -> Iterator[str]:
+    """DiffQ here and in its authors' package."""
+    for row in read("diffq")["rows"]:
+        peer = row["peer"]
+        cells = [
+            f"{row['penalty']:.0f}",
+            *(f"{peer['bytes']['compressed_model_size']:,}", f"{peer['test']:.2f}"),
+            *(f"{row['bytes']:,}", f"{row['test']:.2f}"),
+        ]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def processes() -> Iterator[str]:
+    """Two processes against one."""
+    found = read("two_processes")
+    one, two = (row["seconds"] for row in found["rows"])
+    assert found["same_bytes"]
+    yield f"{one:.1f} s in\none process and {two:.1f} s in two, {found['ratio']:.2f} of that"
+
+
+def coding() -> Iterator[str]:
+    """Speed of the entropy coder beside constriction's, on one core."""
+    for name, row in read("coding_speed")["sources"].items():
+        yield f"| {name} | {row['decode ratio']:.1f} | {row['encode ratio']:.1f} |"
+
+
+TABLES = {
+    "README.md": (without_training,),
+    "docs/measured.md": (without_training, trained, minilm, diffq, coding),
+    "docs/recipes/diffq.md": (diffq,),
+    "docs/howto/machines.md": (processes,),
+}
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_tables_are_those_of_the_results(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for table in TABLES[document]:
+        rows = list(table())
+        assert rows
+        missing = [row for row in rows if row not in text]
+        assert not missing, f"{document} lacks what {table.__name__} found in the results: {missing}"
