@@ -18,7 +18,7 @@ TITLES = {
 }
 
 
-def read(name: str) -> Any:
+def read(name: str) -> Any:  # noqa: ANN401 - JSON
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -92,4 +92,4 @@ def test_tables_are_those_of_the_results(document: str) -> None:
         rows = list(table())
         assert rows
         missing = [row for row in rows if row not in text]
-        assert not missing, f"{document} lacks what {table.__name__} found in the results: {missing}"
+        assert not missing, f"{document} lacks rows of {table.__name__}: {missing}"
