@@ -127,7 +127,7 @@ def test_layers_of_every_kind_in_formats_of_every_kind(tmp_path: Path) -> None:
     assert found.difference is not None
     assert found.difference < 1e-5 * found.largest
     assert [one.name for one in found.decoded] == ["gru.weight_hh_l0_reverse"]
-    assert "decoded, because ONNX has no such format (codebook)" in str(found)
+    assert "decoded, having no form of integers (codebook)" in str(found)
     assert form_of(found, "gru.weight_hh_l0_reverse") == "float16"  # its centroids are
     assert form_of(found, "linear.weight") == "4 bits in blocks of 16"
     assert form_of(found, "conv.weight") == "uint4, restored at load"

@@ -32,6 +32,8 @@ GRIDS: list[Format] = [
     Affine(3, group=64, scale_dtype=HALF),
     Affine(1, axis=0),
     Affine(None, axis=0),
+    Affine(12, axis=0),
+    Affine(14, group=24),
     Trellis(axis=0),
     Trellis(),
 ]
@@ -162,7 +164,7 @@ def test_a_table_that_is_a_head_too_is_stored_once() -> None:
         Codebook(16).encode(weight_of((32, 32))),
         Affine(8, grid="endpoint").encode(weight_of((32, 32))),
         Affine(8).encode(weight_of((32, 32)).to(torch.bfloat16)),
-        Affine(16).encode(weight_of((32, 32)) * torch.logspace(-4, 0, 32)),
+        Affine(None).assign(weight_of((32, 32)), {"scale": torch.tensor([3e-5])}),
         Raw().encode(weight_of((32, 32))),
     ],
     ids=["codebook", "no zero", "bfloat16", "too many steps", "raw"],

@@ -89,7 +89,7 @@ class Exported:
             cost = sum(one.nbytes - one.archive_nbytes for one in self.decoded)
             kinds = ", ".join(sorted({one.format.partition("(")[0] for one in self.decoded}))
             names = some_names([one.name for one in self.decoded])
-            why = f"because ONNX has no such format ({kinds})"
+            why = f"having no form of integers ({kinds})"
             lines.append(f"decoded, {why}: {names}, {cost:,} bytes more")
         if floating := [site for site, whole in self.sites.items() if not whole]:
             lines.append(f"activations rounded in floating point: {some_names(floating)}")
@@ -184,8 +184,8 @@ def _write_tensors(
         form = write_weight(graph, value, archive.encoded(name), kernels)
         is_decoded = form is None and entry.format.name != "raw"
         form = form or write_numbers(graph, value, half=half)
-        made = [one for new, one in graph.weights().items() if new not in before] or [value]
-        nbytes = sum(one.const_value.nbytes for one in made)
+        new = [one for key, one in graph.weights().items() if key not in before and one.uses()]
+        nbytes = sum(one.const_value.nbytes for one in new or [value])
         one = StoredTensor(name, describe(entry), form, nbytes, entry.nbytes, is_decoded)
         found.append(one)
     return tuple(found)

@@ -23,13 +23,13 @@ Codes = tuple[Tensor, Tensor | None]
 
 
 def narrow(values: Tensor, bits: int, *, signed: bool) -> np.ndarray[Any, Any]:
-    """Codes in a type of so many bits, 4 or 8."""
+    """Codes in a type of so many bits: 4, 8 or, signed, 16."""
     import ml_dtypes  # comes with onnx
 
     kind: Any = ml_dtypes.int4 if signed else ml_dtypes.uint4
-    if bits == 8:
-        kind = np.int8 if signed else np.uint8
-    return values.to(torch.int8 if signed else torch.uint8).numpy().astype(kind)
+    if bits > 4:
+        kind = {8: np.int8, 16: np.int16}[bits] if signed else np.uint8
+    return values.numpy().astype(kind)
 
 
 def least(held: Integers, *, signed: bool = False) -> tuple[int, Codes] | None:

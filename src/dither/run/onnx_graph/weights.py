@@ -133,10 +133,8 @@ def _restored(graph: Graph, value: Any, held: Integers) -> str | None:
     It folds sums and products of constants. DequantizeLinear it would compute at every run, or
     round what is multiplied with the weight to 8 bits.
     """
-    found, at = least(held), graph.after_inputs()
-    if found is None:
-        return None
-    bits, (codes, zero) = found
+    at = graph.after_inputs()
+    bits, (codes, zero) = least(held) or (16, (held.steps, None))
     columns, group = rows_of(held.grouping.shape)[1], held.grouping.group
     scale = _beside(held, held.scale)
     if group is not None:  # rows filled up to whole groups, and cut again
@@ -159,10 +157,7 @@ def _restored(graph: Graph, value: Any, held: Integers) -> str | None:
 
 def _dequantized(graph: Graph, value: Any, held: Integers) -> str | None:
     """Anything, by DequantizeLinear."""
-    found = least(held)
-    if found is None:
-        return None
-    bits, (codes, zero) = found
+    bits, (codes, zero) = least(held) or (16, (held.steps, None))
     if held.grouping.group is not None:
         codes = codes.reshape(rows_of(held.grouping.shape))
     made = dequantize(graph, value.name, held, (bits, (codes, zero)))
