@@ -202,6 +202,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         plt.close(figure)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a results file; none if there is no file."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to those that are there now: several programs may be at work."""
+    result = {"environment": describe(), "space": repr(SPACE), "rows": read(path) + rows}
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -216,19 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    rows = read(options.json)
     own = [row for row in rows if row["task"] == options.task]
     if options.plot:
         draw(own, options.json.parent / "plots" / f"joint_search_{options.task}")
         return
 
-    def write() -> None:
-        result = {"environment": describe(), "space": repr(SPACE), "rows": rows}
-        options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-
     if not own:
-        rows += fixed(options.task, options.folder)
-        write()
+        write(options.json, fixed(options.task, options.folder))
     for seed in options.seeds:
         for policy in options.policies:
             key = {"task": options.task, "policy": policy, "seed": seed}
@@ -237,8 +244,7 @@ def main() -> None:
                 continue
             row = searched(options.task, policy, seed, options)
             print({k: v for k, v in row.items() if k not in {"curve", "rewards"}}, flush=True)
-            rows.append(row)
-            write()
+            write(options.json, [row])
 
 
 if __name__ == "__main__":

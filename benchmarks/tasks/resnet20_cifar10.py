@@ -132,14 +132,17 @@ def evaluate(model: nn.Module, split: Split) -> float:
 
 
 def some(split: Split, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Normalised images [n, 3, 32, 32] of a range of a split, and their labels [n].
+    """Normalised images [n, 3, 32, 32] and labels [n]: a range of a split in a fixed random order.
+
+    In the order of the files, images of one class follow one another.
 
     Raises:
         FileNotFoundError: if the data are missing.
     """
     images, labels = _images(split)
     scale, shift = _normalization(torch.device("cpu"))
-    return images[first:last].float() * scale + shift, labels[first:last].long()
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[first:last]
+    return images[chosen].float() * scale + shift, labels[chosen].long()
 
 
 class Batches:
