@@ -61,18 +61,20 @@ def decode_loop(
     out: NDArray[Any],
     settings: NDArray[np.uint32],
 ) -> int:
-    """Whole turns of symbols into ``out``; how many words were taken, more than there are if few.
+    """Symbols into ``out``, a turn after the other, as long as there is a word for each lane.
 
-    Behind the words lie as many that nobody takes as there are lanes: their number is looked
-    at once in a turn. Settings are precision, and entries of a table.
+    Returns how many words were taken. Settings are precision and entries of a table, and then how
+    many symbols were decoded, which is written there.
     """
     shift, wide, size = settings[0], U64(settings[0]), U64(settings[1])
     lanes, mask = len(state), U32((U32(1) << shift) - U32(1))
-    at, most = U64(0), U64(len(words) // 2 - lanes)  # both, as numba makes floats of mixed types
+    at, count = U64(0), U64(len(words) // 2)  # both, as numba makes floats of mixed types
+    settings[2] = 0
     for begin in range(0, len(out), lanes):
         row = out[begin : begin + lanes]
-        if at > most:
+        if at + U64(lanes) > count:
             break
+        settings[2] = begin + lanes
         if len(contexts):
             chosen = contexts[begin : begin + lanes]
             for lane in range(lanes):
@@ -241,13 +243,16 @@ def decoded(
     if found is None:
         return None
     (slots, entries, size), state, taken = found, states.copy(), 0
-    padded = np.concatenate([words, np.zeros(2 * len(states), np.uint8)])
-    settings = np.array([precision, size], np.uint32)
+    settings = np.array([precision, size, 0], np.uint32)
     block = max(_CALL // len(states), 1) * len(states)
     for begin in range(0, len(out), block):  # in between, signals are answered
         part = out[begin : begin + block]
         chosen = NONE if contexts is None else contexts[begin : begin + len(part)]
-        taken += run(state, padded[2 * taken :], chosen, slots, entries, part, settings)
+        taken += run(state, words[2 * taken :], chosen, slots, entries, part, settings)
+        done = int(settings[2])
+        if done < len(part):  # few words are left: zeros behind them, which nobody may take
+            rest = np.concatenate([words[2 * taken :], np.zeros(2 * len(states), np.uint8)])
+            taken += run(state, rest, chosen[done:], slots, entries, part[done:], settings)
         if 2 * taken > len(words):
             break
         if known is not None:
