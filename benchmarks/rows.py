@@ -28,6 +28,7 @@ class Row:
         nbytes: of the file; a peer's is the smaller of its own and the same after zstd -19.
         score: None where it is no number, or there is an error.
         error: the exact message, or "".
+        distance: of outputs from fp32's, where it was measured.
         seconds: of compressing or training.
         peak_mb: memory in 10^6 bytes.
         commit: of dither, or the version of the peer.
@@ -46,6 +47,7 @@ class Row:
     machine: str = ""
     torch: str = ""
     remark: str = ""
+    distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Group:
         return statistics.stdev(found) if len(found) > 1 else None
 
     @property
+    def distance(self) -> float | None:
+        """The mean over the rows that have it."""
+        found = [row.distance for row in self.rows if row.distance is not None]
+        return statistics.mean(found) if found else None
+
+    @property
     def seeds(self) -> list[int]:
         return sorted(row.run.seed for row in self.rows)
 
@@ -105,7 +113,9 @@ def _json(path: Path) -> Any:  # noqa: ANN401
 
 
 def _row(run: Run, values: Mapping[str, Any], head: Mapping[str, Any], **more: Any) -> Row:
-    facts: dict[str, Any] = {key: values.get(key) for key in ("score", "seconds", "peak_mb")}
+    facts: dict[str, Any] = {
+        key: values.get(key) for key in ("score", "seconds", "peak_mb", "distance")
+    }
     facts |= {key: head.get(key, "") for key in ("machine", "torch")}
     facts["nbytes"] = values.get("nbytes", values.get("bytes"))
     facts["error"] = values.get("error", "")

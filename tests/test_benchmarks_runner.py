@@ -19,6 +19,7 @@ from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
 from benchmarks.runner import Ended, Place, call, execute, outcome, prepare, to_do
 from benchmarks.verdicts import at_its_size, beaten, verdicts
+from dither.data import divergence
 
 ROOT = Path(__file__).parents[1]
 ONE, TWO = Run("lm_ptb", "dither", "290000", 0), Run("lm_ptb", "dither", "290000", 1)
@@ -264,7 +265,7 @@ def test_the_page_says_first_where_a_peer_is_better() -> None:
     claim = "- nncf int4 scores 80.75 with 99 bytes, 0.50 better than 80.25 (dither 100, 98 bytes)."
     assert "**Peers beat the best of ours once**, of 2 rows compared:" in task
     assert 0 < task.index(claim) < task.index("| bytes |")
-    assert "| 98 | 4.1 | **dither 100** | 80.25 | -1.75 | 0 |" in task
+    assert "| 98 | 4.1 | **dither 100** | 80.25 | -1.75 |  | 0 |" in task
     assert "| aimet w4 | `KeyError: 'a\\|b'` |" in task
     assert "hqq int8 scores" not in task
     assert "nncodec" in task[task.index("Peers not run on this task:") :].splitlines()[0]
@@ -276,7 +277,7 @@ def test_the_page_says_first_where_a_peer_is_better() -> None:
 def test_changes_are_of_the_same_models() -> None:
     fp32 = ("fp32", "none", 400, 80.0), ("fp32", "none", 400, 90.0)
     rows = rows_of(*fp32, ("nncf", "a", 100, 79.0), task="minilm_sst2")
-    assert "| nncf a | 79.00 | -1.00 | 0 |" in page.page(rows, [])
+    assert "| nncf a | 79.00 | -1.00 |  | 0 |" in page.page(rows, [])
 
 
 def test_tables_hold_the_numbers_of_their_files(tmp_path: Path) -> None:
@@ -408,6 +409,13 @@ def test_a_file_is_made_within_its_budget_and_scored_alone(
     whole = float(tied().table.weight.detach().square().sum())
     assert measure.score(run, path, tmp_path) == pytest.approx(whole, rel=0.05)
     assert measure.score(run, path, tmp_path) != whole
+    ids = [torch.arange(50), torch.arange(25)]
+    model, original = measure.loaded(run, path, tmp_path), tied()
+    data = dither.Data(ids, distance=divergence)
+    with torch.no_grad():
+        wanted = [float(divergence(model(some), original(some))) for some in ids]
+    assert measure.distance(model, original, data) == pytest.approx(sum(wanted) / 2)
+    assert measure.distance(original, original, data) == 0.0 < wanted[0]
 
 
 def test_nothing_of_the_original_counts(tied: Callable[[], Tied], tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def attach(
         BudgetError: the budget is not understood or impossible.
     """
     _check_kinds(model, steps, optimizer, more)
+    penalties, schedules = list(more.get("penalties", ())), list(more.get("schedules", ()))
     tensors = collect(model)
     values = sum(value.numel() for value in tensors.values.values())
     goal = budget if budget is None or isinstance(budget, Budget) else Budget(budget)
@@ -103,8 +104,8 @@ def attach(
     noise = noise if isinstance(noise, Noise) else Noise(noise)
     buffers = {name: spec for name, spec in specs.items() if name not in surrogates}
     run = Run(model, rules, surrogates, buffers, steps=steps, noise=noise, aliases=tensors.aliases)
-    run.penalties += more.get("penalties", ())
-    run.schedules += more.get("schedules", ())
+    run.penalties += penalties
+    run.schedules += schedules
     _start(run, optimizer, nbytes, goal)
     return run
 

@@ -11,7 +11,7 @@ from dither.model import SHADOWS
 from dither.train.surrogate import Surrogate
 
 _PATIENCE = 10
-_FAR = 0.5
+_FAR = 1.0
 """Octaves: steps this much coarser than trained ones cost accuracy."""
 
 
