@@ -41,7 +41,7 @@ from dither.core import Encoded, Encoder
 from dither.model import collect
 from dither.run import compact, to_onnx, to_torchao
 
-_SECONDS = 0.1
+_SECONDS, _SLOW = 0.1, 2.0
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
 
 # --- files ---------------------------------------------------------------------------------------
@@ -207,26 +207,29 @@ def _resident() -> int:
 
 
 def times(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each way for each size of batch, taken in turns."""
+    """Seconds of each way for each size of batch, taken in turns; of slow ones, once."""
     torch.set_num_threads(threads)
     task = TASKS[name]
     runs = {row: runner(task, row, folder, threads)[0] for row in ROWS}
     found: dict[str, Any] = {}
     for size in task.batches:
         batch = task.inputs(size)
-        counts = {}
+        first = {}
         for row, run in runs.items():
             run(batch)
             start = time.perf_counter()
             run(batch)
-            counts[row] = max(1, int(_SECONDS / (time.perf_counter() - start)))
+            first[row] = time.perf_counter() - start
         seconds: dict[str, list[float]] = {row: [] for row in ROWS}
-        for _ in range(rounds):
+        for number in range(rounds):
             for row, run in runs.items():
+                if number and first[row] > _SLOW:
+                    continue
+                count = max(1, int(_SECONDS / first[row]))
                 start = time.perf_counter()
-                for _ in range(counts[row]):
+                for _ in range(count):
                     run(batch)
-                seconds[row].append((time.perf_counter() - start) / counts[row])
+                seconds[row].append((time.perf_counter() - start) / count)
         found[str(size)] = {
             row: {"least": min(values), "median": float(np.median(values))}
             for row, values in seconds.items()
