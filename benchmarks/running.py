@@ -8,7 +8,7 @@ Models: all-MiniLM-L6-v2, ResNet-20 and EfficientNet-lite0. Archives of each: ``
 Linear layers and tables, for each row in convolutions (depthwise ones: 8).
 
 Each row is measured in a process of its own: resident memory before the model is there is taken
-from that after some runs. Times are of one process for each number of threads, in which all rows
+from that after some runs, without what is free (glibc's `malloc_trim`). Times are of one process for each number of threads, in which all rows
 take turns: the least and the median of rounds. The least is what other programs on the machine
 disturb least; ratios of rows are what to compare.
 """
@@ -16,6 +16,7 @@ disturb least; ratios of rows are what to compare.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +183,18 @@ def measure(name: str, row: str, folder: Path) -> dict[str, Any]:
 
     del onnxruntime
     task = TASKS[name]
+    trim = ctypes.CDLL(None).malloc_trim  # gives back what is free: else it counts as used
     if row.startswith("torchao"):
         _warm_torchao()
     batch = task.inputs(1)
     torch.zeros(256, 256) @ torch.zeros(256, 256)
+    trim(0)
     before = _resident()
     run, nbytes = runner(task, row, folder, 1)
     for _ in range(3):
         run(batch)
     gc.collect()
+    trim(0)
     memory = _resident() - before
     return {"score": task.score(run), "nbytes": nbytes, "resident": memory}
 
@@ -206,11 +211,12 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def times(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+def times(name: str, folder: Path, threads: int, rounds: int, ways: str) -> dict[str, Any]:
     """Seconds of each way for each size of batch, taken in turns; of slow ones, once."""
     torch.set_num_threads(threads)
     task = TASKS[name]
-    runs = {row: runner(task, row, folder, threads)[0] for row in ROWS}
+    rows = [row for row in ROWS if fnmatchcase(row, ways)]
+    runs = {row: runner(task, row, folder, threads)[0] for row in rows}
     found: dict[str, Any] = {}
     for size in task.batches:
         batch = task.inputs(size)
@@ -220,7 +226,7 @@ def times(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             run(batch)
             first[row] = time.perf_counter() - start
-        seconds: dict[str, list[float]] = {row: [] for row in ROWS}
+        seconds: dict[str, list[float]] = {row: [] for row in rows}
         for number in range(rounds):
             for row, run in runs.items():
                 if number and first[row] > _SLOW:
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument("--files", type=Path, help="where archives and ONNX files are kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=15, help="of which the least time counts")
+    parser.add_argument("--ways", default="*", help="with --times, a glob of rows")
     parser.add_argument("--row", nargs=2, metavar=("MODEL", "ROW"))
     parser.add_argument("--times", nargs=2, metavar=("MODEL", "THREADS"))
     options = parser.parse_args()
@@ -256,16 +263,44 @@ def main() -> None:
         return
     if options.times:
         name, threads = options.times
-        print(json.dumps(times(name, options.files / name, int(threads), options.rounds)))
+        how = (int(threads), options.rounds, options.ways)
+        print(json.dumps(times(name, options.files / name, *how)))
         return
     files = options.files or Path(tempfile.mkdtemp())
+    path = options.json
+    held = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     for name in [options.only] if options.only else list(TASKS):
-        found = measure_model(name, files, options.rounds)
-        text = json.dumps({**describe(), "flags": _flags(), name: found}, indent=1)
-        if options.json:
-            path = options.json.with_name(f"{options.json.stem}_{name}.json")
-            path.write_text(text + "\n", encoding="utf-8")
-        print(text, flush=True)
+        held |= {**describe(), "flags": _flags(), name: measure_model(name, files, options.rounds)}
+        if path:
+            path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    print(table(held))
+
+
+def table(held: dict[str, Any]) -> str:
+    """Of each model a table in Markdown; speeds are ratios of the least times, to onnxruntime's."""
+    lines: list[str] = []
+    for name in [name for name in TASKS if name in held]:
+        found = held[name]
+        columns = [(threads, size) for threads, timed in found["threads"].items() for size in timed]
+        heads = [
+            f"batch {size}, {threads} thread{'s' * (threads != '1')}" for threads, size in columns
+        ]
+        lines += [f"{name}: {found['scored']}", ""]
+        lines += [
+            f"| way | score | file | memory | {' | '.join(heads)} |",
+            "| --- " * (4 + len(heads)) + "|",
+        ]
+        for row, one in found["rows"].items():
+            speeds = []
+            for threads, size in columns:
+                timed = found["threads"][threads][size]
+                ratio = timed["ort-fp32"]["least"] / timed[row]["least"] if row in timed else None
+                speeds.append("" if ratio is None else f"{ratio:.2f}")
+            megabytes = [f"{one[part] / 1e6:.2f}" for part in ("nbytes", "resident")]
+            cells = [row, f"{one['score']:.2f}", *megabytes, *speeds]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def measure_model(name: str, files: Path, rounds: int) -> dict[str, Any]:
