@@ -8,9 +8,9 @@ Models: all-MiniLM-L6-v2, ResNet-20 and EfficientNet-lite0. Archives of each: ``
 Linear layers and tables, for each row in convolutions (depthwise ones: 8).
 
 Each row is measured in a process of its own: resident memory before the model is there is taken
-from that after some runs, without what is free (glibc's `malloc_trim`). Times are of one process for each number of threads, in which all rows
-take turns: the least and the median of rounds. The least is what other programs on the machine
-disturb least; ratios of rows are what to compare.
+from that after some runs, without what is free (glibc's `malloc_trim`). Times are of one process for
+each number of threads, in which all rows take turns: the least and the median of rounds. The least is
+what other programs on the machine disturb least; ratios of rows are what to compare.
 """
 
 from __future__ import annotations
@@ -294,8 +294,9 @@ def table(held: dict[str, Any]) -> str:
             speeds = []
             for threads, size in columns:
                 timed = found["threads"][threads][size]
-                ratio = timed["ort-fp32"]["least"] / timed[row]["least"] if row in timed else None
-                speeds.append("" if ratio is None else f"{ratio:.2f}")
+                kind = "least" if "least" in timed["ort-fp32"] else "median"
+                whole = timed["ort-fp32"][kind]
+                speeds.append(f"{whole / timed[row][kind]:.2f}" if row in timed else "")
             megabytes = [f"{one[part] / 1e6:.2f}" for part in ("nbytes", "resident")]
             cells = [row, f"{one['score']:.2f}", *megabytes, *speeds]
             lines.append(f"| {' | '.join(cells)} |")
