@@ -8,9 +8,9 @@ Models: all-MiniLM-L6-v2, ResNet-20 and EfficientNet-lite0. Archives of each: ``
 Linear layers and tables, for each row in convolutions (depthwise ones: 8).
 
 Each row is measured in a process of its own: resident memory before the model is there is taken
-from that after some runs, without what is free (glibc's `malloc_trim`). Times are of one process for
-each number of threads, in which all rows take turns: the least and the median of rounds. The least is
-what other programs on the machine disturb least; ratios of rows are what to compare.
+from that after some runs, without what is free (glibc's `malloc_trim`). Times are of one process
+for each number of threads, in which all rows take turns: the least and the median of rounds. The
+least is what other programs on the machine disturb least; ratios of rows are what to compare.
 """
 
 from __future__ import annotations
