@@ -131,6 +131,8 @@ def runner(task: Task, row: str, folder: Path, threads: int) -> tuple[Callable[[
         path = folder / f"{row}.onnx"
         return _session(task, path, threads), path.stat().st_size
     model = task.load()
+    for value in model.parameters():  # some are parts of a mapped file, which would stay in memory
+        value.data = value.data.clone()
     path = folder / f"{source or 'raw'}.dither"
     archive = Archive.open(path)
     if kind == "dense":
