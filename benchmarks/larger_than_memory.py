@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=0.3, help="gigabytes of bfloat16 (0.3)")
     parser.add_argument("--width", type=int, default=4096, help="of the model (4096)")
     parser.add_argument("--size", default="4x", help="of the file (4x)")
-    parser.add_argument("--kill", type=int, default=0, help="how often (0)")
+    parser.add_argument("--kill", "--kills", type=int, default=0, help="how often (0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where there is room on a disk")
     parser.add_argument("--json", type=Path)

@@ -1,10 +1,10 @@
 """Compress a folder of shards with data, its weights on a disk or in memory: memory and time.
 
-``python -m benchmarks.on_disk --layers 4 12 --json FILE`` makes a folder of a Llama with random
+``python -m benchmarks.on_disk --layers 1 5 --json FILE`` makes a folder of a Llama with random
 weights (bfloat16, in shards; heavy tails, rows of different scale; seeded) for each number of
 layers. Each is compressed with samples of random tokens in a process of its own, on a disk and in
 memory; that process's peak of resident memory is noted, files that it maps included, and what it
-had before there was a model. The files' SHA-256 are compared.
+had before there was a model. The files' SHA-256 are compared. Runs that FILE has are not repeated.
 """
 
 from __future__ import annotations
@@ -57,20 +57,21 @@ def child(source: Path, output: Path, where: str, room: int) -> dict[str, Any]:
 
     import dither
     from dither.archive import load_weights
-    from dither.cli.data import model_of
-    from dither.cli.folders import scored
-    from dither.disk import home_of
+    from dither.checkpoint import Pages
+    from dither.cli.folders import folder_model, scored
+    from dither.disk import home_of, on_disk
 
     torch.set_num_threads(1)
     begin = time.monotonic()
     dither.compress({"w": torch.randn(256, 256)}, "4x")  # what is compiled is not the model's
     state = load_weights(source)
-    disk = output.parent if where == "on disk" else None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    model = model_of(None, source, state, disk)
+    if where == "on disk":
+        with on_disk(output.parent, room, Pages.of(state.values()).release):
+            model = folder_model(source, state)
+    else:
+        model = folder_model(source)
     home = home_of(model)
-    if home is not None:
-        home.room = room
     draw = torch.Generator().manual_seed(1)
     rows = max(len(value) for value in state.values())
     ids = torch.randint(rows, (SAMPLES, TOKENS), generator=draw)
@@ -94,17 +95,20 @@ def child(source: Path, output: Path, where: str, room: int) -> dict[str, Any]:
     }
 
 
-def measured(place: Path, layers: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both ways, each in a process of its own."""
+def measured(
+    place: Path, layers: int, options: argparse.Namespace, known: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What is not known, each in a process of its own."""
+    done = {one["where"] for one in known if one["layers"] == layers}
     source, own = place / f"{layers} layers", [sys.executable, "-m", "benchmarks.on_disk"]
     sizes = ["--width", str(options.width), "--room", str(options.room)]
     subprocess.run([*own, "--make", str(source), "--layers", str(layers), *sizes], check=True)
     found = []
-    for where in options.where:
+    for where in [where for where in options.where if where not in done]:
         output = place / f"{layers} {where}.dither"
         command = [*own, "--child", where, str(source), str(output), *sizes]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        found.append({"layers": layers} | json.loads(done.stdout.splitlines()[-1]))
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        found.append({"layers": layers} | json.loads(told.splitlines()[-1]))
         print(json.dumps(found[-1], indent=1), flush=True)
     return found
 
@@ -112,7 +116,7 @@ def measured(place: Path, layers: int, options: argparse.Namespace) -> list[dict
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--width", type=int, default=512, help="of the model (512)")
     parser.add_argument("--room", type=int, default=1 << 24, help="bytes in memory (2^24)")
     parser.add_argument("--where", nargs="+", default=["on disk", "in memory"])
@@ -128,20 +132,21 @@ def main() -> int:
         where, source, output = options.child
         print(json.dumps(child(Path(source), Path(output), where, options.room)))
         return 0
+    settings = {"width": options.width, "room_nbytes": options.room}
+    settings |= {"samples": SAMPLES, "tokens": TOKENS}
+    runs: list[dict[str, Any]] = []
+    if options.json and options.json.is_file():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        runs = before["runs"] if settings.items() <= before.items() else []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        runs = [one for n in options.layers for one in measured(Path(temporary), n, options)]
+        for n in options.layers:
+            runs += measured(Path(temporary), n, options, runs)
+    runs.sort(key=lambda one: (one["layers"], one["where"]))
     from benchmarks.environment import describe  # torch comes last: a child begins with our memory
 
     digests = {(one["layers"], one["sha256"]) for one in runs}
-    result: dict[str, Any] = {
-        "samples": SAMPLES,
-        "tokens": TOKENS,
-        "width": options.width,
-        "room_nbytes": options.room,
-        "runs": runs,
-        "same_sha256": len(digests) == len(options.layers),
-    }
-    result["slopes"] = slopes(runs)
+    result: dict[str, Any] = settings | {"runs": runs, "slopes": slopes(runs)}
+    result["same_sha256"] = len(digests) == len({one["layers"] for one in runs})
     print(json.dumps(result["slopes"], indent=1))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,19 @@ def test_memory_of_what_is_gone_is_used_again(tmp_path: Path) -> None:
         made_nbytes = made[0].nbytes
         del made
     assert disk.nbytes <= 16 << 20 < 80 * made_nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of this library of C")
+def test_what_is_free_between_tensors_is_given_back(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) << 12
+
+    held = [torch.ones(25_000) for _ in range(1000)]  # too small to be memory of their own
+    del held[:-1]
+    held += [torch.ones(10) for _ in range(10)]
+    before = resident()
+    Disk(tmp_path).release()
+    assert resident() < before - (60 << 20)
 
 
 def test_files_have_no_names_and_go_with_the_last_tensor(tmp_path: Path) -> None:

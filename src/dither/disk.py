@@ -7,6 +7,7 @@ are gone with the process, however that ends.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import mmap
@@ -14,9 +15,11 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +30,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 ROOM = 1 << 28
 """Bytes of files that may be in memory, about, beside those of the module that is called."""
 
-_PAGE = 4096
+_PAGE, _TRIM = 4096, 1.0
 _LEAST, _SHARE = 1 << 24, 4
 """Files are of so many bytes at least, and of a share of all there are."""
 
@@ -59,7 +62,7 @@ class Disk:
     def __init__(self, folder: str | os.PathLike[str], room: int = ROOM) -> None:
         self.folder, self.room = Path(folder), room
         self.nbytes, self.peak = 0, 0
-        self._used = 0
+        self._used, self._trimmed = 0, 0.0
         self._files: dict[int, mmap.mmap] = {}
         self._free: dict[int, list[tuple[int, int]]] = {}
         self._end, self._last = 0, 0  # of what is taken of the last file, and where that begins
@@ -110,6 +113,9 @@ class Disk:
         Where the system does not know how, it has to find out by itself what is not in use.
         """
         with self._lock:
+            if time.monotonic() > self._trimmed + _TRIM:
+                self._trimmed = time.monotonic()
+                _trim()
             self._used = 0
             for memory in self._files.values() if sys.platform == "linux" else ():
                 memory.madvise(mmap.MADV_DONTNEED)
@@ -154,6 +160,17 @@ class Disk:
     def _give_back(self, size: int, place: tuple[int, int]) -> None:
         with self._lock:
             self._free.setdefault(size, []).append(place)
+
+
+@cache
+def _library() -> Any:  # noqa: ANN401 - of C
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _trim() -> None:
+    """Have what is free between tensors go back to the system, too, where its library can."""
+    if hasattr(_library(), "malloc_trim"):
+        _library().malloc_trim(0)
 
 
 def _reserve(descriptor: int, size: int) -> None:
