@@ -19,7 +19,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +32,9 @@ ROOM = 1 << 28
 _PAGE, _TRIM = 4096, 1.0
 _LEAST, _SHARE = 1 << 24, 4
 """Files are of so many bytes at least, and of a share of all there are."""
+
+_C = ctypes.CDLL(None) if sys.platform == "linux" else None
+"""The library of C that is at work here."""
 
 _DISKS: weakref.WeakSet[Disk] = weakref.WeakSet()
 
@@ -113,9 +115,9 @@ class Disk:
         Where the system does not know how, it has to find out by itself what is not in use.
         """
         with self._lock:
-            if time.monotonic() > self._trimmed + _TRIM:
+            if hasattr(_C, "malloc_trim") and time.monotonic() > self._trimmed + _TRIM:
+                _C.malloc_trim(0)  # what is free between tensors goes back to the system, too
                 self._trimmed = time.monotonic()
-                _trim()
             self._used = 0
             for memory in self._files.values() if sys.platform == "linux" else ():
                 memory.madvise(mmap.MADV_DONTNEED)
@@ -160,17 +162,6 @@ class Disk:
     def _give_back(self, size: int, place: tuple[int, int]) -> None:
         with self._lock:
             self._free.setdefault(size, []).append(place)
-
-
-@cache
-def _library() -> Any:  # noqa: ANN401 - of C
-    return ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _trim() -> None:
-    """Have what is free between tensors go back to the system, too, where its library can."""
-    if hasattr(_library(), "malloc_trim"):
-        _library().malloc_trim(0)
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -136,17 +136,11 @@ class Pass:
         self.nbytes = self._tracked.nbytes
         return self._tracked.most
 
-    def leave_memory(self) -> bool:
-        """Put all that it holds on its disk, if it has one; whether it has."""
+    def leave_memory(self) -> None:
+        """Put all that it holds on its disk."""
         if self._tracked is not None:
             self._tracked.leave_memory()
             self.nbytes = 0
-        return self.can_leave
-
-    @property
-    def can_leave(self) -> bool:
-        """Whether what it holds can leave memory."""
-        return self._tracked is not None
 
     def end(self) -> None:
         """Give up what is left of it."""
@@ -298,8 +292,9 @@ class Lockstep:
     def _weigh(self, one: Pass) -> bool:
         """Where passes hold too much, out of memory with this one; whether it can go at all."""
         self.most_held = max(self.most_held, one.count())
-        held = sum(each.nbytes for each in self._passes if each is not None)
-        return one.leave_memory() if held > self._room.most else one.can_leave
+        if sum(each.nbytes for each in self._passes if each is not None) > self._room.most:
+            one.leave_memory()
+        return self._room.disk is not None and not self._room.is_enough
 
     def _bound(self, number: int, one: Pass) -> None:
         """Where passes hold too much and cannot leave memory, end the last ones."""

@@ -85,12 +85,12 @@ def _loaded(model: nn.Module, text: str, source: Path, state: Mapping[str, Tenso
             f"{'missing' if missing else 'of another shape'}"
         )
     found, home = {n: v for n, v in state.items() if n in wanted}, home_of(model)
-    pages = Pages.of(state.values() if home is not None else ())
+    pages = Pages.of(() if home is None else state.values())
     for some in [found] if home is None else [{name: value} for name, value in found.items()]:
         model.load_state_dict(some, strict=False)
         if home is not None:
             home.release()
-            pages.release()
+        pages.release()
     return model.eval()
 
 
