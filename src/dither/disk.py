@@ -33,7 +33,7 @@ _PAGE, _TRIM = 4096, 1.0
 _LEAST, _SHARE = 1 << 24, 4
 """Files are of so many bytes at least, and of a share of all there are."""
 
-_C = ctypes.CDLL(None) if sys.platform == "linux" else None
+_C: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 """The library of C that is at work here."""
 
 _DISKS: weakref.WeakSet[Disk] = weakref.WeakSet()
