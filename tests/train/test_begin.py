@@ -73,6 +73,17 @@ def test_training_begins_at_the_budget(kind: str, size: str, with_data: bool) ->
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("size", [1300, 1800])
+def test_more_bytes_than_there_is_to_gain_make_no_endless_steps(size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    steps = {"0.weight": 0.02, "2.weight": 0.02}
+    plan = {name: LSQ(bits=None, step=step) for name, step in steps.items()}
+    run = dither.attach(model, plan, budget=10 * size, steps=10)
+    for name, found in steps_of(run).items():
+        assert float(found.exp()) >= 0.45 * steps[name]
+
+
 def test_a_start_above_the_budget_is_begun_at() -> None:
     budget = dither.Budget(3000, start=6000)
     run = dither.attach(convolutions(), budget=budget, steps=10)

@@ -77,8 +77,8 @@ class File:
         }
         return Trimming(movable, fixed, self.aliases, self.sites())
 
-    def settle(self, nbytes: int) -> int:
-        """Move what can be moved now, by one factor of all steps, towards a size; bytes."""
+    def settle(self, nbytes: int) -> None:
+        """Move what can be moved now, by one factor of all steps, towards a size."""
         movable = {n: s for n, s in self._surrogates.items() if s.nudges}
         for surrogate in movable.values():
             surrogate.trim = 0.0
@@ -86,7 +86,6 @@ class File:
         for surrogate in movable.values():
             surrogate.trim = 0.0
             surrogate.nudge(octaves)
-        return self.coded()[1]
 
     def refuse(self, budget: int) -> None:
         """Refuse a budget that nothing can reach: see :meth:`Trimming.refuse`."""

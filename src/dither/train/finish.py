@@ -25,6 +25,8 @@ _FARTHEST = 6.0
 """Octaves by which steps may be made coarser to fit."""
 _FINEST = -0.5
 """Octaves by which steps may be made finer to use a budget up: what was trained is kept."""
+_FINER = 1.0
+"""Octaves by which steps may begin finer than the search found them for codes with feedback."""
 _SHRINKS = 0.1
 """Share of its bytes that training might save where nothing can be made coarser."""
 
@@ -67,9 +69,12 @@ class Trimming:
         return end if end <= budget else self._fitted(budget, _FINEST, 0.0, size)
 
     def together(self, nbytes: int) -> float:
-        """The trim for all at which the file is nearest to a size, at most; none is left set."""
+        """The trim for all at which the file is nearest to a size, at most.
+
+        Much finer than the search made them, steps would be so where it had nothing left to gain.
+        """
         size = self._all(0.0)
-        low, high = (0.0, _FARTHEST) if size > nbytes else (-_FARTHEST, 0.0)
+        low, high = (0.0, _FARTHEST) if size > nbytes else (-_FINER, 0.0)
         octaves, _ = self._bisect(self._all, nbytes, (low, high), size)
         return octaves
 

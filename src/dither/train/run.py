@@ -189,10 +189,8 @@ class Run:
         size = self._file.coded()[1]
         if size > self.controller.nbytes:
             self._file.refuse(self.controller.nbytes)
-        for _ in range(_ATTEMPTS):
-            if fills(size, nbytes) or not any(s.nudges for s in self.surrogates.values()):
-                break
-            size = self._file.settle(nbytes)
+        if not fills(size, nbytes) and any(s.nudges for s in self.surrogates.values()):
+            self._file.settle(nbytes)
         self.extras.note()
         self.measure()
 
