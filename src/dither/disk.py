@@ -239,7 +239,7 @@ def on_disk(
     Each is moved as it is placed in its module; buffers, which are small, stay in memory. Such a
     model runs as any other and gives the same. Each module tells the disk when it is called, so
     that no more is in memory than ``room`` and what that module uses. It takes as much of the disk
-    as it would take of memory, and three times that while it is compressed with data.
+    as it would take of memory, and some seven times that while it is compressed with data.
 
     Args:
         folder: on a disk with room.
