@@ -302,7 +302,8 @@ def table(held: dict[str, Any]) -> str:
                 kind = "least" if "least" in timed["ort-fp32"] else "median"
                 whole = timed["ort-fp32"][kind]
                 speeds.append(f"{whole / timed[row][kind]:.2f}" if row in timed else "")
-            megabytes = [f"{one[part] / 1e6:.2f}" for part in ("nbytes", "resident")]
+            sizes = [one[part] for part in ("nbytes", "resident")]
+            megabytes = ["" if size is None else f"{size / 1e6:.2f}" for size in sizes]
             cells = [row, f"{one['score']:.2f}", *megabytes, *speeds]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
