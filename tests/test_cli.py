@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 import dither
 from dither import progress
-from dither.archive import Archive, load, write
+from dither.archive import Archive, content_hash, load, write
 from dither.checkpoint import read_checkpoint
 from dither.cli import app, console
 from dither.cli.compare import compare
@@ -339,6 +339,35 @@ def test_inspect(archive: Path) -> None:
     assert "96x64" in text
     assert "= layer.weight" in text
     assert "made by: a test" in text
+
+
+def test_a_base_from_compress_to_compare(source: Path, tmp_path: Path) -> None:
+    base, fine = load_file(source), tmp_path / "fine.safetensors"
+    fine_values = {**base, "layer.weight": base["layer.weight"] + 1e-3 * torch.randn(96, 64)}
+    save_file(fine_values, fine)
+    given = ("--base", str(source))
+    made = good("compress", str(fine), "--size", "2kB", "-o", "small.dither", *given)
+    assert made["nbytes"] <= 2000
+    rests = {name: tensor["on_base"] for name, tensor in by_name(made).items()}
+    assert rests == {"layer.weight": True, "layer.bias": True, "steps": True}
+    shown = good("inspect", "small.dither")
+    assert shown["base"] == content_hash(base)
+    assert content_hash(base) in dither_("inspect", "small.dither").stdout
+    assert good("verify", "small.dither", *given)["good"]
+    assert good("decompress", "small.dither", "-o", "back.safetensors", *given)["tensors"] == 3
+    found = good("compare", str(fine), "small.dither", "--min-sqnr", "30", *given)
+    assert found["same_names"]
+    assert torch.equal(load_file("back.safetensors")["layer.bias"], base["layer.bias"])
+    assert good("report", "small.dither", "-o", "a.html", *given)["tensors"] == 3
+    for command in (["decompress", "-o", "b.pt"], ["compare", "small.dither"], ["report"]):
+        result = dither_(command[0], "small.dither", *command[1:])
+        assert result.exit_code == 2
+        assert content_hash(base) in result.stderr
+    other = dither_("decompress", "small.dither", "-o", "b.pt", "--base", str(fine))
+    assert other.exit_code == 2
+    assert content_hash(base) in other.stderr
+    assert content_hash(fine_values) in other.stderr
+    assert not Path("b.pt").exists()
 
 
 def test_names_do_nothing_to_the_terminal() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import dither
 from benchmarks.bad_files import Cases
 from benchmarks.decoder_size import DECODER, minified
 from benchmarks.decoding_memory import vast_cases
@@ -111,6 +112,13 @@ def test_decoding_takes_no_more_memory_than_is_counted(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak <= 16 * (math.prod(tensor.shape) + sum(counts)) + (8 << 20)
+
+
+def test_differences_to_a_base_are_refused_and_called_so() -> None:
+    base = {"w": torch.zeros(64)}
+    data = dither.compress({"w": torch.linspace(-1e-3, 1e-3, 64)}, 400, base=base).to_bytes()
+    with pytest.raises(dither_decode.DecodeError, match="differences to a base"):
+        dither_decode.Archive(data)
 
 
 def test_what_takes_too_much_is_refused_before_it_is_taken() -> None:

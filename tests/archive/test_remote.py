@@ -18,7 +18,7 @@ from torch import nn
 
 import dither
 from dither import ArchiveError
-from dither.archive import Archive, reader, remote, write
+from dither.archive import Archive, reader, remote, source, write
 from dither.formats import Affine, Raw
 from dither.testing import same_bits
 
@@ -145,7 +145,7 @@ def test_the_index_is_read_and_then_what_is_asked_for(server: Server, data: byte
 def test_an_index_larger_than_what_is_first_asked_for_takes_one_more(
     server: Server, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "FIRST", 100)
+    monkeypatch.setattr(source, "FIRST", 100)
     with dither.open(server.url) as archive:
         assert len(server.gets) == 3
         assert same_bits(archive["layer3.weight"], Archive.from_bytes(data)["layer3.weight"])

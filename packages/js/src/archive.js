@@ -112,6 +112,8 @@ export class Archive {
 function readIndex(file) {
   const size = file.length;
   must(size >= 28 && MAGIC.slice(0, 8).every((byte, i) => file[i] === byte), "no .dither file");
+  const onBase = file[8] === 1 && file[9] === 0 && file[10] === 1 && file[11] === 0;
+  must(!onBase, "differences to a base, which this decoder does not read");
   must(MAGIC.every((byte, i) => file[i] === byte), "version or features");
   must(END.every((byte, i) => file[size - 4 + i] === byte), "end mark: the file is cut off");
   const view = new DataView(file.buffer, file.byteOffset, size);

@@ -110,6 +110,14 @@ test("one damaged tensor leaves the others", () => {
   assert.equal(damaged.length, 1);
 });
 
+test("differences to a base are refused, and called so", () => {
+  const data = read("payloads");
+  data[10] = 1;
+  assert.throws(() => new Archive(data), /differences to a base/);
+  data[10] = 2;
+  assert.throws(() => new Archive(data), /version or features/);
+});
+
 test("what takes too much is refused before it is taken", () => {
   const { index, payload } = plain();
   const data = closed(index, payload);

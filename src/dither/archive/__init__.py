@@ -1,10 +1,11 @@
 """The ``.dither`` file: writer, lazy reader, verification. ``docs/FORMAT.md`` specifies it."""
 
 from dither.archive.atomic import atomic_write
+from dither.archive.base import Base, content_hash, resting
 from dither.archive.layout import Entry, Part
-from dither.archive.load import Loaded, is_archive, load, load_into, load_weights
-from dither.archive.reader import Archive
-from dither.archive.source import WRAPPER_NBYTES, wrapper
+from dither.archive.load import Loaded, load, load_into, load_weights
+from dither.archive.reader import Archive, BaseSource, base_of
+from dither.archive.source import WRAPPER_NBYTES, is_archive, wrapper
 from dither.archive.table import describe
 from dither.archive.verify import verify
 from dither.archive.writer import (
@@ -23,6 +24,8 @@ __all__ = [
     "WRAPPER_NBYTES",
     "Archive",
     "ArchiveWriter",
+    "Base",
+    "BaseSource",
     "CodedPart",
     "CodedTensor",
     "Entry",
@@ -30,7 +33,9 @@ __all__ = [
     "Part",
     "Payload",
     "atomic_write",
+    "base_of",
     "code",
+    "content_hash",
     "describe",
     "is_archive",
     "load",
@@ -39,6 +44,7 @@ __all__ = [
     "pack",
     "pack_into",
     "packed_nbytes",
+    "resting",
     "verify",
     "wrapper",
     "write",

@@ -15,13 +15,22 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
+from dither.archive.index_values import (
+    dtype_in,
+    equal,
+    expect,
+    format_in,
+    integer,
+    no_constant,
+    shape_in,
+    table_of,
+    unique,
+)
 from dither.coding import crc32
-from dither.core import DTYPES, MAX_ALPHABET, ArchiveError, Format, SpecError
-from dither.formats import format_from_json, format_to_json
-
-T = TypeVar("T")
+from dither.core import DTYPES, MAX_ALPHABET, ArchiveError, Format
+from dither.formats import format_to_json
 
 MAGIC = b"\x8dDITHER\x1a"
 VERSION = 1
@@ -30,17 +39,17 @@ HEAD = struct.Struct("<8sHH")
 TAIL = struct.Struct("<III4s")
 """Index length, its length before compression, CRC-32, end mark."""
 END = b"htid"
-FEATURES = 0
-"""Required-feature bits that this reader understands: none exist in version 1."""
+DIFFERENCES = 1
+"""The feature that tensors may rest on those of a base."""
+FEATURES = DIFFERENCES
+"""Required-feature bits that this reader understands."""
 
 MAX_INDEX_NBYTES = 1 << 28
 INDEX_BASE, INDEX_RATIO = 1 << 20, 64
 """Bytes of an index before compression: so many for any file, and as many for each of its own."""
 PARSED = 40
 """Bytes of memory for each of an index's: lists of an empty list, the worst, take 33."""
-MAX_DIMENSIONS = 32
 MAX_PARTS = 64
-MAX_NUMEL = 1 << 46
 INLINE_NBYTES = 12
 """Payloads up to this size stand in the index itself: an entry of their own costs more."""
 
@@ -49,6 +58,7 @@ _FIELDS = {"formats", "tensors", "parts", "aliases", "metadata", "sites", "base"
 _TENSOR = ("name", "format", "dtype", "shape", "parts")
 _PART = ("name", "codec", "shape", "holds", "data")
 _HEXADECIMAL = re.compile(r"(?:[0-9a-fA-F]{2})*")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as stored."""
+    """One tensor as stored.
+
+    Where it rests ``on_base``, parts hold the difference to the base's tensor of that name, which
+    is without any where there is none.
+    """
 
     name: str
     format: Format
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    on_base: bool = False
 
     @property
     def numel(self) -> int:
@@ -105,8 +120,7 @@ class Entry:
 class Index:
     """Everything in a file but the payloads.
 
-    ``sites`` holds activation encodings, ``base`` is the place of the archive to which this one
-    stores differences; version 1 writers leave that empty.
+    ``sites`` holds activation encodings, ``base`` the hash of what tensors rest on, if any do.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -116,9 +130,9 @@ class Index:
     base: str | None = None
 
 
-def head() -> bytes:
-    """The first bytes of every file of this version."""
-    return HEAD.pack(MAGIC, VERSION, FEATURES)
+def head(*, on_base: bool = False) -> bytes:
+    """The first bytes of every file of this version; they say whether it rests on a base."""
+    return HEAD.pack(MAGIC, VERSION, DIFFERENCES if on_base else 0)
 
 
 def pack_index(index: Index) -> bytes:
@@ -140,6 +154,7 @@ def pack_index(index: Index) -> bytes:
             "dtype": [entry.dtype for entry in index.entries],
             "shape": [list(entry.shape) for entry in index.entries],
             "parts": [len(entry.parts) for entry in index.entries],
+            **({"base": [int(e.on_base) for e in index.entries]} if index.base else {}),
         },
         "parts": {
             "name": [part.name for part, _ in parts],
@@ -173,8 +188,8 @@ def pack_index(index: Index) -> bytes:
             f"the index of this archive would unpack to {len(text)} bytes, more than readers allow "
             f"a file of {size} bytes; store less metadata, or shorter names"
         )
-    lengths = struct.pack("<II", len(packed), len(text))
-    return packed + TAIL.pack(len(packed), len(text), crc32(head() + packed + lengths), END)
+    start, lengths = head(on_base=bool(index.base)), struct.pack("<II", len(packed), len(text))
+    return packed + TAIL.pack(len(packed), len(text), crc32(start + packed + lengths), END)
 
 
 def _ordered(metadata: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
@@ -246,29 +261,29 @@ def unpack_index(file_head: bytes, packed: bytes, tail: bytes, parts_end: int) -
         raise ArchiveError(f"the archive's index is damaged: it does not unpack to {raw} bytes")
     try:
         # Of bytes, json would take UTF-16 and UTF-32, too, and of UTF-8 a byte order mark.
-        document = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"the archive's index is damaged: {error}") from error
-    return _Parser(parts_end).index(document)
+    return _Parser(parts_end, HEAD.unpack(file_head)[2]).index(document)
 
 
 class _Parser:
     """Reads the index's JSON with every value checked; payload offsets follow from lengths."""
 
-    def __init__(self, parts_end: int) -> None:
+    def __init__(self, parts_end: int, features: int) -> None:
         self.offset = HEAD.size
-        self.parts_end = parts_end
+        self.parts_end, self.features = parts_end, features
 
     def index(self, document: object) -> Index:
-        fields = _expect(document, dict, "index")
+        fields = expect(document, dict, "index")
         if unknown := sorted(set(fields) - _FIELDS):
             raise ArchiveError(f"the archive's index has unknown fields {unknown}; upgrade dither")
-        if fields.get("base") is not None:
-            raise ArchiveError(
-                "the archive holds differences to a base archive, which this release does not "
-                "read; upgrade dither"
-            )
-        formats = [_format(item) for item in _expect(fields.get("formats"), list, "formats")]
+        base = fields.get("base")
+        if (base is not None) != bool(self.features & DIFFERENCES):
+            raise ArchiveError("the archive's index and its first bytes differ on whether it rests")
+        if base is not None and not (isinstance(base, str) and _HASH.fullmatch(base)):
+            raise ArchiveError(f"the archive names its base {base!r}; expected 64 digits of a hash")
+        formats = [format_in(item) for item in expect(fields.get("formats"), list, "formats")]
         entries = tuple(self.entries(fields, formats))
         if self.offset != self.parts_end:
             raise ArchiveError(
@@ -278,30 +293,36 @@ class _Parser:
         names = {entry.name for entry in entries}
         if len(names) != len(entries):
             raise ArchiveError("the archive's index names a tensor twice")
-        aliases = _expect(fields.get("aliases", {}), dict, "aliases")
+        aliases = expect(fields.get("aliases", {}), dict, "aliases")
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in names or alias in names:
                 raise ArchiveError(f"alias {alias!r} of {target!r} is not possible")
-        metadata = _expect(fields.get("metadata", {}), dict, "metadata")
-        sites = _expect(fields.get("sites", {}), dict, "sites")
+        metadata = expect(fields.get("metadata", {}), dict, "metadata")
+        sites = expect(fields.get("sites", {}), dict, "sites")
         for name, site in sites.items():
-            _expect(site, dict, f"site {name!r}")
-        return Index(entries, aliases, metadata, sites)
+            expect(site, dict, f"site {name!r}")
+        return Index(entries, aliases, metadata, sites, base)
 
     def entries(self, fields: dict[str, Any], formats: list[Format]) -> Iterator[Entry]:
-        tensors = _columns(fields.get("tensors"), "tensors", _TENSOR)
-        parts = _columns(fields.get("parts"), "parts", (*_PART, "crc"))
+        named = (*_TENSOR, "base") if fields.get("base") else _TENSOR
+        tensors = table_of(fields.get("tensors"), "tensors", named)
+        rests = tensors.pop("base", [0] * len(tensors["name"]))
+        parts = table_of(fields.get("parts"), "parts", (*_PART, "crc"))
         crcs = iter(parts.pop("crc"))
-        rows = zip(*_equal(parts, "parts"), strict=True)
-        for name, which, kind, sizes, count in zip(*_equal(tensors, "tensors"), strict=True):
-            _expect(name, str, "tensor name")
-            dtype, shape = _dtype(kind, repr(name)), _shape(sizes, repr(name))
-            of = formats[_count(which, len(formats) - 1, f"format of {name!r}")]
-            own = list(islice(rows, _count(count, MAX_PARTS, f"parts of {name!r}")))
+        rows = zip(*equal(parts, "parts"), strict=True)
+        in_order = zip(*equal({**tensors, "base": rests}, "tensors"), strict=True)
+        for name, which, kind, sizes, count, rest in in_order:
+            expect(name, str, "tensor name")
+            dtype, shape = dtype_in(kind, repr(name)), shape_in(sizes, repr(name))
+            of = formats[integer(which, len(formats) - 1, f"format of {name!r}")]
+            own = list(islice(rows, integer(count, MAX_PARTS, f"parts of {name!r}")))
             held = tuple(self.part(row, name, shape, crcs) for row in own)
             if len(held) != count or len({part.name for part in held}) != count:
                 raise ArchiveError(f"tensor {name!r} lacks a part or names one twice")
-            yield Entry(name, of, dtype, shape, held)
+            on_base = bool(integer(rest, 1, f"base of {name!r}"))
+            if on_base and held and not DTYPES[dtype].is_floating_point:
+                raise ArchiveError(f"tensor {name!r} of {dtype} cannot be stored as a difference")
+            yield Entry(name, of, dtype, shape, held, on_base)
         if any(True for _ in rows) or any(True for _ in crcs):
             raise ArchiveError("the archive's index has parts that belong to no tensor")
 
@@ -309,14 +330,14 @@ class _Parser:
         self, row: tuple[Any, ...], tensor: str, shape: tuple[int, ...], crcs: Iterator[Any]
     ) -> Part:
         name, codec, sizes, holds, data = row
-        where = f"tensor {tensor!r}, part {_expect(name, str, f'part name of {tensor!r}')!r}"
-        _expect(codec, str, f"codec of {where}")
-        own = shape if type(sizes) is int and sizes == 0 else _shape(sizes, where)
+        where = f"tensor {tensor!r}, part {expect(name, str, f'part name of {tensor!r}')!r}"
+        expect(codec, str, f"codec of {where}")
+        own = shape if type(sizes) is int and sizes == 0 else shape_in(sizes, where)
         alphabet = dtype = None
         if isinstance(holds, str):
-            dtype = _dtype(holds, where)
+            dtype = dtype_in(holds, where)
         else:
-            alphabet = _count(holds, MAX_ALPHABET, f"alphabet of {where}", least=1)
+            alphabet = integer(holds, MAX_ALPHABET, f"alphabet of {where}", least=1)
         if isinstance(data, str):
             if not _HEXADECIMAL.fullmatch(data):  # bytes.fromhex would take spaces, too
                 raise ArchiveError(
@@ -325,72 +346,7 @@ class _Parser:
                 )
             inline = bytes.fromhex(data)
             return Part(name, codec, own, alphabet, dtype, len(inline), inline=inline)
-        length = _count(data, self.parts_end - self.offset, f"length of {where}")
-        crc = _count(next(crcs, None), 0xFFFFFFFF, f"checksum of {where}")
+        length = integer(data, self.parts_end - self.offset, f"length of {where}")
+        crc = integer(next(crcs, None), 0xFFFFFFFF, f"checksum of {where}")
         offset, self.offset = self.offset, self.offset + length
         return Part(name, codec, own, alphabet, dtype, length, crc, offset)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a field stands twice")
-    return table
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _columns(value: object, what: str, names: tuple[str, ...]) -> dict[str, list[Any]]:
-    table = _expect(value, dict, what)
-    if set(table) != set(names):
-        raise ArchiveError(f"the archive's index has the columns {sorted(table)} of {what}")
-    return {name: _expect(table[name], list, f"column {name!r} of {what}") for name in names}
-
-
-def _equal(columns: dict[str, list[Any]], what: str) -> list[list[Any]]:
-    if len({len(column) for column in columns.values()}) != 1:
-        raise ArchiveError(f"the archive's index has columns of unequal length for {what}")
-    return list(columns.values())
-
-
-def _expect(value: object, kind: type[T], what: str) -> T:
-    if not isinstance(value, kind):
-        raise ArchiveError(
-            f"the archive's index is damaged: {what} is {type(value).__name__}, not {kind.__name__}"
-        )
-    return value
-
-
-def _count(value: object, most: int, what: str, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ArchiveError(
-            f"the archive's index is damaged: {what} is {value!r}, expected an integer from "
-            f"{least} to {most}"
-        )
-    return value
-
-
-def _dtype(value: object, where: str) -> str:
-    if not isinstance(value, str) or value not in DTYPES:
-        raise ArchiveError(f"{where} has the unknown type {value!r}; upgrade dither")
-    return value
-
-
-def _shape(value: object, where: str) -> tuple[int, ...]:
-    sizes = _expect(value, list, f"shape of {where}")
-    if len(sizes) > MAX_DIMENSIONS:
-        raise ArchiveError(f"{where} has {len(sizes)} dimensions, more than {MAX_DIMENSIONS}")
-    shape = tuple(_count(n, MAX_NUMEL, f"shape of {where}") for n in sizes)
-    if math.prod(max(n, 1) for n in shape) > MAX_NUMEL:
-        raise ArchiveError(f"{where} has the shape {shape}, more than {MAX_NUMEL} values")
-    return shape
-
-
-def _format(item: object) -> Format:
-    settings = _expect(item, dict, "format")
-    try:
-        return format_from_json(settings)
-    except (SpecError, TypeError, ValueError) as error:
-        raise ArchiveError(f"the archive uses a format that cannot be read: {error}") from error

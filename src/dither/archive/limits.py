@@ -41,7 +41,8 @@ def working_nbytes(entry: Entry) -> int:
 
 def multiplications(entry: Entry) -> int:
     """Multiplications that decoding a tensor takes, beyond a few for each value."""
-    return entry.format.multiplications({part.name: part.shape for part in entry.parts})
+    parts = {part.name: part.shape for part in entry.parts}
+    return entry.format.multiplications(parts) if parts else 0
 
 
 def check_memory(entries: Collection[Entry], max_nbytes: int) -> None:

@@ -6,17 +6,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dither.archive.layout import MAGIC
-from dither.archive.reader import Archive
-from dither.archive.source import WRAPPER_NBYTES, wrapper
-from dither.checkpoint import archive_in, converted, plain_names, read_checkpoint
-from dither.core import DTYPES, CheckpointError
+from dither.archive.reader import Archive, BaseSource
+from dither.archive.source import is_archive
+from dither.checkpoint import converted, plain_names, read_checkpoint
+from dither.core import DTYPES, CheckpointError, SpecError
 from dither.disk import touched
 from dither.model import SITES, inner, memory_of, refuse_attached, separate, weights_of
 from dither.terminal import some_names
@@ -66,6 +64,7 @@ def load(
     path: str | os.PathLike[str],
     max_nbytes: int | None = None,
     *,
+    base: BaseSource | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
@@ -78,6 +77,7 @@ def load(
     Args:
         path: the file, or a URL: see :meth:`Archive.open`.
         max_nbytes: the same.
+        base: what its tensors rest on, where it stores differences: see :meth:`Archive.open`.
         dtype: what floating-point tensors are converted to; None keeps the type of each.
         device: where tensors go; None is the CPU.
 
@@ -85,7 +85,7 @@ def load(
         SpecError: ``dtype`` is no floating-point type.
         ArchiveError: the file is no archive or is damaged.
     """
-    with Archive.open(path, max_nbytes) as archive:
+    with Archive.open(path, max_nbytes, base=base) as archive:
         return archive.state_dict(dtype=dtype, device=device)
 
 
@@ -107,21 +107,6 @@ def load_weights(path: str | os.PathLike[str], key: str | None = None) -> dict[s
         return archive.state_dict()
 
 
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is an archive by its name or its first bytes, also one in safetensors.
-
-    So is a model folder that holds one.
-    """
-    path = archive_in(Path(path))
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(WRAPPER_NBYTES + len(MAGIC))
-    inner_size = max(path.stat().st_size - WRAPPER_NBYTES, 0)
-    is_wrapped = head == wrapper(inner_size) + MAGIC
-    return path.suffix.lower() == ".dither" or head.startswith(MAGIC) or is_wrapped
-
-
 def load_into(
     model: nn.Module,
     source: Archive | str | os.PathLike[str],
@@ -129,6 +114,7 @@ def load_into(
     strict: bool = True,
     device: torch.device | str | None = None,
     max_nbytes: int | None = None,
+    base: BaseSource | None = None,
 ) -> Loaded:
     """Copy an archive's tensors into a model's parameters and buffers, in place.
 
@@ -150,19 +136,22 @@ def load_into(
             are quantized in the archive only.
         device: where tensors go that are on the meta device; None is the CPU.
         max_nbytes: see :meth:`Archive.open`.
+        base: likewise, of a path.
 
     Returns:
         What differed.
 
     Raises:
-        SpecError: the model is attached to a run.
+        SpecError: the model is attached to a run; or an open archive comes with a base.
         CheckpointError: ``strict`` and a name, a shape or a site differs.
         ArchiveError: the file is no archive or is damaged. If all its checksums hold, as in a file
             that was made to do harm, a part of the model may have been changed by then.
     """
     if not isinstance(source, Archive):
-        with Archive.open(source, max_nbytes) as archive:
+        with Archive.open(source, max_nbytes, base=base) as archive:
             return load_into(model, archive, strict=strict, device=device)
+    if base is not None:
+        raise SpecError("an archive takes its base when it is opened: dither.open(path, base=...)")
     refuse_attached(model, "load_into")
     state = _plain(weights_of(model.state_dict(keep_vars=True)))
     held, found = _compared(model, source, state)

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dither.archive.atomic import atomic_write
-from dither.archive.layout import (
-    HEAD,
-    TAIL,
-    Entry,
-    Index,
-    Part,
-    check_head,
-    index_room,
-    unpack_index,
-    unpack_tail,
-)
+from dither.archive.base import Base, checked, needed
+from dither.archive.layout import Entry
 from dither.archive.limits import check_all, check_memory, default_limit, working_nbytes
 from dither.archive.picture import notebook
-from dither.archive.remote import FIRST
-from dither.archive.source import BytesSource, Source, source_of, unwrapped
+from dither.archive.read_parts import read_encoded, read_payload, span
+from dither.archive.source import BytesSource, Source, is_archive, read_index, source_of, unwrapped
 from dither.archive.table import table
-from dither.coding import CodingError, crc32, decode_array, decode_codes
+from dither.checkpoint import read_checkpoint
 from dither.compiled import expect
-from dither.core import DTYPES, ArchiveError, Codes, Encoded, SpecError
+from dither.core import ArchiveError, Encoded, SpecError
 from dither.progress import report
 from dither.threads import side_by_side
 
 Result = TypeVar("Result")
+
+BaseSource = Base | nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+"""What an archive may rest on: see :func:`base_of`."""
 
 SECONDS = 5e-9
 """About what plain code takes for each byte that is decoded, in loops that may be compiled."""
@@ -59,24 +52,31 @@ class Archive(Mapping[str, Tensor]):
     (torch.Size([64, 64]), True)
     """
 
-    def __init__(self, source: Source, max_nbytes: int | None = None) -> None:
+    def __init__(
+        self, source: Source, max_nbytes: int | None = None, base: BaseSource | None = None
+    ) -> None:
         self._source = source
         self.nbytes = source.size
         self.max_nbytes = default_limit(source.size) if max_nbytes is None else max_nbytes
-        room = index_room(source.size, self.max_nbytes, is_default=max_nbytes is None)
-        try:
-            with source.bringing(max(source.size - FIRST, 0), source.size):
-                index = _read_index(source, room)
-        except BaseException:
-            source.close()
-            raise
-        self._index = index
+        index = read_index(source, self.max_nbytes, is_default=max_nbytes is None)
+        self._index, self._base = index, None
+        if base is not None:
+            try:
+                self._base = checked(index.base, lambda: base_of(base))
+            except BaseException:
+                source.close()
+                raise
         self.trials: tuple[object, ...] = ()
         """What was tried to make it (``dither.compress`` with data); not in the file."""
         self._entries = {entry.name: entry for entry in index.entries}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], max_nbytes: int | None = None) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        max_nbytes: int | None = None,
+        base: BaseSource | None = None,
+    ) -> Self:
         """Open a file; use it as a context manager, or :meth:`close` it.
 
         Of a URL, the index is read, and then the bytes of the tensors that are asked for.
@@ -88,17 +88,25 @@ class Archive(Mapping[str, Tensor]):
                 take, beside some 64 MB whatever the file; by default 4 GiB or 256 times the file's
                 size, whichever is more. It also bounds the multiplications of ``Factors``, to
                 :data:`MULTIPLICATIONS` for each byte.
+            base: the weights on which its tensors rest, where it stores differences: a model,
+                tensors by name, or a path. Without, such a file can be looked at only.
 
         Raises:
-            ArchiveError: the file is no archive or is damaged.
+            ArchiveError: the file is no archive or is damaged, or the base is another.
+            CheckpointError: the base cannot be read.
             OSError: the file cannot be read.
         """
-        return cls(source_of(path), max_nbytes)
+        return cls(source_of(path), max_nbytes, base)
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview, max_nbytes: int | None = None) -> Self:
-        """The archive that ``data`` holds."""
-        return cls(unwrapped(BytesSource(data)), max_nbytes)
+    def from_bytes(
+        cls,
+        data: bytes | memoryview,
+        max_nbytes: int | None = None,
+        base: BaseSource | None = None,
+    ) -> Self:
+        """The archive that ``data`` holds; the rest as for :meth:`open`."""
+        return cls(unwrapped(BytesSource(data)), max_nbytes, base)
 
     def close(self) -> None:
         """Close the file; tensors that were read stay."""
@@ -138,17 +146,24 @@ class Archive(Mapping[str, Tensor]):
         return MappingProxyType(dict(self._index.sites))
 
     @property
+    def base(self) -> str | None:
+        """The hash of the weights on which tensors rest; None where all are stored whole."""
+        return self._index.base
+
+    @property
     def original_nbytes(self) -> int:
         """Bytes of all tensors once decoded, each tied weight counted once."""
         return sum(entry.decoded_nbytes for entry in self._entries.values())
 
     def __getitem__(self, name: str) -> Tensor:
         """Read, check and decode one tensor."""
-        encoded = self.encoded(name)
-        try:
-            return encoded.decode()
-        except (ValueError, RuntimeError, IndexError, OverflowError) as error:
-            raise ArchiveError(f"tensor {name!r} cannot be decoded: {error}") from error
+        entry = self._entry(name)
+        base = needed(self._base, self.base, [entry])
+        values = self.stored(name)
+        if base is not None:
+            return base.value(entry, values)
+        assert values is not None  # noqa: S101 - all that rests on no base is stored
+        return values
 
     def __iter__(self) -> Iterator[str]:
         """Names of tensors, then of aliases, as stored."""
@@ -168,24 +183,37 @@ class Archive(Mapping[str, Tensor]):
 
         Raises:
             KeyError: there is no such tensor.
+            ArchiveError: a part is damaged, the tensor would take more than ``max_nbytes``, or it
+                rests on a base and has no codes of its own.
+        """
+        entry = self._entry(name)
+        if entry.on_base:
+            raise ArchiveError(f"tensor {name!r} rests on the base {self.base}: read its values")
+        check_memory([entry], self.max_nbytes)
+        return read_encoded(self._source, entry)
+
+    def stored(self, name: str) -> Tensor | None:
+        """Values that the file has: of the tensor, or of its difference to the base's, if any.
+
+        Raises:
+            KeyError: there is no such tensor.
             ArchiveError: a part is damaged, or the tensor would take more than ``max_nbytes``.
         """
+        entry = self._entry(name)
+        check_memory([entry], self.max_nbytes)
+        if entry.on_base and not entry.parts:
+            return None
+        encoded = read_encoded(self._source, entry)
+        try:
+            return encoded.decode()
+        except (ValueError, RuntimeError, IndexError, OverflowError) as error:
+            raise ArchiveError(f"tensor {name!r} cannot be decoded: {error}") from error
+
+    def _entry(self, name: str) -> Entry:
         entry = self._entries.get(self._index.aliases.get(name, name))
         if entry is None:
             raise KeyError(f"the archive has no tensor {name!r}")
-        check_memory([entry], self.max_nbytes)
-        codes: dict[str, Codes] = {}
-        params: dict[str, Tensor] = {}
-        with self._source.bringing(*_span([entry])):
-            for part in entry.parts:
-                if part.alphabet is not None:
-                    codes[part.name] = self._codes(entry, part, part.alphabet)
-                elif part.dtype is not None:
-                    params[part.name] = self._numbers(entry, part, DTYPES[part.dtype])
-        try:
-            return Encoded(entry.format, entry.shape, DTYPES[entry.dtype], codes, params)
-        except SpecError as error:
-            raise ArchiveError(f"tensor {entry.name!r} is damaged: {error}") from error
+        return entry
 
     def state_dict(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -214,6 +242,7 @@ class Archive(Mapping[str, Tensor]):
             return value.to(device, dtype if value.is_floating_point() else None)
 
         entries = self._entries.values()
+        needed(self._base, self.base, entries)
         check_memory(entries, self.max_nbytes)
         expect(sum(entry.decoded_nbytes for entry in entries) * SECONDS)
         count = self._side_by_side(entries)
@@ -243,7 +272,7 @@ class Archive(Mapping[str, Tensor]):
         """Results in the order of names, ``count`` of which are worked at side by side."""
         done, total = 0, sum(entry.decoded_nbytes for entry in self._behind(names)) or 1
         for some in self._together(names):
-            bringing = self._source.bringing(*_span(self._behind(some)))
+            bringing = self._source.bringing(*span(self._behind(some)))
             with bringing, side_by_side(function, some, count) as results:
                 for entry, result in zip(self._behind(some), results, strict=True):
                     done += entry.decoded_nbytes
@@ -254,7 +283,7 @@ class Archive(Mapping[str, Tensor]):
         """Names whose bytes are worth asking for at once; all of them where that costs nothing."""
         ahead, some = self._source.ahead, list(names if not self._source.ahead else ())
         for name in names if ahead else ():
-            begin, end = _span(self._behind([*some, name]))
+            begin, end = span(self._behind([*some, name]))
             if some and end - begin > ahead:
                 yield some
                 some = []
@@ -269,12 +298,14 @@ class Archive(Mapping[str, Tensor]):
         """Read what is stored of some tensors, and decode nothing; not over a network.
 
         Raises:
-            ArchiveError: a checksum does not hold, or a tensor would take more than ``max_nbytes``.
+            ArchiveError: a checksum does not hold, a tensor would take more than ``max_nbytes``, or
+                a base is needed.
         """
+        needed(self._base, self.base, self._behind(names))
         for entry in self._behind(names if not self._source.ahead else ()):
             check_memory([entry], self.max_nbytes)
             for part in entry.parts:
-                self._payload(entry, part)
+                read_payload(self._source, entry, part)
 
     def _side_by_side(self, entries: Collection[Entry], *, is_kept: bool = True) -> int:
         """How many tensors to decode at once: as many as there are threads, and memory for them."""
@@ -320,7 +351,8 @@ class Archive(Mapping[str, Tensor]):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles read for themselves; of a file they take the path, not the bytes."""
-        return type(self), (self._source, self.max_nbytes), {"trials": self.trials}
+        made = (self._source, self.max_nbytes, self._base)
+        return type(self), made, {"trials": self.trials}
 
     def __copy__(self) -> Self:
         """A copy with a descriptor of its own, which is closed by itself."""
@@ -338,49 +370,30 @@ class Archive(Mapping[str, Tensor]):
         """A short description."""
         return f"<Archive of {len(self._entries)} tensors in {self.nbytes} bytes>"
 
-    def _codes(self, entry: Entry, part: Part, alphabet: int) -> Codes:
-        try:
-            values = decode_codes(part.codec, self._payload(entry, part), part.shape, alphabet)
-        except CodingError as error:
-            raise _damaged(entry, part, str(error)) from error
-        return Codes(torch.from_numpy(values).reshape(part.shape), alphabet)
 
-    def _numbers(self, entry: Entry, part: Part, dtype: torch.dtype) -> Tensor:
-        nbytes = math.prod(part.shape) * dtype.itemsize
-        try:
-            data = decode_array(part.codec, self._payload(entry, part), nbytes, dtype.itemsize)
-        except CodingError as error:
-            raise _damaged(entry, part, str(error)) from error
-        if dtype == torch.bool and data.size and int(data.max()) > 1:
-            raise _damaged(entry, part, "a truth value is neither 0 nor 1")
-        if not nbytes:
-            return torch.empty(part.shape, dtype=dtype)
-        return torch.from_numpy(data).view(dtype).reshape(part.shape)
+def base_of(source: BaseSource) -> Base:
+    """What an archive may rest on.
 
-    def _payload(self, entry: Entry, part: Part) -> bytes:
-        if part.inline is not None:
-            return part.inline
-        payload = self._source.read(part.offset, part.length)
-        if crc32(payload) != part.crc:
-            self._source.check_unchanged()
-            raise _damaged(entry, part, "its checksum does not match")
-        return payload
+    Args:
+        source: a model, tensors by name (an open archive is that, too), or the path of an archive
+            or any other checkpoint.
 
-
-def _span(entries: Collection[Entry]) -> tuple[int, int]:
-    """From where to where what is stored of some tensors lies."""
-    parts = [p for entry in entries for p in entry.parts if p.inline is None and p.length]
-    begin = min((part.offset for part in parts), default=0)
-    return begin, max((part.offset + part.length for part in parts), default=0)
-
-
-def _damaged(entry: Entry, part: Part, why: str) -> ArchiveError:
-    return ArchiveError(f"tensor {entry.name!r}, part {part.name!r} is damaged: {why}")
-
-
-def _read_index(source: Source, room: int) -> Index:
-    start = source.read(0, min(HEAD.size, source.size))
-    check_head(start)
-    tail = source.read(max(source.size - TAIL.size, 0), min(TAIL.size, source.size))
-    offset, packed = unpack_tail(tail, source.size, room)
-    return unpack_index(start, source.read(offset, packed), tail, offset)
+    Raises:
+        ArchiveError: the file is an archive that rests on another.
+    """
+    if isinstance(source, Base):
+        return source
+    if isinstance(source, Archive):
+        source.check_total()
+        return Base.of(source.state_dict(), is_own=True)
+    if not isinstance(source, str | os.PathLike):
+        return Base.of(source)
+    if not is_archive(source):
+        return Base.of(read_checkpoint(source), is_own=True)
+    with Archive.open(source) as archive:
+        if archive.base is not None:
+            raise ArchiveError(
+                f"the base {os.fspath(source)!r} rests on another, {archive.base}: open it with "
+                "that, dither.open(path, base=...), and give what is open; or decompress it first"
+            )
+        return base_of(archive)

@@ -10,7 +10,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from dither.archive.remote import RemoteSource, is_url
+from dither.archive.layout import (
+    HEAD,
+    MAGIC,
+    TAIL,
+    Index,
+    check_head,
+    index_room,
+    unpack_index,
+    unpack_tail,
+)
+from dither.archive.remote import FIRST, RemoteSource, is_url
 from dither.checkpoint import archive_in
 from dither.core import ArchiveError
 
@@ -177,3 +187,39 @@ def unwrapped(whole: BytesSource | FileSource | RemoteSource) -> Source:
     if within > 0 and whole.read(0, WRAPPER_NBYTES) == wrapper(within):
         return WrappedSource(whole)
     return whole
+
+
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive by its name or its first bytes, also one in safetensors.
+
+    So is a model folder that holds one.
+    """
+    path = archive_in(Path(path))
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(WRAPPER_NBYTES + len(MAGIC))
+    inner_size = max(path.stat().st_size - WRAPPER_NBYTES, 0)
+    is_wrapped = head == wrapper(inner_size) + MAGIC
+    return path.suffix.lower() == ".dither" or head.startswith(MAGIC) or is_wrapped
+
+
+def read_index(source: Source, max_nbytes: int, *, is_default: bool) -> Index:
+    """The index of an archive; where it is none, the source is closed.
+
+    Args:
+        source: of bytes.
+        max_nbytes: most memory.
+        is_default: whether that is what nobody asked for.
+    """
+    room = index_room(source.size, max_nbytes, is_default=is_default)
+    try:
+        with source.bringing(max(source.size - FIRST, 0), source.size):
+            start = source.read(0, min(HEAD.size, source.size))
+            check_head(start)
+            tail = source.read(max(source.size - TAIL.size, 0), min(TAIL.size, source.size))
+            offset, packed = unpack_tail(tail, source.size, room)
+            return unpack_index(start, source.read(offset, packed), tail, offset)
+    except BaseException:
+        source.close()
+        raise

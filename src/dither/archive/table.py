@@ -43,6 +43,8 @@ def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> 
 
 
 def describe(entry: Entry) -> str:
-    """A format and its settings, short: ``affine(bits=4, axis=0)``."""
+    """A format and its settings, short: ``affine(bits=4, axis=0)``, or how it rests on a base."""
+    if entry.on_base and not entry.parts:
+        return "= base"
     settings = ", ".join(f"{key}={value}" for key, value in entry.format.to_json().items())
-    return f"{entry.format.name}({settings})"
+    return f"{'base + ' if entry.on_base else ''}{entry.format.name}({settings})"

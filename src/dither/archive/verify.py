@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 
-from dither.archive.reader import Archive
+from dither.archive.reader import Archive, BaseSource
 from dither.core import ArchiveError
 from dither.progress import steps
 
 
-def verify(path: str | os.PathLike[str], max_nbytes: int | None = None) -> list[str]:
+def verify(
+    path: str | os.PathLike[str], max_nbytes: int | None = None, base: BaseSource | None = None
+) -> list[str]:
     """Read and decode everything in an archive; returns what is wrong, nothing if all is well.
 
     Args:
         path: the file.
         max_nbytes: most memory for one tensor, see :meth:`Archive.open`. All tensors together, one
             after the other, may take as much, or what is usual for a file of that size.
+        base: what its tensors rest on, where it stores differences. Without, these are checked by
+            themselves.
 
     Raises:
         OSError: the file cannot be read.
     """
     try:
-        archive = Archive.open(path, max_nbytes)
+        archive = Archive.open(path, max_nbytes, base)
     except ArchiveError as error:
         return [str(error)]
     faults = []
@@ -33,7 +37,7 @@ def verify(path: str | os.PathLike[str], max_nbytes: int | None = None) -> list[
         entries = archive.entries
         for name in steps("checking", entries, lambda name: entries[name].decoded_nbytes):
             try:
-                archive[name]
+                archive.stored(name) if base is None else archive[name]
             except ArchiveError as error:
                 faults.append(str(error))
     return faults

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dither.archive.atomic import atomic_write
+from dither.archive.base import Base
 from dither.archive.layout import INLINE_NBYTES, Entry, Index, Part, head, pack_index
 from dither.archive.reader import Archive
 from dither.coding import crc32, encode_array, encode_codes
@@ -64,12 +65,16 @@ class CodedPart(NamedTuple):
 
 
 class CodedTensor(NamedTuple):
-    """One tensor ready to be stored: its parts coded, independent of any archive."""
+    """One tensor ready to be stored: its parts coded, independent of any archive.
+
+    Where it rests ``on_base``, they are those of the difference, or none: see :class:`Entry`.
+    """
 
     format: Format
     shape: tuple[int, ...]
     dtype: str
     parts: Mapping[str, CodedPart]
+    on_base: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +86,7 @@ class ArchiveWriter:
     """Writes tensors to a binary stream one after another.
 
     Nothing is readable before :meth:`finish`. The stream need not be seekable; without one, bytes
-    are counted, and large payloads are not read.
+    are counted, and large payloads are not read. Tensors may rest on a base whose hash is given.
 
     >>> stream = io.BytesIO()
     >>> writer = ArchiveWriter(stream)
@@ -92,19 +97,21 @@ class ArchiveWriter:
     True
     """
 
-    def __init__(self, stream: Writable | None) -> None:
-        self._stream = stream
+    def __init__(self, stream: Writable | None, base: str | None = None) -> None:
+        self._stream, self._base = stream, base
         self._entries: dict[str, Entry] = {}
         self._aliases: dict[str, str] = {}
         self._offset = 0
-        self._write(head())
+        self._write(head(on_base=base is not None))
 
     def add(self, name: str, tensor: Encoded | CodedTensor) -> Entry:
         """Write the payloads of one tensor, coding it first if need be; returns its entry."""
         coded = code(tensor) if isinstance(tensor, Encoded) else tensor
+        if coded.on_base and self._base is None:
+            raise ArchiveError(f"tensor {name!r} rests on a base, and none is named; give its hash")
         self._claim(name)
         parts = tuple(self._part(key, part) for key, part in coded.parts.items())
-        entry = Entry(name, coded.format, coded.dtype, coded.shape, parts)
+        entry = Entry(name, coded.format, coded.dtype, coded.shape, parts, coded.on_base)
         self._entries[name] = entry
         return entry
 
@@ -120,7 +127,7 @@ class ArchiveWriter:
     ) -> int:
         """Write the index; returns the size of the archive in bytes."""
         entries = tuple(self._entries.values())
-        index = Index(entries, self._aliases, metadata or {}, sites or {})
+        index = Index(entries, self._aliases, metadata or {}, sites or {}, self._base)
         self._write(pack_index(index))
         return self._offset
 
@@ -176,6 +183,7 @@ def pack(
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     sites: Mapping[str, Any] | None = None,
+    base: Base | None = None,
 ) -> Archive:
     """An archive in memory.
 
@@ -184,10 +192,11 @@ def pack(
         aliases: second names, ``{alias: name}``.
         metadata: JSON values of the user's own.
         sites: encodings of activations, as ``dither.activations.Encodings.to_json`` gives them.
+        base: what tensors rest on.
     """
     stream = io.BytesIO()
-    _write_all(ArchiveWriter(stream), tensors, aliases, metadata, sites)
-    return Archive.from_bytes(stream.getvalue())
+    _write_all(_writer(stream, base), tensors, aliases, metadata, sites)
+    return Archive.from_bytes(stream.getvalue(), base=base)
 
 
 def pack_into(
@@ -218,9 +227,10 @@ def packed_nbytes(
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     sites: Mapping[str, Any] | None = None,
+    base: Base | None = None,
 ) -> int:
     """The exact size of the archive that :func:`pack` would make."""
-    return _write_all(ArchiveWriter(None), tensors, aliases, metadata, sites)
+    return _write_all(_writer(None, base), tensors, aliases, metadata, sites)
 
 
 def write(
@@ -229,10 +239,15 @@ def write(
     aliases: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None,
     sites: Mapping[str, Any] | None = None,
+    base: Base | None = None,
 ) -> int:
     """Write an archive to ``path``, which appears whole or not at all; returns its bytes."""
     with atomic_write(path) as file:
-        return _write_all(ArchiveWriter(file), tensors, aliases, metadata, sites)
+        return _write_all(_writer(file, base), tensors, aliases, metadata, sites)
+
+
+def _writer(stream: Writable | None, base: Base | None) -> ArchiveWriter:
+    return ArchiveWriter(stream, None if base is None else base.digest)
 
 
 def _write_all(

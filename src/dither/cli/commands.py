@@ -81,6 +81,17 @@ Output = Annotated[
         "that transformers reads.",
     ),
 ]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="WEIGHTS", help="What FILE stores differences to: the very same weights."),
+]
+NewBase = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="WEIGHTS",
+        help="Store differences to these weights, which whoever reads OUT has to have.",
+    ),
+]
 Prune = Annotated[
     str | None,
     typer.Option(
@@ -146,6 +157,7 @@ def compress(
     key: Annotated[
         str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
     ] = None,
+    base: NewBase = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -181,12 +193,12 @@ def compress(
     if data is None and (model or evaluate or activations or on_disk is not None):
         options = "--model, --evaluate, --activations, --on-disk and --in-memory"
         raise typer.BadParameter(f"{options} go with --data")
-    if data is not None and (prune is not None or factors):
-        raise typer.BadParameter("--prune and --factors work without --data")
-    samples = None if data is None else work.Given(data, model, evaluate, activations, on_disk)
+    if (data is not None or base is not None) and (prune is not None or factors):
+        raise typer.BadParameter("--prune and --factors work without --data and --base")
+    told = work.Given(data, model, evaluate, activations, on_disk, base)
     way = work.sensitivity_of(prune, factors=factors)
     printer = Printer(as_json, quiet)
-    work.compress(printer, source, output, size=wanted, key=key, given=samples, way=way)
+    work.compress(printer, source, output, size=wanted, key=key, given=told, way=way)
 
 
 @app.command()
@@ -291,24 +303,26 @@ def decompress(
             help="A .safetensors, .pt or .npz file; by default ./FILE.safetensors.",
         ),
     ] = None,
+    base: Base = None,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an archive's tensors as a checkpoint that other programs read."""
-    work.decompress(Printer(as_json, quiet), file, output, max_size)
+    work.decompress(Printer(as_json, quiet), file, output, max_size, base)
 
 
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
     *,
+    base: Base = None,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Read and decode everything in an archive; exit with status 1 where something is wrong."""
-    good = work.verify(Printer(as_json, quiet), file, max_size)
+    good = work.verify(Printer(as_json, quiet), file, max_size, base)
     raise typer.Exit(GOOD if good else CHECK_FAILED)
 
 
@@ -321,6 +335,9 @@ def compare(
         float | None,
         typer.Option(metavar="DB", help="Exit with status 1 where a tensor's SQNR is less."),
     ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="WEIGHTS", help="What A or B stores differences to.")
+    ] = None,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -330,7 +347,7 @@ def compare(
     The exit status is 1 where names or shapes differ, or a tensor is below --min-sqnr.
     """
     printer = Printer(as_json, quiet)
-    good = work.compare(printer, a, b, min_sqnr=min_sqnr, max_size=max_size)
+    good = work.compare(printer, a, b, min_sqnr=min_sqnr, max_size=max_size, base=base)
     raise typer.Exit(GOOD if good else CHECK_FAILED)
 
 
@@ -350,16 +367,17 @@ def report(
         Path | None,
         typer.Option("--output", "-o", metavar="OUT", help="By default ./FILE.html."),
     ] = None,
+    base: Base = None,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write an HTML page: where the bytes go, bits and errors of tensors, their distributions."""
-    printer = Printer(as_json, quiet)
+    printer, given = Printer(as_json, quiet), work.Beside(against, max_size, base)
     if beside is None:
-        work.write_page(printer, file, output, against=against, max_size=max_size)
+        work.write_page(printer, file, output, given)
     else:
-        work.write_pair(printer, (file, beside), output, against=against, max_size=max_size)
+        work.write_pair(printer, (file, beside), output, given)
 
 
 @app.command()

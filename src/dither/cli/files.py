@@ -49,15 +49,26 @@ _NUMPY_LACKS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 @contextmanager
 def open_source(
-    path: Path, max_nbytes: int | None = None, key: str | None = None
+    path: Path, max_nbytes: int | None = None, base: Path | None = None
 ) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of an archive, read when asked for, or of any other checkpoint."""
+    """The tensors of an archive, read when asked for, or of any other checkpoint.
+
+    A base is for an archive that rests on one, and not looked at for others.
+    """
     if not is_archive(path):
-        yield read_checkpoint(path, key)
+        yield read_checkpoint(path)
         return
-    with Archive.open(path, max_nbytes) as archive:
+    with open_archive(path, max_nbytes, base) as archive:
         archive.check_total()
         yield archive
+
+
+def open_archive(path: Path, max_nbytes: int | None, base: Path | None) -> Archive:
+    """An archive, on a base if it rests on one."""
+    if base is not None:
+        with Archive.open(path, max_nbytes) as archive:
+            base = None if archive.base is None else base
+    return Archive.open(path, max_nbytes, base)
 
 
 def check_archive_output(output: Path, source: Path) -> None:

@@ -32,6 +32,7 @@ def archive_document(archive: Archive, budget: object = None) -> dict[str, Any]:
         "tensors": [_entry_document(entry) for entry in archive.entries.values()],
         "aliases": dict(archive.aliases),
         "metadata": dict(archive.metadata),
+        "base": archive.base,
     }
 
 
@@ -41,6 +42,7 @@ def _entry_document(entry: Entry) -> dict[str, Any]:
         "shape": list(entry.shape),
         "dtype": entry.dtype,
         "format": entry.format.name,
+        "on_base": entry.on_base,
         "settings": entry.format.to_json(),
         "nbytes": entry.nbytes,
         "bits": _fixed_bits(entry),
@@ -63,7 +65,7 @@ def print_summary(printer: Printer, archive: Archive) -> None:
     """An archive for people: one line for each format."""
     groups: dict[str, list[Entry]] = {}
     for entry in archive.entries.values():
-        groups.setdefault(entry.format.name, []).append(entry)
+        groups.setdefault(describe(entry).partition("(")[0], []).append(entry)
     rows = [
         (
             name,
@@ -94,6 +96,8 @@ def print_tensors(printer: Printer, archive: Archive) -> None:
     rows.append(("names, shapes, checksums", "", "", "", *_sizes(_overhead(archive), 0)))
     columns = ("tensor", "shape", "dtype", "format", "bytes", "bits/value")
     printer.table(columns, rows, left=4)
+    if archive.base is not None:
+        printer.text(f"base: {archive.base}")
     for key, value in archive.metadata.items():
         printer.text(f"{key}: {value}")
     _print_total(printer, archive)

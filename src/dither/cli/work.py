@@ -24,6 +24,7 @@ from dither.cli.files import (
     check_tensor_output,
     make_folder,
     names_folder,
+    open_archive,
     open_source,
     write_tensors,
 )
@@ -59,11 +60,12 @@ MOST_OF_MEMORY = 0.25
 class Given:
     """What the user gives beside weights: names of objects, or files."""
 
-    data: str
+    data: str | None = None
     model: str | None = None
     evaluate: str | None = None
     activations: str | None = None
     on_disk: bool | None = None
+    base: Path | None = None
 
     def goes_on_disk(self, state: Mapping[str, Tensor]) -> bool:
         """Whether the model of a state is to be on a disk, as it is asked for, or by its size."""
@@ -80,7 +82,7 @@ def compress(
     *,
     size: str,
     key: str | None,
-    given: Given | None = None,
+    given: Given,
     way: Sensitivity | None = None,
 ) -> None:
     """Compress a source to ``size``, with data if any are given; all processes of torchrun do."""
@@ -118,26 +120,28 @@ def _compress(
     *,
     size: str,
     key: str | None,
-    given: Given | None,
+    given: Given,
     way: Sensitivity | None,
     team: Team,
 ) -> None:
     target = Path(output or f"{_stem(source)}.dither")
     to_folder = output is not None and names_folder(output)
     (check_folder_output if to_folder else check_archive_output)(target, source)
-    if to_folder and given is not None and given.model is not None:
+    if to_folder and given.model is not None:
         raise SpecError("a model folder has the names of its own model; with --model name a file")
+    if to_folder and given.base is not None:
+        raise SpecError("a model folder is loaded without a base; with --base name a file")
     with printer.progress(f"reading {source}"):
         if team.rank == 0:
             make_folder(target)
         how: dict[str, Any] = {}
         weights: Path | Mapping[str, Tensor] | nn.Module = source
         wanted: int | str = size
-        if given is not None or key is not None or to_folder:
+        if given.data is not None or key is not None or to_folder:
             state = load_weights(source, key)
             weights = state = own_weights(source, state) if to_folder else state
             wanted = _budget(size, state) - to_folder * WRAPPER_NBYTES
-        if given is not None:
+        if given.data is not None:
             disk = target.absolute().parent if given.goes_on_disk(state) else None
             weights = model = model_of(given.model, source, state, disk)
             how["data"] = data_of(given.data, source, model)
@@ -145,8 +149,8 @@ def _compress(
             how["activations"] = given.activations
         if way is not None:
             how["sensitivity"] = way
-        if to_folder or way is not None:
-            archive = search(weights, wanted, **how)
+        if to_folder or way is not None or given.base is not None:
+            archive = search(weights, wanted, base=given.base, **how)
             if team.rank == 0 and to_folder:
                 write_folder(archive, source, target)
             elif team.rank == 0:
@@ -163,7 +167,7 @@ def _compress(
     for trial in trials:
         printer.text(str(trial))
     report.print_summary(printer, archive)
-    if given is None and 8 * budget < FEW_BITS * values:
+    if given.data is None and given.base is None and 8 * budget < FEW_BITS * values:
         printer.text(
             f"less than {FEW_BITS} bits for each value, where the weights alone say too little of "
             "what matters: give a few hundred samples with --data, or a larger size"
@@ -252,12 +256,18 @@ def inspect(printer: Printer, file: Path, max_size: str | None, *, as_tree: bool
         (report.print_tree if as_tree else report.print_tensors)(printer, archive)
 
 
-def decompress(printer: Printer, file: Path, output: Path | None, max_size: str | None) -> None:
+def decompress(
+    printer: Printer,
+    file: Path,
+    output: Path | None,
+    max_size: str | None,
+    base: Path | None = None,
+) -> None:
     """Write an archive's tensors in the kind that the output's suffix names."""
     target = output or Path(f"{_stem(file)}.safetensors")
     check_tensor_output(target, file, named=output is not None)
     with (
-        Archive.open(file, _limit(max_size)) as archive,
+        Archive.open(file, _limit(max_size), base) as archive,
         printer.progress(f"decoding {file}"),
     ):
         make_folder(target)
@@ -270,10 +280,10 @@ def decompress(printer: Printer, file: Path, output: Path | None, max_size: str 
     printer.text(f"wrote {target}: {tensors} tensors, {nbytes:,} bytes")
 
 
-def verify(printer: Printer, file: Path, max_size: str | None) -> bool:
+def verify(printer: Printer, file: Path, max_size: str | None, base: Path | None = None) -> bool:
     """Whether an archive is without faults."""
     with printer.progress(f"verifying {file}"):
-        faults = find_faults(file, _limit(max_size))
+        faults = find_faults(file, _limit(max_size), base)
     printer.document({"file": str(file), "good": not faults, "faults": faults})
     for fault in faults:
         printer.text(f"fault: {fault}")
@@ -282,14 +292,20 @@ def verify(printer: Printer, file: Path, max_size: str | None) -> bool:
 
 
 def compare(
-    printer: Printer, a: Path, b: Path, *, min_sqnr: float | None, max_size: str | None
+    printer: Printer,
+    a: Path,
+    b: Path,
+    *,
+    min_sqnr: float | None,
+    max_size: str | None,
+    base: Path | None = None,
 ) -> bool:
     """Whether two sources have the same names and shapes, and no tensor is below ``min_sqnr``."""
     limit = _limit(max_size)
     with (
         printer.progress("reading"),
-        open_source(a, limit) as left,
-        open_source(b, limit) as right,
+        open_source(a, limit, base) as left,
+        open_source(b, limit, base) as right,
     ):
         found = compare_tensors(left, right)
     below = [] if min_sqnr is None else found.below(min_sqnr)
@@ -298,16 +314,23 @@ def compare(
     return found.same_names and not below
 
 
-def write_page(
-    printer: Printer, file: Path, output: Path | None, *, against: Path | None, max_size: str | None
-) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """What a page takes beside archives: a checkpoint, a bound on memory, a base."""
+
+    against: Path | None = None
+    max_size: str | None = None
+    base: Path | None = None
+
+
+def write_page(printer: Printer, file: Path, output: Path | None, given: Beside) -> None:
     """Write a page about an archive, compared with a checkpoint if there is one."""
-    target = output or Path(f"{_stem(file)}.html")
+    target, against = output or Path(f"{_stem(file)}.html"), given.against
     check_page_output(target, file, against)
-    limit = _limit(max_size)
+    limit = _limit(given.max_size)
     with (
         printer.progress(f"reading {file}"),
-        Archive.open(file, limit) as archive,
+        open_archive(file, limit, given.base) as archive,
         nullcontext() if against is None else open_source(against, limit) as source,
     ):
         make_folder(target)
@@ -335,19 +358,17 @@ def write_pair(
     printer: Printer,
     files: tuple[Path, Path],
     output: Path | None,
-    *,
-    against: Path | None,
-    max_size: str | None,
+    given: Beside,
 ) -> None:
     """Write a page about two archives, compared with a checkpoint if there is one."""
-    target = output or Path(f"{_stem(files[0])}.html")
+    target, against = output or Path(f"{_stem(files[0])}.html"), given.against
     for file in files:
         check_page_output(target, file, against)
-    limit = _limit(max_size)
+    limit = _limit(given.max_size)
     with (
         printer.progress(f"reading {files[0]} and {files[1]}"),
-        Archive.open(files[0], limit) as one,
-        Archive.open(files[1], limit) as other,
+        open_archive(files[0], limit, given.base) as one,
+        open_archive(files[1], limit, given.base) as other,
         nullcontext() if against is None else open_source(against, limit) as source,
     ):
         make_folder(target)

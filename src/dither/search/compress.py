@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dither.archive import Archive
+from dither.archive import Archive, Base, BaseSource, base_of
 from dither.checkpoint import Pages
 from dither.compiled import expect
 from dither.core import SpecError
@@ -34,6 +34,40 @@ SECONDS = 1e-7
 """About what plain code takes for each value in loops that may be compiled."""
 
 
+class Beside(TypedDict, total=False):
+    """What a job takes beside the model, its size and what errors cost.
+
+    Attributes:
+        base: weights that those who load the file have: a model, tensors by name, or the path of a
+            checkpoint or an archive. Tensors that it has, too, are stored as differences to it, and
+            those that are equal take no codes. With data, the search by sensitivities is then the
+            last that is tried.
+        metadata: JSON values to store in the file.
+        progress: called with what is being done and its share; :mod:`dither.progress` says more.
+    """
+
+    base: BaseSource | None
+    metadata: Mapping[str, Any] | None
+    progress: Hook | None
+
+
+def beside(given: Beside, what: str) -> Beside:
+    """The same, if all of it is known.
+
+    Raises:
+        TypeError: it is not.
+        SpecError: a base for what reads one tensor at a time.
+    """
+    if unknown := sorted(set(given) - set(Beside.__annotations__)):
+        raise TypeError(f"{what}() got an unexpected keyword argument {unknown[0]!r}")
+    if given.get("base") is not None and what == "compress_to":
+        raise SpecError(
+            "compress_to reads one tensor at a time, and a base is compared as a whole: use "
+            "dither.compress(source, size, base=...).save(output)"
+        )
+    return given
+
+
 @torch.inference_mode(mode=False)  # under which nothing can be measured
 def compress(
     source: Source,
@@ -43,8 +77,7 @@ def compress(
     evaluate: Callable[[nn.Module], float] | None = None,
     activations: Sites | None = None,
     sensitivity: Sensitivity = data_free,
-    metadata: Mapping[str, Any] | None = None,
-    progress: Hook | None = None,
+    **more: Unpack[Beside],
 ) -> Archive:
     """Compress a model to a budget in file bytes.
 
@@ -71,8 +104,8 @@ def compress(
             outputs on the data decides.
         activations: ``"int8"`` for what goes into modules with weights, or a plan of sites.
         sensitivity: what an error costs; by default read off the weights alone.
-        metadata: JSON values to store in the file.
-        progress: called with what is being done and its share; :mod:`dither.progress` says more.
+        more: ``base``, weights that tensors are stored as differences to; ``metadata`` and
+            ``progress``: see :class:`Beside`.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
@@ -84,10 +117,15 @@ def compress(
     >>> 4925 <= compress(weights, size="8x").nbytes <= 5000
     True
     """
+    told = beside(more, "compress")
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
-    coder = Coder(release=asked.release)
-    with hooked(progress), asked.together() as team:
-        job = Job(asked.budget, sensitivity, dict(metadata or {}), team, coder, asked.home)
+    given, coder = told.get("base"), Coder(release=asked.release)
+    base = None if given is None else base_of(given)
+    if base is not None and activations is not None:
+        raise SpecError("activations are not searched for with a base; leave one of them out")
+    with hooked(told.get("progress")), asked.together(base) as team:
+        metadata = dict(told.get("metadata") or {})
+        job = Job(asked.budget, sensitivity, metadata, team, coder, asked.home, base)
         if data is None:
             return job.archive(asked.tensors)
         return with_data(Bench(asked.source, Data.of(data), evaluate, team), job, activations)
@@ -142,10 +180,11 @@ class Asked:
         return cls(found, tensors, budget, pages, home)
 
     @contextmanager
-    def together(self) -> Iterator[Team]:
+    def together(self, base: Base | None = None) -> Iterator[Team]:
         """The processes that do the job, once all are known to compress the same to a size."""
         advice = "give all of them the same model and size"
         with team_of("compress") as team:
             values = fingerprint(self.tensors.values, team)
             team.same("sizes and tensors", (self.budget, values), advice)
+            team.same("bases", None if base is None else base.digest, "give all of them the same")
             yield team

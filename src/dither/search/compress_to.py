@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -17,10 +17,10 @@ from dither.archive import Archive
 from dither.core import BudgetError
 from dither.data import Data
 from dither.disk import Disk
-from dither.progress import Hook, hooked, report
+from dither.progress import hooked, report
 from dither.search.activation_trials import Sites
 from dither.search.coder import Coder
-from dither.search.compress import Asked
+from dither.search.compress import Asked, Beside, beside
 from dither.search.job import Job
 from dither.search.journal import Journal
 from dither.search.sensitivity import data_free
@@ -39,8 +39,7 @@ def compress_to(
     data: Data | Iterable[Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     activations: Sites | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    progress: Hook | None = None,
+    **more: Unpack[Beside],
 ) -> Archive:
     """Compress a model to a file, as :func:`~dither.compress` does; the bytes are the same.
 
@@ -61,8 +60,7 @@ def compress_to(
         data: a loader, or :class:`~dither.Data`.
         evaluate: the score of a model.
         activations: ``"int8"``, or a plan of sites.
-        metadata: JSON values to store in the file.
-        progress: called with a stage and the share of it that is done.
+        more: ``metadata`` and ``progress``; a ``base`` is refused, for all of it is in memory.
 
     Returns:
         The archive, open.
@@ -73,11 +71,13 @@ def compress_to(
         SpecError: something needs data or the model, and there is none; the model is attached.
         OSError: the output or its journal cannot be written.
     """
+    told = beside(more, "compress_to")
     path = _within(Path(output))
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
-    about = _about(asked, dict(metadata or {}), activations)
+    about = _about(asked, dict(told.get("metadata") or {}), activations)
     trials: tuple[object, ...] = ()
-    with hooked(progress), asked.together() as team, _journal(path, about, team) as journal:
+    hook = hooked(told.get("progress"))
+    with hook, asked.together() as team, _journal(path, about, team) as journal:
         coder, disk = Coder(journal, asked.release), asked.home or Disk(path.absolute().parent)
         job = Job(asked.budget, data_free, about["metadata"], team, coder, disk)
         if data is None:
@@ -88,9 +88,12 @@ def compress_to(
             archive = with_data(bench, job, activations)
             team.first("writing", partial(archive.save, path))
             trials = archive.trials
-    made = Archive.open(path)
-    made.trials = trials
-    return made
+    return _with_trials(Archive.open(path), trials)
+
+
+def _with_trials(archive: Archive, trials: tuple[object, ...]) -> Archive:
+    archive.trials = trials
+    return archive
 
 
 def _within(path: Path) -> Path:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dither.archive import Archive
+from dither.archive import Archive, Base
 from dither.core import SpecError, on_cpu
 from dither.disk import Disk
 from dither.model import Tensors
 from dither.progress import report
 from dither.search.coder import Coder
+from dither.search.differences import Differences
 from dither.search.forecast import Forecast
 from dither.search.greedy import Greedy
 from dither.search.knowledge import Sensitivity, Weights
@@ -32,6 +33,7 @@ class Job:
         coder: predicts and codes single tensors.
         disk: where files that are tried are kept, and what passes through a model hold, beyond what
             may be in memory.
+        base: what tensors may rest on.
     """
 
     budget: int
@@ -40,6 +42,7 @@ class Job:
     team: Team = ALONE
     coder: Coder = field(default_factory=Coder)
     disk: Disk | None = None
+    base: Base | None = None
 
     def spend(
         self, tensors: Tensors, sensitivity: Sensitivity | None = None
@@ -58,8 +61,10 @@ class Job:
         if missing := sorted(set(tensors.values) - set(found)):
             raise SpecError(f"the sensitivity gives no value for {missing[:5]}; give one for each")
         known = {name: found[name] for name in tensors.values}
-        forecast = Forecast(known, self.team, self.coder)
-        ledger = Ledger(known, tensors.aliases, self.metadata)
+        differences = None if self.base is None else Differences.of(values, self.base)
+        ledger = Ledger(known, tensors.aliases, self.metadata, differences)
+        known = known if differences is None else differences.known(known, values)
+        forecast = Forecast({name: known[name] for name in ledger.names}, self.team, self.coder)
         Greedy(forecast, ledger).spend(self.budget)
         return forecast, ledger
 

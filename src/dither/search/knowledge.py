@@ -63,6 +63,7 @@ class Knowledge:
         axes: orthonormal ``(columns, columns)``, along which the rows of a table differ most.
         coarsest: the coarsest step that keeps the tensor of use; None for a common rule.
         least: values above this are not rounded to 0, unless all are; None where they may be.
+        whole: what the tensor is a difference to make; None where it stands for itself.
         proposers: who proposes how to store it; None for :data:`~dither.search.PROPOSERS`.
     """
 
@@ -73,6 +74,7 @@ class Knowledge:
     axes: Tensor | None = None
     coarsest: float | None = None
     least: float | None = None
+    whole: Tensor | None = None
     proposers: tuple[Proposer, ...] | None = None
 
     @property
@@ -84,8 +86,8 @@ class Knowledge:
 
     def every(self, stride: int) -> Knowledge:
         """The same of every ``stride``-th row."""
-        rows = None if self.rows is None else self.rows[::stride]
-        return replace(self, value=self.value[::stride], rows=rows)
+        rows, whole = (t if t is None else t[::stride] for t in (self.rows, self.whole))
+        return replace(self, value=self.value[::stride], rows=rows, whole=whole)
 
     def relative(self) -> Tensor:
         """The values in relative steps, along the axes: an error counts alike everywhere."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dither.archive import Archive, CodedTensor, pack, pack_into, packed_nbytes, write
+from dither.archive import Archive, Base, CodedTensor, pack, pack_into, packed_nbytes, write
 from dither.disk import Disk
+from dither.search.differences import Differences
 from dither.search.knowledge import Choice
 from dither.search.predict import GRID_INDEX_NBYTES
 
@@ -21,14 +22,22 @@ class Ledger:
         names: of all tensors, in the order of the file.
         aliases: further names of tied tensors.
         metadata: of the file.
+        differences: of those that rest on a base, if there is one.
     """
 
     def __init__(
-        self, names: Iterable[str], aliases: Mapping[str, str], metadata: Mapping[str, Any]
+        self,
+        names: Iterable[str],
+        aliases: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        differences: Differences | None = None,
     ) -> None:
-        self.names = tuple(names)
-        self.all_names = (*self.names, *aliases)
-        self.aliases, self._metadata = aliases, metadata
+        own = tuple(names)
+        same = frozenset() if differences is None else differences.same
+        self._order = own
+        self.names = tuple(name for name in own if name not in same)
+        self.all_names = (*own, *aliases)
+        self.aliases, self._metadata, self._differences = aliases, metadata, differences
         self._rows: dict[str, tuple[Choice, CodedTensor]] = {}
 
     def put(self, name: str, choice: Choice, coded: CodedTensor) -> float:
@@ -70,7 +79,7 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """The exact size of the file."""
-        return packed_nbytes(self._ordered(), self.aliases, self._metadata)
+        return packed_nbytes(self._ordered(), self.aliases, self._metadata, base=self._base)
 
     @property
     def overhead(self) -> float:
@@ -88,12 +97,19 @@ class Ledger:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, one tensor after the other."""
-        write(path, self._ordered(), self.aliases, self._metadata)
+        write(path, self._ordered(), self.aliases, self._metadata, base=self._base)
 
     def archive(self, disk: Disk | None = None) -> Archive:
-        """The file, in memory or on a disk."""
+        """The file, in memory or, where nothing rests on a base, on a disk."""
         what = self._ordered(), self.aliases, self._metadata
-        return pack(*what) if disk is None else pack_into(disk.memory, *what)
+        if disk is None or self._base is not None:
+            return pack(*what, base=self._base)
+        return pack_into(disk.memory, *what)
+
+    @property
+    def _base(self) -> Base | None:
+        return None if self._differences is None else self._differences.base
 
     def _ordered(self) -> dict[str, CodedTensor]:
-        return {name: self._rows[name][1] for name in self.names if name in self._rows}
+        held = {name: self._rows[name][1] for name in self.names if name in self._rows}
+        return held if self._differences is None else self._differences.placed(held, self._order)

@@ -78,7 +78,9 @@ def predict_grids(known: Knowledge) -> Iterator[Prediction]:
     nothing = min(2.01 * largest, _LARGEST_STEP)  # all codes are 0
     usual = (_COARSEST if known.gram is None else _COARSEST_FED) * rms
     coarsest = min(known.coarsest or usual, nothing)
-    finest = max(min(half_step(known.value), coarsest / 2), largest / _MOST_LEVELS)
+    half = half_step(known.value if known.whole is None else known.whole)
+    half = min(half, coarsest / 2) if known.whole is None else min(half, nothing)
+    finest = max(half, largest / _MOST_LEVELS)
     if finest > coarsest / 2:  # so small a step needs more codes than it is worth
         yield from _given_up(known, columns, finest, nothing)
         return
@@ -109,7 +111,8 @@ def _given_up(
     energy = sum(part.energy for part in columns)
     for step, penalty in _coarser(coarsest, nothing):
         size, error = _predict_all(columns, step)
-        cost = known.sensitivity * what_counts(known, error, energy) * penalty
+        factor = penalty if known.whole is None else 1.0  # what it is a difference to is left
+        cost = known.sensitivity * what_counts(known, error, energy) * factor
         yield Prediction(step, _overhead(known) + size, cost, is_useful=False)
 
 
@@ -297,7 +300,7 @@ def what_counts(known: Knowledge, error: float, energy: float) -> float:
     breaks at one of them while others can give way. What follows a rotated token table sees
     directions: there it is e / (1 - e) from the first.
     """
-    if known.value.ndim < 2:
+    if known.value.ndim < 2 or known.whole is not None:
         return error
     share = min(error / energy, 1.0)
     if known.axes is not None:

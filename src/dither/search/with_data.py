@@ -34,7 +34,7 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     plans = {} if sites is None else plans_of(sites, model, bench.data)
     job = replace(job, budget=room - nbytes_of(plans, model, bench.data))
     bench.attempt("data-free", partial(job.archive, collect(model)))
-    equal = _equalized(model)
+    equal = None if job.base is not None else _equalized(model)
     if equal is not None and bench.attempt("equalized", partial(job.archive, collect(equal))):
         model = equal
     _try_fitted(bench, job, model)
@@ -48,7 +48,7 @@ def _try_fitted(bench: Bench, job: Job, model: nn.Module) -> None:
     fitted = _Fitted(bench, job, model, bench.part)
     stages = ("calibrated", "calibrated, in sequence")
     kept = [bench.attempt(stages[0], fitted.calibrated)]
-    if fitted.found:
+    if fitted.found and job.base is None:  # layers in sequence leave the base
         kept.append(bench.attempt(stages[1], fitted.ordered))
     bench.note = ""
     if bench.held and any(kept):

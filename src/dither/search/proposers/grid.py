@@ -12,6 +12,7 @@ from dither.core import STACKED, Codes, Encoded, Stats
 from dither.encoders.gptq import GPTQ
 from dither.search.knowledge import Choice, Knowledge, short_all
 from dither.search.predict import GRID_NBYTES, can_quantize, coded_nbytes, predict_grids
+from dither.search.sensitivity import counted
 
 _MOST_EXACT = 1 << 15
 
@@ -43,6 +44,8 @@ class Grid:
         stats = Stats(gram=known.gram, outputs=outputs) if choice.fed else None
         refit = self.refit and choice.fed and refits(known)
         encoder = GPTQ(known.steps(choice.step or 0.0), refit=refit)
+        if known.whole is not None and counted(known.whole).numel() and known.value.ndim < 2:
+            return _kept_half(known, choice.step or 0.0, known.whole)
         if known.least is not None:
             return _kept_positive(encoder.encode(known.value), known.value > known.least)
         return encoder.encode(known.value, stats)
@@ -75,6 +78,20 @@ def _kept_positive(encoded: Encoded, is_kept: Tensor) -> Encoded:
         return encoded
     raised = Codes(codes.masked_fill(lost, zero + 1), max(levels.alphabet, zero + 2))
     return replace(encoded, codes={**encoded.codes, "levels": raised})
+
+
+def _kept_half(known: Knowledge, step: float, whole: Tensor) -> Encoded:
+    """A difference in nearest codes at a step, or at the first of its halves that is fine enough.
+
+    Of what must not vanish, such as the variances of a batch norm, half is left at least.
+    """
+    positive = whole >= counted(whole).min()
+    while True:
+        encoded = GPTQ(known.steps(step)).encode(known.value)
+        lost = known.value.double() - encoded.decode().double()
+        if bool((lost <= whole.double() / 2)[positive].all()):
+            return encoded
+        step /= 2
 
 
 def refits(known: Knowledge) -> bool:
