@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 
-BREAKING = {"learned_codebook", "straight_through", "quant_noise"}
+BREAKING = {"learned_codebook", "mqat", "straight_through", "quant_noise"}
 """Methods whose code looks at values (which blocks are noised?), where compilers must break."""
 
 SPECS: list[Spec] = [Affine(4), LSQ(bits=None), *[s[0] for s in EXAMPLES.values() if s]]

@@ -1,5 +1,6 @@
 """Train with quantization noise, to a budget."""
 
+from dither.train.any_width import APQN, MQAT
 from dither.train.attach import attach
 from dither.train.attached import Attached
 from dither.train.bayesian_bits import BayesianBits, GatePenalty
@@ -37,7 +38,9 @@ from dither.train.surrogate import Surrogate, straight_through
 from dither.train.whole_layers import LayerDrop, drop_layers, share_layers
 
 __all__ = [
+    "APQN",
     "LSQ",
+    "MQAT",
     "Attached",
     "BayesianBits",
     "Budget",
