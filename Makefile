@@ -19,13 +19,14 @@ MODEL ?=
 WORKERS ?= auto
 
 BIN := $(VENV)/bin
+FEDERATED := $(VENV)-federated
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help quick demo test lint pytest test-ray durations bench bench-full docs web web-test changelog
-.PHONY: package format clean
+.PHONY: package format clean test-federated
 
 help:
 	@echo "make quick   lint, types and the quick tests, in less than a minute"
@@ -39,6 +40,7 @@ help:
 	@echo "make package  build wheel and sdist, check them, and run the demo from the wheel alone"
 	@echo "make changelog  fold the fragments in changes/ into CHANGELOG.md"
 	@echo "make test-ray  a sweep on a Ray cluster of two nodes; installs Ray"
+	@echo "make test-federated  federated averaging on Flower, in an environment that it makes"
 	@echo "make format  rewrite the code in the house style"
 	@echo "make clean   remove what these commands made, .venv included"
 
@@ -61,6 +63,19 @@ pytest: $(VENV)/.installed-dev
 # A sweep on a Ray cluster of two nodes, both on this machine.
 test-ray: $(VENV)/.installed-ray
 	$(BIN)/python -m pytest -q tests/test_sweep_ray.py
+
+# Flower wants older versions of rich and typer: it has an environment of its own, which sees all
+# else through that of the tests.
+test-federated: $(VENV)/.installed-dev
+	@test -x $(FEDERATED)/bin/python || $(PYTHON) -m venv $(FEDERATED)
+	@if $(FEDERATED)/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c constraints-federated.txt flwr; then \
+		$(FEDERATED)/bin/python -c 'import site, sys; from pathlib import Path; \
+			Path(site.getsitepackages()[0], "zz_tests.pth").write_text( \
+			f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+			"$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')" && \
+		FLWR_TELEMETRY_ENABLED=0 $(FEDERATED)/bin/python -m pytest -q tests/federated; \
+	else echo "NEEDS FLOWER: it cannot be installed here, so its tests are skipped"; fi
 
 # Measures every test, to say which are slow.
 durations: $(VENV)/.installed-dev
@@ -117,7 +132,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist docs/_build out dither-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FEDERATED) build dist docs/_build out dither-demo .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf packages/web/node_modules
 	find src tests packages -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -22,10 +22,12 @@ from dither.recipes import (
     pqk,
     quant_noise,
     quantized_distillation,
+    robust_fedavg,
 )
 from dither.recipes.model_layers import layers
 from dither.train import (
     LSQ,
+    MQAT,
     DiffQ,
     Plan,
     Teacher,
@@ -88,6 +90,10 @@ RECIPES: dict[str, Callable[[nn.Module], Recipe]] = {
     "differentiable_quantization": lambda m: differentiable_quantization.recipe(m, 8),
     "cyclical_pruning": lambda m: cyclical_pruning.recipe(m, 0.6, 2, steps=STEPS, inner=LSQ(None)),
     "pqk": lambda m: pqk.recipe(m, 4, 0.6, steps=STEPS),
+    **{
+        f"robust_fedavg {name}": lambda m, name=name: robust_fedavg.recipe(m, name)  # type: ignore[misc]
+        for name in robust_fedavg.OBJECTIVES
+    },
     "oscillations freeze": lambda m: oscillations.recipe(m, 3, steps=STEPS),
     "oscillations dampen": lambda m: oscillations.recipe(m, 4, "dampen", steps=STEPS),
 }
@@ -314,3 +320,36 @@ def test_what_makes_no_sense_is_refused() -> None:
         quantized_distillation.recipe(network(), 0)
     with pytest.raises(SpecError, match="no weight"):
         quant_noise.recipe(nn.BatchNorm1d(3))
+
+
+def test_clients_objectives_are_the_papers() -> None:
+    model = network()
+    weights = {name for name, p in model.named_parameters() if p.ndim > 1}
+    for name in robust_fedavg.OBJECTIVES:
+        recipe = robust_fedavg.recipe(model, name, widths=(3, 32), bits=3, seed=4)
+        run = recipe.attach(network(), steps=STEPS)
+        assert set(run.surrogates) == weights
+        kurtosis = float(run.penalty().detach())
+        assert (kurtosis > 0) == (name == "kure")
+        first = run.model.train()(INPUTS)
+        plain = network().train()(INPUTS)
+        is_plain = torch.equal(first, plain)
+        assert is_plain == (name in {"kure", "plain"} or MQAT((3, 32), seed=4).width(0) == 32)
+    with pytest.raises(SpecError, match="objectives are mqat"):
+        robust_fedavg.recipe(model, "fedavg")
+    with pytest.raises(SpecError, match="no matrices"):
+        robust_fedavg.recipe(nn.ReLU())
+
+
+@pytest.mark.parametrize("bits", [2, 5, 32])
+def test_the_servers_model_is_rounded_at_any_width(bits: int) -> None:
+    model = network()
+    state = robust_fedavg.rounded(model, bits)
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        is_weight = name in dict(model.named_parameters()) and value.ndim > 1
+        if not is_weight or bits == 32:
+            assert torch.equal(state[name], value)
+        else:
+            assert 1 < len(state[name].unique()) <= 1 << bits
+            assert torch.equal(state[name], Affine(bits).encode(value).decode())

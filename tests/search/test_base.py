@@ -188,7 +188,7 @@ def test_a_sensitivity_that_changes_the_weights_is_refused(base: dict[str, Tenso
         found["a.weight"] = replace(some, value=some.value.masked_fill(small, 0.0))
         return found
 
-    with pytest.raises(SpecError, match="changes 'a.weight'"):
+    with pytest.raises(SpecError, match=r"changes 'a\.weight'"):
         dither.compress(tuned(base), 9_000, base=base, sensitivity=pruned)
 
 

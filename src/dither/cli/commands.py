@@ -347,7 +347,7 @@ def compare(
     The exit status is 1 where names or shapes differ, or a tensor is below --min-sqnr.
     """
     printer = Printer(as_json, quiet)
-    good = work.compare(printer, a, b, min_sqnr=min_sqnr, max_size=max_size, base=base)
+    good = work.compare(printer, a, b, work.Beside(None, max_size, base), min_sqnr=min_sqnr)
     raise typer.Exit(GOOD if good else CHECK_FAILED)
 
 

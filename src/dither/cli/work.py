@@ -127,10 +127,8 @@ def _compress(
     target = Path(output or f"{_stem(source)}.dither")
     to_folder = output is not None and names_folder(output)
     (check_folder_output if to_folder else check_archive_output)(target, source)
-    if to_folder and given.model is not None:
-        raise SpecError("a model folder has the names of its own model; with --model name a file")
-    if to_folder and given.base is not None:
-        raise SpecError("a model folder is loaded without a base; with --base name a file")
+    if to_folder and (given.model is not None or given.base is not None):
+        raise SpecError("a model folder has its own model, and no base; with these name a file")
     with printer.progress(f"reading {source}"):
         if team.rank == 0:
             make_folder(target)
@@ -291,36 +289,28 @@ def verify(printer: Printer, file: Path, max_size: str | None, base: Path | None
     return not faults
 
 
-def compare(
-    printer: Printer,
-    a: Path,
-    b: Path,
-    *,
-    min_sqnr: float | None,
-    max_size: str | None,
-    base: Path | None = None,
-) -> bool:
+@dataclass(frozen=True)
+class Beside:
+    """What is given beside archives: a checkpoint, a bound on memory, a base."""
+
+    against: Path | None = None
+    max_size: str | None = None
+    base: Path | None = None
+
+
+def compare(printer: Printer, a: Path, b: Path, given: Beside, *, min_sqnr: float | None) -> bool:
     """Whether two sources have the same names and shapes, and no tensor is below ``min_sqnr``."""
-    limit = _limit(max_size)
+    limit = _limit(given.max_size)
     with (
         printer.progress("reading"),
-        open_source(a, limit, base) as left,
-        open_source(b, limit, base) as right,
+        open_source(a, limit, given.base) as left,
+        open_source(b, limit, given.base) as right,
     ):
         found = compare_tensors(left, right)
     below = [] if min_sqnr is None else found.below(min_sqnr)
     printer.document(report.comparison_document(found, below))
     report.print_comparison(printer, found, below, min_sqnr)
     return found.same_names and not below
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What a page takes beside archives: a checkpoint, a bound on memory, a base."""
-
-    against: Path | None = None
-    max_size: str | None = None
-    base: Path | None = None
 
 
 def write_page(printer: Printer, file: Path, output: Path | None, given: Beside) -> None:

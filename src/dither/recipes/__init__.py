@@ -24,6 +24,7 @@ from dither.recipes import (
     pqk,
     quant_noise,
     quantized_distillation,
+    robust_fedavg,
     white_paper,
 )
 from dither.recipes.recipe import Recipe
@@ -40,5 +41,6 @@ __all__ = [
     "pqk",
     "quant_noise",
     "quantized_distillation",
+    "robust_fedavg",
     "white_paper",
 ]
