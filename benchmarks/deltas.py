@@ -99,7 +99,7 @@ TASKS = {
         upside_down,
         "accuracy, %",
         (0, 80),
-        1e-3,
+        1e-4,
         {
             ON_BASE: (8_000, 15_000, 30_000, 60_000),
             ON_FILE: (15_000, 30_000),
@@ -209,7 +209,7 @@ def table(found: Mapping[str, Any]) -> str:
         for end in ("base", "trained"):
             if "ends" in rows:
                 score = rows["ends"][end]
-                lines.append(f"| {name} | {end}, fp32 | | {task.metric} {score:.2f} |")
+                lines.append(f"| {name}, {task.metric} | {end}, fp32 | | {score:.2f} |")
         for kind, sizes in task.sizes.items():
             for size in sizes:
                 row = rows.get(f"{kind} {size}")

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from dither.report import diagnose
     from dither.search import compress, compress_to, plan
     from dither.train import (
+        APQN,
         LSQ,
+        MQAT,
         BayesianBits,
         Budget,
         DeadZone,
@@ -92,12 +94,14 @@ __all__ = [  # noqa: RUF022 - by task
     "SparseFactors",
     "Viterbi",
     # methods of training,
+    "APQN",
     "BayesianBits",
     "DeadZone",
     "DiffQ",
     "Fine",
     "LSQ",
     "LearnedCodebook",
+    "MQAT",
     "ProductCodes",
     "Pruned",
     "QuantNoise",
