@@ -124,8 +124,8 @@ _NAMES = {
     "report": "diagnose",
     "search": "compress compress_to plan",
     "train": (
-        "BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook Plan ProductCodes Pruned "
-        "QuantNoise Run StraightThrough attach"
+        "APQN BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook MQAT Plan ProductCodes "
+        "Pruned QuantNoise Run StraightThrough attach"
     ),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}
