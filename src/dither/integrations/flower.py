@@ -204,8 +204,12 @@ class Archives(Strategy):  # type: ignore[misc]
         return asked
 
     def _opened(self, replies: Iterable[Message], *, is_train: bool) -> list[Message]:
-        """Replies with arrays in place of files, without those that are refused."""
+        """Replies with arrays in place of files, without those that are refused.
+
+        They stand in the order of their files, so that sums are the same whoever answers first.
+        """
         now, good = self.traffic[-1], []
+        replies = sorted(replies, key=_file_of)
         for reply in replies:
             if reply.has_error():
                 now.failed += 1
@@ -253,6 +257,12 @@ class Archives(Strategy):  # type: ignore[misc]
             self.model, about = kept.state_dict(), kept.metadata
         self.done = self._before = int(about["done"])
         self.traffic = [Traffic(**each) for each in about["traffic"]]
+
+
+def _file_of(reply: Message) -> bytes:
+    ours = None if reply.has_error() else reply.content.config_records.get(_OURS)
+    data = None if ours is None else ours.get("file")
+    return data if isinstance(data, bytes) else b""
 
 
 def _counted(content: RecordDict) -> int:
