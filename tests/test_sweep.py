@@ -20,7 +20,8 @@ from torch import nn
 
 import dither
 from dither.cli import work
-from dither.cli.cells import Cell, cells_of, file_name, run_cell
+from dither.cli.cells import Cell, cells_of, failed, file_name, run_cell
+from dither.cli.choose import choose_file
 from dither.cli.console import Printer
 from dither.cli.sweep import append, read_rows
 from dither.core import CheckpointError
@@ -61,6 +62,25 @@ def slow(model, nbytes, data, seed):
     while not os.path.exists("go"):
         time.sleep(0.02)
     return dither.compress(model, nbytes)
+"""
+
+SCORES = """
+
+def counted(model):
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 8))
+    inputs = torch.randn(64, 24)
+    with torch.no_grad():
+        score = -float((model(inputs) - original(inputs)).square().mean())
+    with open("calls", "a") as file:
+        file.write(f"{score!r}\\n")
+    return score
+
+def picky(model):
+    if os.path.exists("called"):
+        return counted(model)
+    open("called", "w").close()
+    return float("nan")
 """
 
 
@@ -180,6 +200,10 @@ def test_a_method_that_takes_more_bytes_than_it_may_fails(folder: Path) -> None:
     ("given", "said"),
     [
         ({"methods": ["gptq"]}, "there is no method 'gptq'"),
+        ({"choose": 0}, "1 or more"),
+        ({"choose": 2}, "give --evaluate and --keep"),
+        ({"choose": 2, "evaluate": "a:b"}, "give --evaluate and --keep"),
+        ({"choose": 2, "evaluate": "a:b", "keep": Path("files"), "twice": True}, "give one SOURCE"),
         ({"seeds": ["a"]}, "seeds are whole numbers"),
         ({"sizes": []}, "at least one method, one size"),
         ({"results": "parts.py"}, "no result of a sweep"),
@@ -190,12 +214,86 @@ def test_what_makes_no_sense_is_refused_before_any_work(
     given: dict[str, Any], said: str, folder: Path
 ) -> None:
     results, plot = Path(given.pop("results", "sweep.jsonl")), given.pop("plot", None)
+    choose, twice = given.pop("choose", None), given.pop("twice", False)
     wanted = work.Wanted(**{"methods": ["data-free"], "sizes": ["4x"], "seeds": ["0"], **given})
     sources, printer = [folder / "model.safetensors"], Printer(as_json=False, quiet=True)
+    sources += [folder / "other.safetensors"] if twice else []
+    how = {"jobs": 1, "ray": None, "retry": False, "plot": plot, "choose": choose}
     with pytest.raises(dither.DitherError, match=said):
-        work.sweep(printer, sources, wanted, results, jobs=1, ray=None, retry=False, plot=plot)
+        work.sweep(printer, sources, wanted, results, **how)
     assert (folder / "parts.py").read_text(encoding="utf-8") == PARTS
     assert not (folder / "sweep.jsonl").exists()
+
+
+class Choice:
+    """Files of several sizes, made in this process, and what was said of them."""
+
+    def __init__(self, evaluate: str, sizes: int) -> None:
+        self.cells = [
+            cell(size=f"{size}x", data=None, evaluate=evaluate, keep="files")
+            for size in range(3, 3 + sizes)
+        ]
+        Path("files").mkdir()
+        plain = [replace(one, evaluate=None) for one in self.cells]
+        self.rows = {one.key: run_cell(one) for one in plain}
+
+    def made(self, trials: int) -> dict[str, Any]:
+        kept: list[Any] = []
+        printer = Printer(as_json=False, quiet=True)
+        found = choose_file(printer, self.cells, self.rows, trials, kept.append)
+        self.rows |= {
+            Cell(**{name: row[name] for name in vars(self.cells[0])}).key: row for row in kept
+        }
+        return found
+
+
+def test_the_best_file_is_found_by_fewer_scores_and_a_stopped_choice_goes_on(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    (folder / "parts.py").write_text(PARTS + SCORES, encoding="utf-8")
+    choice = Choice("parts:counted", 10)
+    assert choice.made(2)["scored"] == 2
+    found = choice.made(5)
+    calls = (folder / "calls").read_text().split()
+    assert len(calls) == len(set(calls)) == 5 == found["scored"]  # none was measured again
+    assert (found["of"], found["failed"], len(found["beliefs"])) == (10, 0, 10)
+    assert found["best"]["score"] == max(map(float, calls))
+    assert found["best"]["size"] == "3x"  # the largest file: the score falls with the error
+    with dither.open(found["file"]) as archive:
+        assert archive.nbytes == found["best"]["nbytes"]
+    assert 0 < found["chance"] <= 1
+    assert choice.made(5) == found
+    assert len((folder / "calls").read_text().split()) == 5
+    assert choice.made(99)["scored"] == 10
+
+
+def test_files_that_cannot_be_scored_are_left_out(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    (folder / "parts.py").write_text(PARTS + SCORES, encoding="utf-8")
+    choice = Choice("parts:picky", 3)
+    found = choice.made(3)
+    assert (found["scored"], found["failed"]) == (2, 1)
+    errors = [row for row in choice.rows.values() if "error" in row]
+    assert [row["error"] for row in errors] == ["SpecError: a score of nan"]
+    assert found["best"]["size"] != errors[0]["size"]
+    everything = Choice.__new__(Choice)
+    everything.cells = choice.cells[:1]
+    everything.rows = {one.key: failed(one, "no") for one in choice.cells[:1]}
+    everything.rows[replace(choice.cells[0], evaluate=None).key] = failed(choice.cells[0], "no")
+    assert everything.made(1)["best"] is None
+
+
+def test_the_command_makes_lost_files_anew_and_chooses(folder: Path) -> None:
+    pytest.importorskip("sklearn")
+    (folder / "parts.py").write_text(PARTS + SCORES, encoding="utf-8")
+    options = ("--sizes", "4x", "--keep", "files")
+    assert swept(*options)[0] == 0
+    next((folder / "files").iterdir()).unlink()
+    status, found, errors = swept(*options, "--evaluate", "parts:counted", "--choose", "1")
+    assert status == 0, errors
+    assert Path(found["choice"]["file"]).is_file()
+    assert found["choice"]["best"]["score"] == float((folder / "calls").read_text())
+    rows = list(read_rows(folder / "sweep.jsonl").values())
+    assert [row["evaluate"] for row in rows] == [None, "parts:counted"]
 
 
 def test_cells_are_all_combinations_each_once() -> None:

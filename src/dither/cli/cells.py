@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -16,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,25 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         archive.save(Path(cell.keep) / file_name(cell))
     row["environment"] = {"dither": __version__, "torch": torch.__version__}
     return row | {"host": platform.node()}
+
+
+def score_cell(cell: Cell, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a cell whose file was made and kept without a score: the same, with the score.
+
+    Args:
+        cell: with ``evaluate`` and ``keep``.
+        row: what :func:`run_cell` said of it without a score.
+    """
+    try:
+        source = Path(cell.source)
+        model = model_of(cell.model, source, load_weights(source))
+        with Archive.open(Path(cell.keep or "") / file_name(replace(cell, evaluate=None))) as kept:
+            found = _measured(model, kept, None, evaluate_of(cell.evaluate))
+    except Exception as error:  # noqa: BLE001 - a file that cannot be scored is a result
+        return failed(cell, said_of(error))
+    if not math.isfinite(found["score"]):
+        return failed(cell, f"SpecError: a score of {found['score']}")
+    return {**row, **asdict(cell), **found}
 
 
 def file_name(cell: Cell) -> str:

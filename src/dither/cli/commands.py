@@ -258,6 +258,9 @@ def sweep(
         str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster, such as auto.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Repeat cells that had an error.")] = False,
+    choose: Annotated[
+        int | None, typer.Option(metavar="TRIALS", help="Find the best file by so many scores.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw size against score: .svg, .png, .pdf.")
     ] = None,
@@ -269,9 +272,8 @@ def sweep(
     The exit status is 1 where a cell failed; the others go on.
     """
     wanted = work.Wanted(_parts(methods), _parts(sizes), _parts(seeds), data, model, evaluate, keep)
-    good = work.sweep(
-        Printer(as_json, quiet), sources, wanted, output, jobs=jobs, ray=ray, retry=retry, plot=plot
-    )
+    how: dict[str, Any] = {"jobs": jobs, "ray": ray, "retry": retry, "plot": plot, "choose": choose}
+    good = work.sweep(Printer(as_json, quiet), sources, wanted, output, **how)
     raise typer.Exit(GOOD if good else CHECK_FAILED)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dither.cli.cells import Cell, failed, tried
+from dither.cli.choose import check_choice, choose_file, lost
 from dither.cli.console import Printer
 from dither.cli.files import make_folder
 from dither.core import CheckpointError, DitherError
@@ -37,13 +38,23 @@ def sweep(
     ray: str | None,
     retry: bool,
     plot: Path | None,
+    choose: int | None = None,
 ) -> bool:
-    """Run the cells that have no row yet; whether all have one without an error at the end."""
+    """Run the cells that have no row yet; whether all have one without an error at the end.
+
+    With ``choose``, they are made without a score, and of so many of the files one is measured.
+    """
     if plot is not None:
         check_picture(plot)
     rows = read_rows(results)
     make_folder(results)
+    scored = cells
+    if choose is not None:
+        check_choice(cells, choose)
+        cells = [replace(cell, evaluate=None) for cell in cells]
     done = {key for key, row in rows.items() if not (retry and "error" in row)}
+    if choose is not None:
+        done -= {cell.key for cell in cells if "error" not in rows.get(cell.key, {}) and lost(cell)}
     waiting = [cell for cell in cells if cell.key not in done]
     printer.text(f"{len(cells)} cells, {len(cells) - len(waiting)} done before")
     running = _on_ray(waiting, ray) if ray is not None else _on_this_machine(waiting, jobs)
@@ -57,7 +68,12 @@ def sweep(
         make_folder(plot)
         draw_sweep(found, plot)
         printer.text(f"wrote {plot}")
-    printer.document({"results": str(results), "failed": wrong, "rows": found})
+    document = {"results": str(results), "failed": wrong, "rows": found}
+    if choose is not None:
+        choice = choose_file(printer, scored, rows, choose, lambda row: append(results, row))
+        wrong += choice["failed"]
+        document |= {"choice": choice}
+    printer.document(document)
     printer.text(f"{results}: {len(found)} cells, {wrong} failed")
     return wrong == 0
 
