@@ -7,8 +7,9 @@ and kept in a folder outside the repository; interrupted, it goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,21 @@ def encoders() -> Iterator[tuple[str, Encoder]]:
             yield name, KMeans(product, start="kmeans++", seed=seed, backend="torch")
 
 
-def archives() -> Iterator[tuple[str, Archive]]:
-    """The forty files."""
-    original = resnet20_cifar10.load()
+def makers() -> Iterator[tuple[str, Callable[[], Archive]]]:
+    """The forty files, by name, each made when it is wanted."""
     for size in SIZES:
-        yield f"search {size}", dither.compress(original, 1000 * size)
+        yield f"search {size}", partial(dither.compress, resnet20_cifar10.load(), 1000 * size)
     for name, encoder in encoders():
-        model = resnet20_cifar10.load()
-        plan = {key: encoder for key, value in model.named_parameters() if value.ndim > 1}
-        run = dither.attach(model, dither.Plan(plan))
-        run.finish()
-        yield name, run.archive
+        yield name, partial(stored, encoder)
+
+
+def stored(encoder: Encoder) -> Archive:
+    """The network with every weight in one way."""
+    model = resnet20_cifar10.load()
+    plan = {key: encoder for key, value in model.named_parameters() if value.ndim > 1}
+    run = dither.attach(model, dither.Plan(plan))
+    run.finish()
+    return run.archive
 
 
 @torch.inference_mode()
@@ -102,15 +107,16 @@ def matrix(folder: Path) -> Matrix:
     if not whole.exists():
         inputs, labels = resnet20_cifar10.some("test", 0, 10_000)
         parts, names, nbytes = [], [], []
-        for number, (name, archive) in enumerate(archives()):
-            kept = folder / f"{number:02d}.npy"
+        for number, (name, make) in enumerate(makers()):
+            kept = folder / f"{number:02d}.npz"
             if not kept.exists():
-                model = resnet20_cifar10.ResNet20()
+                archive, model = make(), resnet20_cifar10.ResNet20()
                 dither.load_into(model, archive)
-                np.save(kept, logits(model.eval(), inputs))
-            parts.append(torch.from_numpy(np.load(kept)).softmax(-1).numpy())
+                np.savez(kept, logits=logits(model.eval(), inputs), nbytes=archive.nbytes)
+            with np.load(kept) as part:
+                parts.append(torch.from_numpy(part["logits"]).softmax(-1).numpy())
+                nbytes.append(int(part["nbytes"]))
             names.append(name)
-            nbytes.append(archive.nbytes)
             right = 100 * float((parts[-1].argmax(-1) == labels.numpy()).mean())
             print(f"{name}: {nbytes[-1]:,} bytes, {right:.2f} %", flush=True)
         np.savez(
