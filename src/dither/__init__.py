@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         DiffQ,
         Fine,
         LearnedCodebook,
+        LearnedFactors,
         Plan,
         ProductCodes,
         Pruned,
@@ -101,6 +102,7 @@ __all__ = [  # noqa: RUF022 - by task
     "Fine",
     "LSQ",
     "LearnedCodebook",
+    "LearnedFactors",
     "MQAT",
     "ProductCodes",
     "Pruned",
@@ -124,8 +126,8 @@ _NAMES = {
     "report": "diagnose",
     "search": "compress compress_to plan",
     "train": (
-        "APQN BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook MQAT Plan ProductCodes "
-        "Pruned QuantNoise Run StraightThrough attach"
+        "APQN BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook LearnedFactors MQAT Plan "
+        "ProductCodes Pruned QuantNoise Run StraightThrough attach"
     ),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}

@@ -262,6 +262,7 @@ def _known() -> Mapping[str, tuple[Method, ...]]:
             make(LSQ(4), Iterative(0.5, rounds=2), pattern="channels", refresh=1),
             make(LSQ(None), refresh=1),
         ),
+        "learned_factors": lambda make: (make(3, 0.5, 6, 4), make(rank=2, density=1.0)),
         "dead_zone": lambda make: (make(None, zone=2.5), make(4, axis=0, zone=1.5)),
         "product_codes": lambda make: (make(Product(4, points=16)),),
         "quant_noise": lambda make: (

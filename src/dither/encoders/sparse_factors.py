@@ -86,19 +86,10 @@ class SparseFactors(BySettings):
             SpecError: a weight is not finite.
         """
         weight, stats = on_cpu(weight, stats)
-        matrix, metric = self._problem(weight, stats)
-        grid = Factors()
-        found: _Fit | None = None
-        for fit in self._sweeps(matrix, metric):
-            if fit.is_held and (found is None or fit.objective < found.objective):
-                found = fit
-        if found is None:
-            return grid.encode(weight)  # nothing to factor
-        held = found.integers()
-        scale = torch.tensor([held.scale * self._unit(weight)], dtype=torch.float32)
-        least = torch.finfo(torch.float32).tiny
-        if not bool(scale.isfinite()) or float(scale) < least or not len(held.right):
+        grid, held = Factors(), self.integers(weight, stats)
+        if held is None:
             return grid.encode(weight)
+        scale = torch.tensor([held.scale], dtype=torch.float32)
         encoded = grid.encoded(held.left, held.right, tuple(weight.shape), weight.dtype, scale)
         if grid.comes_back(encoded):
             return encoded
@@ -107,6 +98,20 @@ class SparseFactors(BySettings):
             (e.decode().double() - weight.double()).square().sum() for e in (encoded, nearest)
         ]
         return nearest if errors[1] <= 2 * errors[0] else grid.encode(weight)
+
+    def integers(self, weight: Tensor, stats: Stats | None = None) -> Integers | None:
+        """Both factors in steps; None where there is nothing to factor, or no scale for it."""
+        matrix, metric = self._problem(*on_cpu(weight, stats))
+        found: _Fit | None = None
+        for fit in self._sweeps(matrix, metric):
+            if fit.is_held and (found is None or fit.objective < found.objective):
+                found = fit
+        if found is None:
+            return None
+        held = found.integers(self._unit(weight))
+        scale = torch.tensor(held.scale, dtype=torch.float32)
+        least = torch.finfo(torch.float32).tiny
+        return held if bool(scale.isfinite()) and scale >= least and len(held.right) else None
 
     def objectives(self, weight: Tensor, stats: Stats | None = None) -> list[tuple[bool, float]]:
         """Whether values were on their grids, and the objective, after each sweep."""
@@ -194,7 +199,15 @@ class SparseFactors(BySettings):
 
 
 @dataclass(frozen=True)
-class _Integers:
+class Integers:
+    """Factors in steps.
+
+    Attributes:
+        left: ``(rows, rank)`` int32.
+        right: ``(rank, columns)`` int32.
+        scale: of their product.
+    """
+
     left: Tensor
     right: Tensor
     scale: float
@@ -250,13 +263,13 @@ class _Fit:
         left, right = self.left / norms, self.right * norms[:, None]
         return _Fit(self.matrix, self.metric, left, right)
 
-    def integers(self) -> _Integers:
-        """What the file holds; components that are 0 go."""
+    def integers(self, unit: float) -> Integers:
+        """What the file holds of the matrix times ``unit``; components that are 0 go."""
         assert self.steps is not None  # noqa: S101 - asked of held fits
         left = (self.left / self.steps[0]).round().to(torch.int32)
         right = (self.right / self.steps[1]).round().to(torch.int32)
         used = left.any(0) & right.any(1)
-        return _Integers(left[:, used], right[used], self.steps[0] * self.steps[1])
+        return Integers(left[:, used], right[used], self.steps[0] * self.steps[1] * unit)
 
 
 def _kept(values: Tensor, density: float) -> Tensor:

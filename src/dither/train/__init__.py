@@ -14,6 +14,7 @@ from dither.train.fine_grid import Fine
 from dither.train.finish import reestimate_batch_norm
 from dither.train.ipq import IterativePQ, ProductCodes, published_nbytes
 from dither.train.learned_codebook import LearnedCodebook, gradient_norms, redistribute
+from dither.train.learned_factors import LearnedFactors
 from dither.train.lsq import LSQ
 from dither.train.method import Method
 from dither.train.noise import Noise
@@ -60,6 +61,7 @@ __all__ = [
     "Kurtosis",
     "LayerDrop",
     "LearnedCodebook",
+    "LearnedFactors",
     "Method",
     "Noise",
     "OneShot",
