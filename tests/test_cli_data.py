@@ -70,6 +70,19 @@ def test_data_of_the_users_own(module: str, data: str) -> None:
     assert "score" in text
 
 
+def test_tuning_is_the_last_that_is_tried(module: str) -> None:
+    given = ["--data", f"{module}:samples", "--model", f"{module}:build", "--size", "1500"]
+    code, text = run(*given, "--tune", "--json")
+    assert code == 0, text
+    document = json.loads(text)
+    assert document["nbytes"] <= 1500
+    tuned = document["trials"][-1]
+    assert tuned["stage"] == "tuned"
+    code, text = run(*given, "--json")
+    assert code == 0, text
+    assert "tuned" not in {trial["stage"] for trial in json.loads(text)["trials"]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,6 +97,7 @@ def test_data_of_the_users_own(module: str, data: str) -> None:
             "not a function",
         ),
         (["--activations", "int8"], "go with --data"),
+        (["--tune"], "go with --data"),
     ],
 )
 def test_what_is_refused(module: str, arguments: list[str], message: str) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from dither.formats import Affine, Codebook, Factors, Mixed, Product, Raw, Trellis
     from dither.report import diagnose
-    from dither.search import compress, compress_to, plan
+    from dither.search import compress, compress_to, plan, tune
     from dither.train import (
         APQN,
         LSQ,
@@ -56,6 +56,7 @@ __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.
     "compress",
     "compress_to",
+    "tune",
     "plan",
     "Data",
     "load",
@@ -124,7 +125,7 @@ _NAMES = {
     ),
     "formats": "Affine Codebook Factors Mixed Product Raw Trellis",
     "report": "diagnose",
-    "search": "compress compress_to plan",
+    "search": "compress compress_to plan tune",
     "train": (
         "APQN BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook LearnedFactors MQAT Plan "
         "ProductCodes Pruned QuantNoise Run StraightThrough attach"

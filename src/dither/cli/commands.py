@@ -107,6 +107,7 @@ Factored = Annotated[
         help="Without data: try products of quantized sparse matrices, too; some seconds each.",
     ),
 ]
+Tuned = Annotated[bool, typer.Option("--tune", help="Tune numbers by DATA in the end: minutes.")]
 MAX_BITS = 64
 _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or a model folder."
 
@@ -177,6 +178,7 @@ def compress(
     activations: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
     ] = None,
+    tune: Tuned = False,
     on_disk: OnDisk = None,
     prune: Prune = None,
     factors: Factored = False,
@@ -190,12 +192,12 @@ def compress(
     if bits is not None and not 0 < bits <= MAX_BITS:
         raise typer.BadParameter(f"--bits is a number from 0 to {MAX_BITS}, not {bits:g}")
     wanted = size or f"{bits:.12f} bits"
-    if data is None and (model or evaluate or activations or on_disk is not None):
-        options = "--model, --evaluate, --activations, --on-disk and --in-memory"
+    if data is None and (model or evaluate or activations or tune or on_disk is not None):
+        options = "--model, --evaluate, --activations, --tune, --on-disk and --in-memory"
         raise typer.BadParameter(f"{options} go with --data")
     if (data is not None or base is not None) and (prune is not None or factors):
         raise typer.BadParameter("--prune and --factors work without --data and --base")
-    told = work.Given(data, model, evaluate, activations, on_disk, base)
+    told = work.Given(data, model, evaluate, activations, on_disk, base, tune)
     way = work.sensitivity_of(prune, factors=factors)
     printer = Printer(as_json, quiet)
     work.compress(printer, source, output, size=wanted, key=key, given=told, way=way)

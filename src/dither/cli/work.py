@@ -66,6 +66,7 @@ class Given:
     activations: str | None = None
     on_disk: bool | None = None
     base: Path | None = None
+    tune: bool = False
 
     def goes_on_disk(self, state: Mapping[str, Tensor]) -> bool:
         """Whether the model of a state is to be on a disk, as it is asked for, or by its size."""
@@ -145,6 +146,7 @@ def _compress(
             how["data"] = data_of(given.data, source, model)
             how["evaluate"] = evaluate_of(given.evaluate)
             how["activations"] = given.activations
+            how["tune"] = given.tune
         if way is not None:
             how["sensitivity"] = way
         if to_folder or way is not None or given.base is not None:

@@ -1,7 +1,8 @@
 """Spend a budget in bytes where the model needs it."""
 
+from dither.calibrate.tuning import Course
 from dither.search.calibrated import calibrated
-from dither.search.compress import compress
+from dither.search.compress import Beside, compress
 from dither.search.compress_to import compress_to
 from dither.search.joint import Aim, Evaluation, Joint, joint
 from dither.search.joint_evaluation import Candidate
@@ -34,6 +35,7 @@ from dither.search.pruned import PrunedFirst
 from dither.search.sensitivity import data_free, token_counts
 from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills, parse_size
 from dither.search.trials import Trial
+from dither.search.tune import tune
 
 __all__ = [
     "AJPQ",
@@ -43,8 +45,10 @@ __all__ = [
     "SLACK_NBYTES",
     "Aim",
     "Allocator",
+    "Beside",
     "Candidate",
     "Choice",
+    "Course",
     "Evaluation",
     "Evolution",
     "Grid",
@@ -79,4 +83,5 @@ __all__ = [
     "parse_size",
     "plan",
     "token_counts",
+    "tune",
 ]

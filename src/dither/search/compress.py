@@ -44,8 +44,11 @@ class Beside(TypedDict, total=False):
             last that is tried.
         metadata: JSON values to store in the file.
         progress: called with what is being done and its share; :mod:`dither.progress` says more.
+        tune: with data, whether numbers that take no further bytes are trained in the end: see
+            :func:`~dither.tune`. Not with a base.
     """
 
+    tune: bool
     base: BaseSource | None
     metadata: Mapping[str, Any] | None
     progress: Hook | None
@@ -65,6 +68,8 @@ def beside(given: Beside, what: str) -> Beside:
             "compress_to reads one tensor at a time, and a base is compared as a whole: use "
             "dither.compress(source, size, base=...).save(output)"
         )
+    if given.get("base") is not None and given.get("tune"):
+        raise SpecError("a file with a base is not tuned; leave one of them out")
     return given
 
 
@@ -104,8 +109,7 @@ def compress(
             outputs on the data decides.
         activations: ``"int8"`` for what goes into modules with weights, or a plan of sites.
         sensitivity: what an error costs; by default read off the weights alone.
-        more: ``base``, weights that tensors are stored as differences to; ``metadata`` and
-            ``progress``: see :class:`Beside`.
+        more: ``base``, ``tune``, ``metadata`` and ``progress``: see :class:`Beside`.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
@@ -117,18 +121,19 @@ def compress(
     >>> 4925 <= compress(weights, size="8x").nbytes <= 5000
     True
     """
-    told = beside(more, "compress")
-    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
+    told, tune = beside(more, "compress"), more.get("tune") or None
+    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations, tune=tune)
     given, coder = told.get("base"), Coder(release=asked.release)
     base = None if given is None else base_of(given)
     if base is not None and activations is not None:
         raise SpecError("activations are not searched for with a base; leave one of them out")
     with hooked(told.get("progress")), asked.together(base) as team:
-        metadata = dict(told.get("metadata") or {})
-        job = Job(asked.budget, sensitivity, metadata, team, coder, asked.home, base)
+        home, about = asked.home, dict(told.get("metadata") or {})
+        job = Job(asked.budget, sensitivity, about, team, coder, home, base)
         if data is None:
             return job.archive(asked.tensors)
-        return with_data(Bench(asked.source, Data.of(data), evaluate, team), job, activations)
+        bench = Bench(asked.source, Data.of(data), evaluate, team)
+        return with_data(bench, job, activations, tunes=bool(tune))
 
 
 @dataclass(frozen=True)
@@ -161,9 +166,7 @@ class Asked:
         source: Source,
         size: int | str,
         data: object,
-        *,
-        evaluate: object = None,
-        activations: object = None,
+        **needs: object,
     ) -> Asked:
         """Read the source; refuse what does not go together."""
         found = weights_in(source, "compress", run=data is not None)
@@ -171,7 +174,7 @@ class Asked:
         values = sum(value.numel() for value in tensors.values.values())
         expect(values * SECONDS)
         budget = parse_size(size, tensors.nbytes, values)
-        for name, value in {"evaluate": evaluate, "activations": activations}.items():
+        for name, value in needs.items():
             if data is None and value is not None:
                 raise SpecError(f"{name}= goes with data=; give a loader of a few hundred samples")
         is_own = isinstance(source, str | os.PathLike)

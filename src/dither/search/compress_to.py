@@ -73,7 +73,8 @@ def compress_to(
     """
     told = beside(more, "compress_to")
     path = _within(Path(output))
-    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations)
+    tune = more.get("tune") or None
+    asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations, tune=tune)
     about = _about(asked, dict(told.get("metadata") or {}), activations)
     trials: tuple[object, ...] = ()
     hook = hooked(told.get("progress"))
@@ -85,7 +86,7 @@ def compress_to(
             team.first("writing", partial(ledger.write, path))
         else:
             bench = Bench(asked.source, Data.of(data), evaluate, team)
-            archive = with_data(bench, job, activations)
+            archive = with_data(bench, job, activations, tunes=bool(tune))
             team.first("writing", partial(archive.save, path))
             trials = archive.trials
     return _with_trials(Archive.open(path), trials)

@@ -57,7 +57,7 @@ class Split:
         return cls(data, data, 0, sum(rows_of(batch) for batch in data))
 
 
-def hold_out(model: nn.Module, data: Data) -> Split:
+def hold_out(model: nn.Module, data: Data, many: int = MANY) -> Split:
     """Hold out a share of few samples: some of each batch, or else whole batches.
 
     A batch is cut along the first axis of its tensors, where the model gives for each part what it
@@ -66,11 +66,12 @@ def hold_out(model: nn.Module, data: Data) -> Split:
     Args:
         model: runs on the batches that are cut, and on their parts.
         data: with batches in memory.
+        many: from so many samples on, none is held out.
     """
     batches = list(data)
     sizes = [rows_of(batch) for batch in batches]
     total = sum(sizes)
-    if total >= MANY:
+    if total >= many:
         return Split.of(data)
     share = min(max(SHARE, LEAST / total), 0.5)
     cuts = _shares(sizes, share)

@@ -9,6 +9,7 @@ from torch import nn
 
 from dither.archive import Archive
 from dither.calibrate import Layerwise
+from dither.calibrate.tuning import Course
 from dither.core import SpecError
 from dither.data import Data
 from dither.model import collect, duplicate, weights_of
@@ -21,10 +22,19 @@ from dither.search.job import Job
 from dither.search.layer_order import LayerOrder
 from dither.search.ledger import Ledger
 from dither.search.trials import Bench
+from dither.search.tune import tuned
 
 
-def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
+def with_data(
+    bench: Bench, job: Job, sites: Sites | None = None, *, tunes: bool = False
+) -> Archive:
     """The best archive of those that data allow; its ``trials`` tell what there was.
+
+    Args:
+        bench: on which they are tried.
+        job: what is wanted.
+        sites: activations to quantize, last.
+        tunes: whether the best file is tuned before.
 
     Raises:
         BudgetError: the budget is impossible.
@@ -38,6 +48,8 @@ def with_data(bench: Bench, job: Job, sites: Sites | None = None) -> Archive:
     if equal is not None and bench.attempt("equalized", partial(job.archive, collect(equal))):
         model = equal
     _try_fitted(bench, job, model)
+    if tunes:
+        bench.attempt("tuned", partial(_tuned, bench, job.budget))
     if plans:
         try_plans(bench, plans, job.metadata, room)
     return bench.winner()
@@ -54,6 +66,13 @@ def _try_fitted(bench: Bench, job: Job, model: nn.Module) -> None:
     if bench.held and any(kept):
         again = _Fitted(bench, job, model, bench.data)
         bench.refit(again.both if kept[-1] and len(kept) > 1 else again.calibrated)
+
+
+def _tuned(bench: Bench, budget: int) -> Archive | None:
+    """The best file so far, tuned; as it was where that is no better on samples held out of it."""
+    if bench.best is None:
+        return None
+    return tuned(bench.model, bench.best, bench.part, budget, Course())[0] or bench.best
 
 
 class _Fitted:
