@@ -16,7 +16,7 @@ from torch.nn import functional
 import dither
 from dither import Affine, Codebook, Product, Raw, SpecError, Trellis
 from dither.archive import Archive, pack
-from dither.calibrate.tuning import Scales, Student, judged
+from dither.calibrate.tuning import Scales, Student, judged, part_of
 from dither.core import Encoded, Format
 from dither.data import divergence
 from dither.demo.network import load_digits
@@ -280,3 +280,18 @@ def test_judging_is_by_the_mean_over_batches(made: Made) -> None:
         each = [float(divergence(tuned(b), w)) for b, w in zip(made.data, wanted, strict=True)]
     found = judged(student, made.data, list(wanted))
     assert found == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("points", [256, 1024])
+def test_values_are_looked_up_in_tables_whose_type_counts_so_far(
+    dtype: torch.dtype, points: int
+) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    held = Codebook(points, dtype=dtype).encode(weight)
+    part = part_of(held)
+    if dtype == torch.bfloat16 and held.params["points"].numel() > 256:
+        assert part is None
+    else:
+        assert part is not None
+        assert torch.equal(part.value().detach(), held.decode())

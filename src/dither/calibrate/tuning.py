@@ -131,7 +131,13 @@ def part_of(held: Encoded) -> Part | None:
         if grouping.count == len(params["scale"]) and torch.equal(twice, 2 * held.decode()):
             return Scales(held, grouping)
     for name in ("points", "centroids"):
-        if set(params) == {name} and params[name].numel() <= 2048:  # counted in float16
+        table = params.get(name)
+        # Their numbers are looked up in the table's own type, which must count so far.
+        if (
+            len(params) == 1
+            and table is not None
+            and table.numel() <= 2 / torch.finfo(table.dtype).eps
+        ):
             return Points(held, name)
     return None
 
