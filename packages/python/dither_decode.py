@@ -638,8 +638,7 @@ def no_constant(text: str) -> None:
 def read_index(data: bytes) -> tuple[dict[str, Any], int]:
     """The index, and where it begins in the file."""
     must(len(data) >= 28 and data[:8] == b"\x8dDITHER\x1a", "no .dither file")
-    must(data[8:12] != b"\1\0\1\0", "differences to a base, which this decoder does not read")
-    must(data[8:12] == b"\1\0\0\0", "version or features")
+    must(data[8:12] == b"\1\0\0\0", "version or features, such as differences to a base")
     must(data[-4:] == b"htid", "end mark: the file is cut off")
     packed, unpacked, crc = (int.from_bytes(data[i : i + 4], "little") for i in (-16, -12, -8))
     begin, unpack = len(data) - 16 - packed, zlib.decompressobj()

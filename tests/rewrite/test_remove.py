@@ -199,6 +199,7 @@ def test_pruned_channels_leave_the_model_and_the_file_is_smaller() -> None:
     assert isinstance(surrogate, Masked)
     with torch.no_grad():
         model.get_parameter("3.bias").masked_fill_(~surrogate.mask[:, 0], 0.0)
+    run.step()
     before = run.finish()
     detached = run.detach(commit=True)
     x = torch.randn(5, 6)

@@ -27,8 +27,8 @@ def train(kind: str, method: str, way: str, path: str) -> dict[str, Any]:
     """Train on this rank's share of the batch, finish and save; `way` is ddp, fsdp or one."""
     model, inputs = build(kind)
     run = attach(model, dict.fromkeys(weights_of(model), METHODS[method]))
-    # Its weights themselves do not train, so that they get no gradient.
-    wrapped = _wrap(model, way, find_unused=method == "learned_codebook")
+    # Their weights themselves do not train, so that they get no gradient.
+    wrapped = _wrap(model, way, find_unused=method in {"learned_codebook", "learned_factors"})
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
     run.join(optimizer)
     batch = inputs[: len(inputs) // 2 * 2]

@@ -129,7 +129,8 @@ def _compress(
     to_folder = output is not None and names_folder(output)
     (check_folder_output if to_folder else check_archive_output)(target, source)
     if to_folder and (given.model is not None or given.base is not None):
-        raise SpecError("a model folder has its own model, and no base; with these name a file")
+        option = "--model" if given.model is not None else "--base"
+        raise SpecError(f"a model folder has its own model, and no base; with {option} name a file")
     with printer.progress(f"reading {source}"):
         if team.rank == 0:
             make_folder(target)

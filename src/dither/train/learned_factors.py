@@ -26,7 +26,8 @@ class LearnedFactors(Method):
 
     Begins with what :class:`~dither.SparseFactors` finds for the weight. Then both factors learn,
     straight through their rounding; which entries of the right one are 0, and the scale, stay. The
-    weight itself is not trained.
+    weight itself is not trained, and has no gradient: DDP must not wait for it, see
+    :class:`~dither.LearnedCodebook`.
 
     Attributes:
         rank: of the product.
