@@ -19,6 +19,12 @@ from dither.model import evaluating
 _ROUNDING = 2.0**-18
 """Share of second moments below which what is left about the mean is the rounding of sums."""
 
+_CANCELLED = 2.0**-6
+"""Share of them below which it may have lost enough digits for negative eigenvalues."""
+
+_SUMS = 2.0**-22
+"""Share of them, for each input, that a sum in float32 may be off by."""
+
 
 @dataclass(frozen=True)
 class Receiver:
@@ -98,7 +104,24 @@ def centered(stats: Stats, aim: Tensor) -> Stats:
     is_constant = spread <= _ROUNDING * energy
     if bool(is_constant.any()):
         gram, cross = (m.masked_fill(is_constant[..., None, None], 0.0) for m in (gram, cross))
+    if bool((spread < _CANCELLED * energy).any()):
+        raised = _missing(gram, energy)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
+        gram, cross = gram + raised, cross + raised
     return replace(stats, gram=gram, cross=cross)
+
+
+def _missing(gram: Tensor, energy: Tensor) -> Tensor:
+    """What the rounding of sums may have left out of each diagonal: where there is no factor.
+
+    Means that are far from 0 take most of the digits, and what is left about them may have negative
+    eigenvalues, as small as the rounding of what was subtracted.
+    """
+    size = gram.shape[-1]
+    spread = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    least = _SUMS * size * spread
+    tried = gram.double() + least[..., None, None] * torch.eye(size, dtype=torch.float64)
+    has_none = (torch.linalg.cholesky_ex(tried).info > 0) & (spread > 0)
+    return torch.where(has_none, _SUMS * size * energy, 0.0)
 
 
 def _products(first: Tensor, second: Tensor, like: Tensor) -> Tensor:
