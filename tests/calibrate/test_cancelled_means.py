@@ -24,3 +24,15 @@ def test_moments_about_the_mean_have_a_factor(offset: float, groups: int) -> Non
         torch.testing.assert_close(found.cross, found.gram)
         for moments in found.gram if groups else [found.gram]:
             cholesky(moments.double())
+
+
+def test_sums_that_are_off_by_a_thousandth_have_one_too() -> None:
+    inputs = 3 + 0.05 * torch.randn(2, 500, 9, generator=torch.Generator().manual_seed(0))
+    gram, mean = inputs.mT @ inputs / 500, inputs.mean(1)
+    gram[1] *= 1 - 1e-3
+    found = centered(Stats(gram=gram, cross=gram, mean=mean, samples=500), mean).gram
+    assert found is not None
+    for moments in found:
+        cholesky(moments.double())
+    wanted = inputs[0] - mean[0]
+    torch.testing.assert_close(found[0], wanted.T @ wanted / 500, rtol=0.01, atol=1e-5)
