@@ -68,7 +68,7 @@ def save_pretrained(
         tokenizer: a tokenizer or processor to save beside it.
 
     Returns:
-        Bytes of the file of weights: 128 more than the archive has.
+        Bytes of the file of weights, 128 more than the archive has.
 
     Raises:
         SpecError: there is no model to take the configuration from, or it is none of transformers.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dither.activations import Activation, Encodings, apply, inputs_of_layers, observe
@@ -217,9 +217,10 @@ def qat(
 ) -> tuple[Quantized, Recipe]:
     """Prepare for training on grids (figure 10 of the white paper).
 
-    Layers are equalized where scales are per tensor; all ranges begin at the least squared error
-    and are learned. With a scale for each channel batch norms stay by default, and their factors
-    are in what the channels' scales learn; with one for a tensor they are folded (section 4.2).
+    With a scale for each tensor batch norms are folded, layers equalized, and ranges begin at the
+    least squared error. With one for each channel batch norms stay by default, their factors are in
+    what the channels' scales learn, and ranges of weights begin at LSQ's own rule. All ranges are
+    learned (section 4.2).
 
     Args:
         model: is left as it was.
@@ -242,7 +243,6 @@ def qat(
         work.activate(Activation(activations, ranges="mse", training="learned", lr=lr))
 
     def choose(layer: Layer) -> LSQ:
-        # Scales per channel begin at the paper's own rule of LSQ; one of a tensor by squares.
         step = None
         if axis is None and bool(layer.weight.any()):
             step = float(Ranges(work.format).params(layer.weight.detach())["scale"])
@@ -260,6 +260,7 @@ class _Work:
         with evaluating(model), torch.no_grad():
             self._wanted = [self.data.output(model, batch) for batch in self.data]
         self._channels: dict[str, Channels] = {}
+        self._before: dict[str, Tensor] = {}
         self._began = time.monotonic()
 
     def fold(self) -> None:
@@ -273,7 +274,7 @@ class _Work:
 
     def equalize(self, wanted: bool | None) -> None:  # noqa: FBT001 - three-valued
         """Like ranges on both sides of channels, and high biases absorbed."""
-        name, is_asked = "equalize", wanted is True
+        name = "equalize"
         if wanted is False or (wanted is None and not self._may_help()):
             self._note(name, "left out")
             return
@@ -290,7 +291,7 @@ class _Work:
             self._note(name, f"left out: {error}")
             return
         said = f"{len(factors)} pairs, {len(swapped)} ReLU6 to ReLU, {len(absorbed)} absorbed"
-        if not is_asked and self._rounded(changed) >= self._rounded(self.found.model):
+        if wanted is None and self._rounded(changed) >= self._rounded(self.found.model):
             self._note(name, f"left out, since it does not help: {said}")
             return
         self.found.model, self._channels = changed, channels
