@@ -10,7 +10,7 @@ from dither.archive import Archive, code, pack
 from dither.core import Encoded, Encoder, SpecError, Stats
 from dither.encoders import GPTQ, AdaRound, Nearest, Ranges, SequentialMSE
 from dither.encoders.outputs import gram_groups, matrix_of, output_errors, retargeted, tensor_of
-from dither.formats import Affine
+from dither.formats import Affine, Raw
 from dither.testing import check_encoder, same_bits
 
 
@@ -157,3 +157,35 @@ def test_moments_that_do_not_fit() -> None:
             list(gram_groups(torch.ones(2, 3), gram))
     with pytest.raises(SpecError, match="same shape"):
         retargeted(torch.ones(2, 3), Stats(gram=torch.eye(3), cross=torch.eye(2)))
+
+
+def shifted(seed: int = 0) -> tuple[Tensor, Stats]:
+    """Inputs at half their size and with errors: what does best there is far from the weight."""
+    weight, inputs = normal(16, 24, seed=seed), normal(400, 24, seed=seed + 1)
+    actual = 0.5 * inputs + 0.1 * normal(400, 24, seed=seed + 2)
+    gram, cross = actual.T @ actual / 400, inputs.T @ actual / 400
+    return weight, Stats(gram=gram, cross=cross)
+
+
+def test_adaround_chooses_between_codes_next_to_the_target_or_to_the_weight() -> None:
+    weight, stats = shifted()
+    form, aim = Affine(None), retargeted(weight, stats, 0.01)
+    ways = {
+        around: AdaRound(form, 0.25, iterations=300, around=around).encode(weight, stats).decode()
+        for around in ("target", "weight")
+    }
+    assert float((ways["target"] - aim).abs().max()) <= 0.25 * 1.001
+    assert float((ways["weight"] - weight).abs().max()) <= 0.25 * 1.001
+    assert float((aim - weight).abs().max()) > 0.5  # no code is near both
+
+    def left(value: Tensor) -> float:
+        return loss(Raw().encode(value), aim, stats)
+
+    # One step is all that the weight's own neighbours can make up for.
+    assert left(ways["target"]) < left(ways["weight"]) < left((weight / 0.25).round() * 0.25)
+    alone = Stats(gram=stats.gram)
+    same = [AdaRound(Affine(4, axis=0), iterations=50, around=a) for a in ("target", "weight")]
+    first, second = (encoder.encode(weight, alone).decode() for encoder in same)
+    assert same_bits(first, second)
+    with pytest.raises(SpecError, match="around"):
+        AdaRound(form, 0.25, around="both")

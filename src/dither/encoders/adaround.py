@@ -16,6 +16,8 @@ from dither.formats import Affine
 from dither.formats.grid_rounding import require_floating
 from dither.formats.settings import check_choice, check_count, check_kind, check_number
 
+AROUND = ("target", "weight")
+
 STRETCH = (1.2, -0.1)
 """The rectified sigmoid ``clip(1.2 sigmoid(v) - 0.1, 0, 1)`` reaches 0 and 1 (Louizos 2018)."""
 
@@ -44,7 +46,7 @@ class AdaRound:
     The error is exact and over all samples at once, from ``Stats.gram``; the paper draws 32 of
     1,024 samples for each iteration, and may include the activation function, which moments
     cannot. With ``Stats.cross`` the aim is the output of the original inputs, the paper's
-    asymmetric reconstruction.
+    asymmetric reconstruction; ``around`` says between which codes is chosen then.
 
     Attributes:
         format: an Affine of any granularity; with one bit, asymmetric or endpoint.
@@ -53,6 +55,9 @@ class AdaRound:
         damping: added to the diagonal of ``H`` for ``Stats.cross``, as a share of its mean.
         ranges: ``"mse"`` or ``"minmax"``, by the weights as in :class:`~dither.encoders.Ranges`;
             ``"output"``, as in :class:`~dither.SequentialMSE`, where ``stats`` has a Gram matrix.
+        around: with ``Stats.cross``, the codes to choose from are the two next to ``"target"``, the
+            weight that does best with the inputs there are, or to ``"weight"`` itself, as in the
+            paper, where ``h`` starts at the weight's own fraction. The error is the same.
 
     An output for which nearest codes leave less error keeps those.
 
@@ -74,12 +79,14 @@ class AdaRound:
     iterations: int = 10_000
     damping: float = 0.01
     ranges: str = "mse"
+    around: str = "target"
 
     def __post_init__(self) -> None:
         """Refuse settings that make no sense."""
         check_kind("AdaRound", self.format, (Affine,))
         check_count("AdaRound", "iterations", self.iterations, 1, 1 << 30)
         check_choice("AdaRound", "ranges", self.ranges, RANGES)
+        check_choice("AdaRound", "around", self.around, AROUND)
         if (self.format.bits is None) != (self.step is not None):
             raise SpecError(
                 f"AdaRound({self.format!r}, step={self.step!r}): a step belongs to bits=None, and "
@@ -106,10 +113,12 @@ class AdaRound:
         if stats.cross is not None:
             aim = retargeted(weight, stats, self.damping)
         places, scales = places_of(self.format, aim.float(), held)
+        start = places
+        if self.around == "weight" and aim is not weight:
+            start, _ = places_of(self.format, weight.float(), held)
         lowest, highest = ends(self.format)
-        below = places.floor().clamp_(lowest, highest - 1)
-        shares = (places - below).clamp_(0, 1)
-        up = self._learn(shares, places - below, scales, stats)
+        below = start.floor().clamp_(lowest, highest - 1)
+        up = self._learn((start - below).clamp_(0, 1), places - below, scales, stats)
         found = encoded_at(self.format, below + up, weight.dtype, held)
         return best_of(self.format, found, nearest, held, aim, stats)
 
@@ -124,7 +133,7 @@ class AdaRound:
 
         Args:
             shares: ``h`` at the start, the fractions within 0 and 1.
-            fractions: the weight in steps above its lower neighbour.
+            fractions: the aim in steps above the lower code.
             scales: the steps.
             stats: with ``gram``.
         """
