@@ -131,10 +131,11 @@ def evaluate(model: nn.Module, split: Split) -> float:
     return 100.0 * right / len(images)
 
 
-def some(split: Split, first: int, last: int) -> tuple[Tensor, Tensor]:
+def some(split: Split | Literal["train"], first: int, last: int) -> tuple[Tensor, Tensor]:
     """Normalised images [n, 3, 32, 32] and labels [n]: a range of a split in a fixed random order.
 
-    In the order of the files, images of one class follow one another.
+    In the order of the files, images of one class follow one another. ``"train"`` are the 45,000
+    images that :class:`Batches` has.
 
     Raises:
         FileNotFoundError: if the data are missing.

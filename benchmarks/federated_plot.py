@@ -1,0 +1,108 @@
+"""Tables and a plot of what ``benchmarks.federated`` found."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import MARKS
+
+NAMES = {
+    "plain": "FedAvg",
+    "kure": "KURE",
+    "qat": "QAT at 4 bits",
+    "apqn": "APQN",
+    "mqat": "MQAT",
+}
+WIDTHS = ("32", "8", "6", "4", "3", "2")
+Found = Mapping[str, Mapping[str, Any]]
+
+
+def mean(values: Iterable[float]) -> str:
+    """Mean and standard deviation, with two digits."""
+    some = list(values)
+    spread = statistics.stdev(some) if len(some) > 1 else 0.0
+    return f"{statistics.mean(some):.2f} ± {spread:.2f}"
+
+
+def seeds(rows: Found, objective: str, wire: str) -> list[Mapping[str, Any]]:
+    """Rows that differ in their seed alone."""
+    return [r for r in rows.values() if (r["objective"], r["wire"]) == (objective, wire)]
+
+
+def objectives(rows: Found) -> Iterable[str]:
+    """One line of Markdown for each objective: accuracy at each width, and kurtosis."""
+    for kind, name in NAMES.items():
+        some = seeds(rows, kind, "float32")
+        if some:
+            cells = [mean(row["accuracy"][bits] for row in some) for bits in WIDTHS]
+            cells.append(f"{statistics.mean(row['kurtosis'] for row in some):.2f}")
+            yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def messages(rows: Found) -> Iterable[str]:
+    """One line for each kind of message: bytes of a round, of all rounds, and accuracy."""
+    for wire in dict.fromkeys(row["wire"] for row in rows.values()):
+        some = seeds(rows, "plain", wire)
+        before, last = some[0]["rounds"][-2:]
+        each = sum(last[way] - before[way] for way in ("down", "up"))
+        total = statistics.mean(sum(row["bytes"].values()) for row in some)
+        score = mean(row["accuracy"]["32"] for row in some)
+        yield f"| {wire} | {each:,} | {total / 1e6:.1f} MB | {score} |"
+
+
+def table(rows: Found) -> str:
+    """Both, as Markdown."""
+    first = ["| objective | " + " | ".join(WIDTHS) + " | kurtosis |", "|" + " --- |" * 8]
+    second = ["", "| messages | bytes of a round | of all | accuracy, % |", "|" + " --- |" * 4]
+    return "\n".join([*first, *objectives(rows), *second, *messages(rows)])
+
+
+def draw(rows: Found, path: Path) -> None:
+    """Accuracy over width for each objective, and over bytes for each kind of message."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update({"svg.hashsalt": "dither", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for number, (kind, name) in enumerate(NAMES.items()):
+        some = seeds(rows, kind, "float32")
+        if some:
+            grey = str(round(0.15 * number, 2))
+            scores = [[row["accuracy"][bits] for row in some] for bits in WIDTHS]
+            left.errorbar(
+                range(len(WIDTHS)),
+                [statistics.mean(values) for values in scores],
+                [statistics.stdev(values) if len(values) > 1 else 0 for values in scores],
+                marker=MARKS[number],
+                color=grey,
+                label=name,
+                capsize=2,
+            )
+    left.set_xticks(range(len(WIDTHS)), WIDTHS)
+    left.set(xlabel="bits of a weight", ylabel="accuracy, %")
+    for number, wire in enumerate(dict.fromkeys(row["wire"] for row in rows.values())):
+        some = seeds(rows, "plain", wire)
+        rounds = list(zip(*(row["rounds"] for row in some), strict=True))
+        nbytes = [statistics.mean(one["down"] + one["up"] for one in each) for each in rounds]
+        score = [statistics.mean(one["accuracy"] for one in each) for each in rounds]
+        right.plot(
+            [count / 1e6 for count in nbytes],
+            score,
+            marker=MARKS[number],
+            color=str(0.15 * number),
+            label=wire,
+            ms=3,
+        )
+    right.set(xlabel="bytes both ways, MB", ylabel="accuracy, %", xscale="log")
+    for axes in (left, right):
+        axes.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
