@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIENTS, CONCENTRATION, ROUNDS = 10, 0.5, 30
 PER_ROUND = 10_000
 """Images over all clients: each draws anew, in proportion to what it has."""
-BATCH, RATE, MOMENTUM = 50, 0.02, 0.9
+BATCH, RATE, MOMENTUM = 50, 0.03, 0.9
 WIDTHS = (32, 8, 6, 4, 3, 2)
 WATCHED = 2000
 """Test images that are scored after each round."""
