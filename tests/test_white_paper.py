@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from dither.activations import apply, placed
+from dither.activations import Activation, apply, observe, placed
 from dither.core import SpecError
 from dither.recipes.white_paper import Quantized, auto_quant, ptq, qat
 
@@ -158,3 +158,47 @@ def test_models_that_cannot_be_traced_are_quantized_as_they_are() -> None:
     assert found.steps[-1].distance < 0.01
     with pytest.raises(SpecError, match="roundings are"):
         ptq(Branching(), [torch.randn(8, 4)], rounding="up")
+
+
+def test_batch_norms_correct_biases_and_set_ranges_in_the_place_of_data(model: nn.Module) -> None:
+    spec, settled = Activation(8, ranges="norms"), copy.deepcopy(model).train()
+    for norm in (settled[1], settled[4]):  # type: ignore[index]
+        norm.reset_running_stats()
+        norm.momentum = None  # what norms say is so
+    with torch.no_grad():
+        for batch in samples(8, 1):
+            settled(batch)
+
+    def run(rounding: str, *, equalized: bool) -> Quantized:
+        return ptq(
+            settled.eval(),
+            samples(8, 1),
+            weights=3,
+            activations=spec,
+            axis=None,
+            rounding=rounding,
+            equalized=equalized,
+        )
+
+    for equalized in (False, True):
+        found = run("correct biases by norms", equalized=equalized)
+        assert named(found)["correct biases by norms"] == "3 of 4 layers"  # not of the image
+        assert named(found)["activations"].startswith("4 sites")
+        assert named(found)["activations"].endswith("2 by norms")  # and two from data
+        corrected, plain = (
+            f.steps[-2].distance for f in (found, run("nearest", equalized=equalized))
+        )
+        assert corrected < 0.8 * plain
+    grid = run("nearest", equalized=False).sites["3@in"]
+    assert grid.spec == spec
+    assert 0 < 255 * grid.scale[0] <= 6.001  # of a ReLU6, whatever the samples are
+
+
+def test_ranges_by_norms_are_not_observed() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(SpecError, match="ranges_by_norms"):
+        observe(net, {"0@in": Activation(8, ranges="norms")}, [torch.ones(1, 2)])
+    with pytest.raises(SpecError, match="groups=1"):
+        Activation(8, ranges="norms", groups=2)
+    with pytest.raises(SpecError, match="static"):
+        Activation(8, ranges="norms", dynamic=True)

@@ -69,6 +69,13 @@ class Encoding:
         scale, zero = quantizer.grid()
         return cls(quantizer.spec, tuple(scale.tolist()), tuple(map(int, zero.tolist())), order)
 
+    @classmethod
+    def covering(cls, spec: Activation, low: float, high: float) -> Self:
+        """The grid from ``low`` to ``high``, and 0; of a spec of one static range."""
+        quantizer = Quantizer(spec)
+        quantizer.set(torch.tensor([low]), torch.tensor([high]))
+        return cls.of(quantizer)
+
     def quantizer(self) -> Quantizer:
         """A module that computes with this grid, bit for bit."""
         made = Quantizer(self.spec)

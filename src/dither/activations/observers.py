@@ -25,9 +25,17 @@ class Observer:
         spec: which range is to be chosen.
         order: of the dimensions, where groups are sorted by range. While it is None for such a
             spec, only the ranges of single dimensions are found: see :func:`sort_dimensions`.
+
+    Raises:
+        SpecError: the range does not come from data.
     """
 
     def __init__(self, site: str, spec: Activation, order: Tensor | None = None) -> None:
+        if spec.ranges == "norms":
+            raise SpecError(
+                f"{site!r}: ranges='norms' come from batch norms, not from data; take them from "
+                "dither.recipes.white_paper.ranges_by_norms, or give ranges='mse'"
+            )
         self.site = site
         self.spec = spec
         self.seen = 0

@@ -10,7 +10,7 @@ from dither.core import Described, SpecError
 from dither.formats.settings import check_choice, check_count, check_flag, check_number
 
 PER = ("tensor", "token")
-RANGES = ("minmax", "running", "percentile", "mse", "crossentropy")
+RANGES = ("minmax", "running", "percentile", "mse", "crossentropy", "norms")
 TRAINING = ("fixed", "hindsight", "running", "learned", "clip")
 
 
@@ -56,7 +56,8 @@ class Activation(_Site):
         ranges: how the static range is found on calibration data. ``"minmax"``; ``"running"``: a
             moving average of the batches' extremes; ``"percentile"``: that share of the values
             lies within; ``"mse"``: least squared error; ``"crossentropy"``: least cross-entropy of
-            the softmax over ``axis``, for the last logits.
+            the softmax over ``axis``, for the last logits; ``"norms"``: what batch norms say, not
+            calibration data, see :func:`dither.recipes.white_paper.ranges_by_norms`.
         percentile: above 0, at most 100.
         momentum: weight of the old value in moving averages, from 0 to below 1.
         training: what ranges do in training. ``"fixed"``; ``"hindsight"``: a moving average of
@@ -100,11 +101,13 @@ class Activation(_Site):
         check_number("Activation", "percentile", self.percentile, 100)
         check_number("Activation", "lr", self.lr)
         _check_momentum("Activation", self.momentum)
-        if self.ranges == "crossentropy" and self.groups > 1:
+        if self.ranges in {"crossentropy", "norms"} and self.groups > 1:
             raise SpecError(
-                f"Activation(groups={self.groups}, ranges='crossentropy'): cross-entropy chooses "
-                "one range for all logits; give groups=1"
+                f"Activation(groups={self.groups}, ranges={self.ranges!r}): these are one range "
+                "for the whole tensor; give groups=1"
             )
+        if self.ranges == "norms" and self.is_dynamic:
+            raise SpecError("ranges='norms' are static; give dynamic=False and per='tensor'")
         if self.is_dynamic and self.training in {"learned", "clip"}:
             raise SpecError(
                 f"Activation(training={self.training!r}): a dynamic range, which per='token' "
