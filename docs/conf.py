@@ -14,7 +14,8 @@ project = "dither"
 project_copyright = "the authors of dither"
 release = version = dither.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+autosummary_generate = False  # the tables link to the pages of the rooms
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dither {release}"
@@ -44,9 +45,10 @@ def shorten(
     if node.get("refdomain") != "py" or not target:
         return None
     *_, name = target.rpartition(".")
+    name = {"open": "Archive.open"}.get(name, name)
     for room in ROOMS:
         module = importlib.import_module(f"dither.{room}")
-        if name in getattr(module, "__all__", ()) or hasattr(module, name):
+        if hasattr(module, name.partition(".")[0]):
             node["reftarget"] = f"dither.{room}.{name}"
             kind = node.get("reftype", "obj")
             found: Any = env.get_domain("py").resolve_xref(

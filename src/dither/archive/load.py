@@ -70,20 +70,29 @@ def load(
 ) -> dict[str, Tensor]:
     """All tensors of an archive, by name; tied weights share memory.
 
-    Tensors are decoded side by side, as many as torch has threads, and each is converted and moved
-    as soon as it is decoded: beside the result, so many are in memory at most, in the types that
-    they have in the file, and with their codes. The values do not depend on the number of threads.
+    Tensors are decoded in parallel, one per torch thread, and each is converted and moved as soon
+    as it is decoded: besides the result, at most that many are in memory, in the types of the file
+    and with their codes. The values do not depend on the number of threads.
 
     Args:
         path: the file, or a URL: see :meth:`Archive.open`.
-        max_nbytes: the same.
-        base: what its tensors rest on, where it stores differences: see :meth:`Archive.open`.
+        max_nbytes: a limit on memory, in bytes: see :meth:`Archive.open`.
+        base: the weights that the file stores differences to, if it does: see
+            :meth:`Archive.open`.
         dtype: what floating-point tensors are converted to; None keeps the type of each.
         device: where tensors go; None is the CPU.
 
     Raises:
-        SpecError: ``dtype`` is no floating-point type.
-        ArchiveError: the file is no archive or is damaged.
+        SpecError: ``dtype`` is not a floating-point type.
+        ArchiveError: the file is not an archive, or is damaged.
+
+    >>> import tempfile
+    >>> import dither
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     dither.compress({"w": torch.randn(64, 64)}, size="2kB").save(f"{folder}/w.dither")
+    ...     weights = load(f"{folder}/w.dither", dtype=torch.float16)
+    >>> weights["w"].shape, weights["w"].dtype
+    (torch.Size([64, 64]), torch.float16)
     """
     with Archive.open(path, max_nbytes, base=base) as archive:
         return archive.state_dict(dtype=dtype, device=device)
@@ -118,34 +127,37 @@ def load_into(
 ) -> Loaded:
     """Copy an archive's tensors into a model's parameters and buffers, in place.
 
-    Those on the meta device are without memory, and replaced by new tensors; buffers there that are
-    in no state dict are missing, since no file has their values. A name that the archive lacks is
-    not missing if the model ties it to one that is there. Either may have the names of a wrapper:
-    torch.compile, data parallelism, an average of weights; and the archive those that a Hugging
-    Face folder has on disk.
+    Tensors on the meta device, which have no memory, are replaced by new ones; buffers there that
+    are in no state dict count as missing, since no file has their values. A tied name needs only
+    one of its names in the archive. Both sides may have the names of a wrapper (torch.compile, data
+    parallelism, averaged weights), and the archive those of a Hugging Face folder.
 
-    Checksums are looked at first, but of a URL, so that a damaged file changes nothing. Then each
-    tensor is decoded into its place, as many side by side as torch has threads. Beside the model,
-    so many are in memory at most, with their codes; where transformers has to convert names, all of
-    them. The values do not depend on the number of threads.
+    Unless the source is a URL, checksums are verified first, so that a damaged file changes
+    nothing. Tensors are then decoded in place and in parallel; besides the model, at most one per
+    torch thread is in memory, or all of them where transformers has to convert names.
 
     Args:
-        model: its own types are kept, and devices but for the meta device.
+        model: keeps its types, and its devices except for the meta device.
         source: an archive, or the path or URL of one.
-        strict: refuse, before anything is changed, where names or shapes differ, or activations
-            are quantized in the archive only.
-        device: where tensors go that are on the meta device; None is the CPU.
+        strict: refuse, before anything is changed, if names or shapes differ, or if only the
+            archive quantizes activations.
+        device: where tensors on the meta device go; None is the CPU.
         max_nbytes: see :meth:`Archive.open`.
-        base: likewise, of a path.
+        base: see :meth:`Archive.open`; only with a path.
 
     Returns:
         What differed.
 
     Raises:
         SpecError: the model is attached to a run; or an open archive comes with a base.
-        CheckpointError: ``strict`` and a name, a shape or a site differs.
-        ArchiveError: the file is no archive or is damaged. If all its checksums hold, as in a file
-            that was made to do harm, a part of the model may have been changed by then.
+        CheckpointError: ``strict``, and a name, a shape or a site differs.
+        ArchiveError: the file is not an archive, or is damaged. A malicious file whose checksums
+            all hold may have changed part of the model by then.
+
+    >>> import dither
+    >>> model = nn.Linear(64, 64)
+    >>> print(load_into(model, dither.compress(model, "8x")))
+    all tensors match
     """
     if not isinstance(source, Archive):
         with Archive.open(source, max_nbytes, base=base) as archive:

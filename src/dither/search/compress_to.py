@@ -41,29 +41,30 @@ def compress_to(
     activations: Sites | None = None,
     **more: Unpack[Beside],
 ) -> Archive:
-    """Compress a model to a file, as :func:`~dither.compress` does; the bytes are the same.
+    """Compress a model straight to a file, with the bytes that :func:`~dither.compress` makes.
 
-    Of a file or folder of safetensors, one tensor at a time is in memory where there are no data:
-    each is read when its turn comes, first for predictions and then to be coded. What it takes at
-    its peak is at most 2.5 times the largest tensor in float32 and 1 GB.
+    Without data, a file or folder of safetensors is read one tensor at a time, twice: to predict,
+    then to encode. Peak memory is at most 2.5 times the largest tensor in float32, plus 1 GB.
 
-    What takes more than a few seconds keeps a journal beside the output, ``OUTPUT.journal``, until
-    the output is there. After an interruption of any kind, the same call goes on where that ends,
-    and makes the same file. A journal of another job is not used, with a warning. With data, models
-    run anew, and only encodings are remembered. Of several processes each has a journal of its own
-    (``OUTPUT.journal.1`` and so on).
+    A job of more than a few seconds keeps a journal beside the output, ``OUTPUT.journal``, until
+    the output is complete. After any interruption, the same call resumes where the journal ends and
+    makes the same file. The journal of another job is ignored, with a warning. With data, the
+    journal holds encodings only: the model runs again. With several processes, each has its own
+    journal (``OUTPUT.journal.1`` and so on).
 
     Args:
-        output: the file, which appears whole or not at all; its folder exists.
-        source: as for :func:`~dither.compress`, like all that follow.
-        size: bytes, or a text.
-        data: a loader, or :class:`~dither.Data`.
-        evaluate: the score of a model.
-        activations: ``"int8"``, or a plan of sites.
-        more: ``metadata`` and ``progress``; a ``base`` is refused, for all of it is in memory.
+        output: the file, which appears whole or not at all; its folder must exist.
+        source, size, data, evaluate, activations: as for :func:`~dither.compress`.
+        more: ``metadata`` and ``progress``; a ``base`` is refused, as it would fill memory.
 
     Returns:
         The archive, open.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with compress_to(f"{folder}/w.dither", {"w": torch.randn(64, 64)}, "8x") as archive:
+    ...         1984 <= archive.nbytes <= 2048
+    True
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.

@@ -38,30 +38,35 @@ def tune(
     course: Course | None = None,
     progress: Hook | None = None,
 ) -> Archive:
-    """Train what a compressed file holds besides codes, until outputs are nearer the original's.
+    """Train everything a compressed file holds except its codes, at no cost in bytes.
 
-    Steps of tensors, rows and columns, biases, norms and centroids learn from samples without
-    labels, towards the outputs of the original; no code of a matrix changes, and the file takes no
-    more bytes than before. It takes minutes on a CPU, some three times as long for each pass as the
-    model takes for the samples.
+    Scales of tensors, rows and columns, biases, norms and centroids are trained on samples without
+    labels to bring the outputs closer to the original's; the codes of matrices stay fixed. This
+    takes minutes on a CPU: each pass about three times as long as running the model on the samples.
 
-    A quarter of the samples is held out and judges: if what was trained is no better on these, the
-    archive comes back as it was.
+    A quarter of the samples is held out: if the result is no better on these, the archive is
+    returned unchanged.
 
     Args:
-        model: the original; is left as it was.
-        archive: of it, as :func:`dither.compress` or a finished run gives it.
+        model: the original; it is not changed.
+        archive: made of it by :func:`dither.compress` or a finished run.
         data: a loader, or :class:`~dither.Data`, whose distance must have a gradient.
-        nbytes: that the file may take; by default what it takes now.
-        course: how long and how fast: see :class:`~dither.search.Course`.
-        progress: called with what is being done and its share.
+        nbytes: the most the file may take; by default its present size.
+        course: how long and how fast to train: see :class:`~dither.search.Course`.
+        progress: called with what is being done and the share that is done.
 
     Returns:
-        Another archive, or the same. Its ``trials`` tell of it.
+        A new archive, or the given one. Its ``trials`` say which, and by how much it gained.
 
     Raises:
         SpecError: there is nothing to tune, the distance has no gradient, or the file quantizes
             activations: tune before that.
+
+    >>> import dither
+    >>> model, batches = nn.Linear(32, 32), [torch.randn(16, 32) for _ in range(4)]
+    >>> archive = dither.compress(model, "10x")
+    >>> tune(model, archive, batches, course=Course(passes=2)).nbytes <= archive.nbytes
+    True
     """
     refuse_attached(model, "tune")
     if archive.sites:

@@ -59,7 +59,7 @@ def attach(
     optimizer: Optimizer | None = None,
     **more: Unpack[More],
 ) -> Run:
-    """Train a model through noise: its `forward` reads surrogates where it reads weights.
+    """Prepare a model for training to a budget: `forward` reads surrogates in place of weights.
 
     Parameters, names, ties and optimizers stay as they are. Attach before the model is wrapped in
     DDP or FSDP.
@@ -73,13 +73,12 @@ def attach(
         budget: size of the file: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own
             bytes, ``"4 bits"`` for each value, or a :class:`Budget`. Training is steered there by
             :meth:`Run.penalty`.
-        data: a few hundred samples, no labels, as :func:`dither.compress` takes them: steps then
-            begin where what they measure puts them. Training moves steps far less than that.
+        data: a few hundred samples without labels, as for :func:`dither.compress`: the sizes of
+            steps then begin where these say. Training alone moves them far less.
         steps: optimizer steps that training will take; needed for a budget.
-        optimizer: the learned extras join it, see :meth:`Run.join`.
+        optimizer: learned extras are added to it: see :meth:`Run.join`.
         **more: ``penalties``, further terms for :meth:`Run.penalty`; ``schedules``, called now and
-            after every step; ``noise``, a seed, or more: see :class:`Noise`; ``owners``, of weights
-            that another module's `forward` reads than the one that holds them: see :class:`Plan`.
+            after every step; ``noise``, a seed or a :class:`Noise`; ``owners``: see :class:`Plan`.
 
     Raises:
         SpecError: the plan does not fit the model, the model is attached already, or an argument

@@ -31,15 +31,21 @@ back once it is needed."""
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget for :func:`dither.attach`, with what a plain size leaves to defaults.
+    """A budget for :func:`dither.attach`, with control over how training approaches it.
 
     Attributes:
         size: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own bytes.
         start: the size at which training begins, in the same units; by default the budget itself.
-            Long runs at very few bits gain from beginning larger and falling.
-        arrive: share of the steps after which the size has fallen to the budget.
-        sensitivity: for the data-free search that says where steps begin: see
+            Long runs at very few bits gain from starting larger and shrinking.
+        arrive: share of the training steps, above 0 to 1, by which the size is down to the budget.
+        sensitivity: for the data-free search that chooses the first steps: see
             :func:`dither.compress`.
+
+    Raises:
+        SpecError: ``arrive`` is out of range.
+
+    >>> Budget("60KB", start="120KB").arrive
+    0.6
     """
 
     size: int | str

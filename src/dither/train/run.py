@@ -36,16 +36,28 @@ _ATTEMPTS = 3
 
 
 class Run:
-    """A model whose weights are read through surrogates; made by :func:`dither.attach`.
+    """A model in training whose weights are read through surrogates; made by :func:`dither.attach`.
 
     Attributes:
-        model: the user's model, its parameters where they were.
+        model: the user's model, with its parameters where they were.
         plan: what is done to which weight.
         surrogates: by the name of the weight; a tied weight has one.
-        steps: optimizer steps in all, if known.
-        done: optimizer steps done.
+        steps: optimizer steps in total, if known.
+        done: optimizer steps so far.
         controller: steers the size to the budget, if there is one.
-        history: measurements: step, bytes of the file then, lambda.
+        history: measurements: the step, the bytes that the file would have taken, and lambda.
+
+    >>> import dither
+    >>> model = nn.Linear(64, 64)
+    >>> optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    >>> run = dither.attach(model, budget="2kB", steps=3, optimizer=optimizer)
+    >>> for _ in range(run.steps):
+    ...     (model(torch.ones(8, 64)).square().mean() + run.penalty()).backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     run.step()
+    >>> run.finish() <= 2000
+    True
     """
 
     def __init__(
