@@ -54,17 +54,15 @@ def compress_to(
 
     Args:
         output: the file, which appears whole or not at all; its folder must exist.
-        source, size, data, evaluate, activations: as for :func:`~dither.compress`.
+        source: this and all that follow are as for :func:`~dither.compress`.
+        size: bytes, or a text such as ``"9MB"``.
+        data: a loader, or :class:`~dither.Data`.
+        evaluate: the score of a model.
+        activations: ``"int8"``, or a plan of sites.
         more: ``metadata`` and ``progress``; a ``base`` is refused, as it would fill memory.
 
     Returns:
         The archive, open.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with compress_to(f"{folder}/w.dither", {"w": torch.randn(64, 64)}, "8x") as archive:
-    ...         1984 <= archive.nbytes <= 2048
-    True
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
