@@ -38,13 +38,13 @@ FOLDER = Path("out", "oscillations")
 
 BLOCKS = ((1, 16, 1), (4, 24, 1), (4, 24, 1), (4, 40, 2), (4, 40, 1), (4, 80, 2), (4, 80, 1))
 """Expansion, outputs and stride of each inverted residual."""
-BATCH, EPOCHS, RATE, DECAY = 128, 12, 0.1, 5e-5
-STEPS, RATES = 300, {4: 0.0033, 3: 0.01}
+BATCH, EPOCHS, RATE, DECAY = 128, 4, 0.1, 5e-5
+STEPS, RATES = 150, {4: 0.0033, 3: 0.01}
 """Of every row, and its learning rate by bits: those of the paper, with momentum 0.9."""
 NOISE_RATE = 0.01
 NORM_BATCHES = 50
-COUNTED, TWICE = 100, 2
-"""``oscillating`` is the share of weights whose integers turned twice in the last 100 steps."""
+COUNTED, TWICE = 50, 2
+"""``oscillating`` is the share of weights whose integers turned twice in the last 50 steps."""
 
 Make = Callable[[nn.Module], Recipe]
 
