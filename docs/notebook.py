@@ -35,7 +35,7 @@ def notebook(page: str) -> dict[str, Any]:
             cells[-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": shown}]
             continue
         code = re.sub(r"^\$ ", "!", code, flags=re.MULTILINE)
-        empty = {"execution_count": None, "metadata": {}, "outputs": []}
+        empty: dict[str, Any] = {"execution_count": None, "metadata": {}, "outputs": []}
         cells.append({"cell_type": "code", "source": lines(code), **empty})
     words(page[end:])
     for number, cell in enumerate(cells):
