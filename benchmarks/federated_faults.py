@@ -81,7 +81,7 @@ def server_killed(federation: Loopback) -> dict[str, float]:
     federation.run(ROUNDS)
     until_noted(federation, 2, "ends")
     return {
-        "until all processes run again": round(up - killed, 1),
+        "until the server answers again": round(up - killed, 1),
         "from the kill to the end of round 2": round(time.time() - killed, 1),
     }
 
