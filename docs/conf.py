@@ -1,7 +1,6 @@
 """Settings of Sphinx for ``make docs``."""
 
 import importlib
-import os
 from typing import Any
 
 from docutils import nodes
@@ -13,16 +12,13 @@ import dither
 
 project = "dither"
 project_copyright = "the authors of dither"
-release = dither.__version__
-version = ".".join(release.split(".")[:2])
+release = version = dither.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 autosummary_generate = False  # the tables link to the pages of the rooms
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dither {release}"
-# Where one host serves several versions, search engines are to find the newest.
-html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ProductCodes,
         Pruned,
         QuantNoise,
+        RotatedLSQ,
         Run,
         StraightThrough,
         attach,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     open = Archive.open
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.
@@ -108,6 +109,7 @@ __all__ = [  # noqa: RUF022 - by task
     "ProductCodes",
     "Pruned",
     "QuantNoise",
+    "RotatedLSQ",
     "StraightThrough",
     # and grids for activations and gradients.
     "Activation",
@@ -128,7 +130,7 @@ _NAMES = {
     "search": "compress compress_to plan tune",
     "train": (
         "APQN BayesianBits Budget DeadZone DiffQ Fine LSQ LearnedCodebook LearnedFactors MQAT Plan "
-        "ProductCodes Pruned QuantNoise Run StraightThrough attach"
+        "ProductCodes Pruned QuantNoise RotatedLSQ Run StraightThrough attach"
     ),
 }
 _ROOM = {name: room for room, names in _NAMES.items() for name in names.split()}

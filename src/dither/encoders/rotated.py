@@ -93,9 +93,7 @@ class Rotated(BySettings):
             return None
         used = codes.any(0)
         codes = codes[:, used]
-        axes = _least_squares(codes, matrix, basis[:, used].T)
-        error = float((codes @ axes).sub_(matrix).square_().mean())
-        fine = self.precision or basis_step(codes, error)
+        axes, fine = stored_axes(codes, matrix, basis[:, used].T, self.precision)
         right = (axes / fine).round()
         scale = grid_steps(steps.float() * fine)
         grid = Factors(axis=0 if len(scale) > 1 else None, scale_dtype=scale.dtype)
@@ -107,6 +105,26 @@ class Rotated(BySettings):
             return grid.assign(weight, {"right": right, "scale": scale})
         except SpecError:
             return None
+
+
+def stored_axes(
+    codes: Tensor, matrix: Tensor, axes: Tensor, precision: float | None = None
+) -> tuple[Tensor, float]:
+    """The axes that a file holds for some codes, and the grid on which it does.
+
+    Args:
+        codes: ``(rows, rank)``.
+        matrix: what they stand for, ``(rows, columns)`` in steps.
+        axes: as they were, ``(rank, columns)``.
+        precision: the grid, if it is given.
+
+    Returns:
+        The axes of least error, ``(rank, columns)`` on the grid; and its step.
+    """
+    found = _least_squares(codes, matrix, axes)
+    error = float((codes @ found).sub_(matrix).square_().mean())
+    fine = precision or basis_step(codes, error)
+    return (found / fine).round_() * fine, fine
 
 
 def _least_squares(codes: Tensor, matrix: Tensor, axes: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from dither.search.proposers import (
     TrellisGrid,
 )
 from dither.search.pruned import PrunedFirst
-from dither.search.sensitivity import data_free, token_counts
+from dither.search.sensitivity import data_free, is_rotated, token_counts
 from dither.search.size import LEAST_SHARE, SLACK_NBYTES, fills, parse_size
 from dither.search.trials import Trial
 from dither.search.tune import tune
@@ -79,6 +79,7 @@ __all__ = [
     "compress_to",
     "data_free",
     "fills",
+    "is_rotated",
     "joint",
     "parse_size",
     "plan",

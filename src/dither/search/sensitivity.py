@@ -203,8 +203,17 @@ def token_counts(counts: Mapping[str, Tensor], sensitivity: Sensitivity = data_f
     return counted
 
 
+def is_rotated(name: str, value: Tensor) -> bool:
+    """Whether the data-free rule rounds a tensor along axes: a large token table, if they pay."""
+    return _is_table(name, value) and _matrix(name, value).axes is not None
+
+
+def _is_table(name: str, value: Tensor) -> bool:
+    return value.ndim == 2 and any(part in name.lower() for part in _TOKEN_NAMES)
+
+
 def _matrix(name: str, value: Tensor) -> Knowledge:
-    if any(part in name.lower() for part in _TOKEN_NAMES) and value.ndim == 2:
+    if _is_table(name, value):
         rows = _token_steps(value)
         axes = None if rows is None else token_axes(value, rows)
         return Knowledge(value, _of_size(value), rows=rows, axes=axes)

@@ -31,6 +31,7 @@ from dither.train.plan import Plan
 from dither.train.pruned import Pruned, Together
 from dither.train.quant_noise import QuantNoise
 from dither.train.ramp import Ramp
+from dither.train.rotated_lsq import RotatedLSQ
 from dither.train.run import Run
 from dither.train.schedules import Schedule, Vary, WarmUp
 from dither.train.sparsity import Cyclical, Gradual, Iterative, OneShot, Sparsity
@@ -72,6 +73,7 @@ __all__ = [
     "Pruned",
     "QuantNoise",
     "Ramp",
+    "RotatedLSQ",
     "Run",
     "Schedule",
     "Size",

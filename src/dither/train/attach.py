@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -19,6 +19,7 @@ from dither.model import collect, inner, overlapping
 from dither.search import (
     Grid,
     Knowledge,
+    RotatedGrid,
     Sensitivity,
     Stored,
     calibrated,
@@ -33,6 +34,7 @@ from dither.train.method import begin
 from dither.train.noise import Noise
 from dither.train.penalties import Penalty
 from dither.train.plan import Plan, Rule, Spec, as_plan
+from dither.train.rotated_lsq import RotatedLSQ
 from dither.train.run import Run
 from dither.train.schedules import Schedule
 from dither.train.shadow import become_root, is_shadowed, shadow
@@ -191,10 +193,17 @@ def _place(model: nn.Module, plan: Plan, surrogates: Mapping[str, Surrogate]) ->
     become_root(model)
 
 
-def _on_grids(sensitivity: Sensitivity, tensors: Mapping[str, Tensor]) -> Mapping[str, Knowledge]:
-    """The same for plain grids: what is trained has no basis, and its steps are its own."""
+def _on_grids(
+    sensitivity: Sensitivity, rotated: Collection[str], tensors: Mapping[str, Tensor]
+) -> Mapping[str, Knowledge]:
+    """The same for what is trained: plain grids, whose steps are their own, and rotated tables."""
     plain = (Stored(), Grid(refit=False))
-    return {n: replace(k, axes=None, proposers=plain) for n, k in sensitivity(tensors).items()}
+    return {
+        name: replace(known, axes=None, proposers=plain)
+        if name not in rotated or known.axes is None
+        else replace(known, proposers=(Stored(), RotatedGrid()))
+        for name, known in sensitivity(tensors).items()
+    }
 
 
 def _begin(
@@ -205,7 +214,9 @@ def _begin(
     if budget is not None:
         size = budget.size if budget.start is None else budget.start
         with alone():  # replicas are made equal later, or this is but one of them
-            start = compress(model, size, sensitivity=partial(_on_grids, budget.sensitivity))
+            rotated = {name for name, spec in specs.items() if isinstance(spec, RotatedLSQ)}
+            rule = partial(_on_grids, budget.sensitivity, rotated)
+            start = compress(model, size, sensitivity=rule)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     surrogates = {}
     for name, spec in specs.items():

@@ -6,10 +6,11 @@ from torch import nn
 
 from dither.core import SpecError
 from dither.model import collect
-from dither.search import can_quantize
+from dither.search import can_quantize, is_rotated
 from dither.train.fine_grid import Fine
 from dither.train.lsq import LSQ
 from dither.train.plan import Plan, Spec, literal
+from dither.train.rotated_lsq import RotatedLSQ
 
 _FARTHEST = 10.0
 """Sum of the learning rates of a step's logarithm over a training: it goes a part of that way."""
@@ -29,8 +30,8 @@ def step_rate(steps: int | None) -> float:
 def default_plan(model: nn.Module, *, steps: int | None = None) -> Plan:
     """Every floating-point tensor on an entropy-coded grid.
 
-    Matrices learn their steps, beginning where the search for the budget puts them; vectors
-    (biases, norms) end on fine grids.
+    Matrices learn their steps, beginning where the search for the budget puts them, large token
+    tables along their axes; vectors (biases, norms) end on fine grids.
 
     Args:
         model: its tensors are looked at.
@@ -43,7 +44,8 @@ def default_plan(model: nn.Module, *, steps: int | None = None) -> Plan:
     tensors = collect(model)
     for name, value in tensors.values.items():
         if value.ndim > 1 and can_quantize(value):
-            rules[literal(name)] = LSQ(bits=None, lr=step_rate(steps))
+            kind = RotatedLSQ if is_rotated(name, value) else LSQ
+            rules[literal(name)] = kind(bits=None, lr=step_rate(steps))
         elif value.ndim <= 1 and value.is_floating_point() and bool(value.isfinite().all()):
             rules[literal(name)] = Fine()
     # A plan treats all names of a tied tensor alike.

@@ -115,7 +115,11 @@ class LearnedStep(Surrogate):
             return
         if not isinstance(found, Affine) or found.bits is not None:
             return
-        steps = encoded.params["scale"].float().to(self.log_step.device)
+        self._take(encoded.params["scale"])
+
+    def _take(self, found: Tensor) -> None:
+        """Begin with some steps: one, or one for each row, of which equal ones stay equal."""
+        steps = found.float().to(self.log_step.device)
         self.classes = self._rate = None
         if len(steps) > 1:
             steps, self.classes = steps.unique(return_inverse=True)
@@ -151,6 +155,10 @@ class LearnedStep(Surrogate):
         return self.watch is None and self.spec.group is None and self._grouping.axis in {None, 0}
 
     def noisy_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        return self._rounded(rows, self._read_steps(index))
+
+    def _read_steps(self, index: Tensor) -> Tensor:
+        """Steps of some rows, ``(..., 1)``, and a note that these are read."""
         steps = self._stored()
         if self._read is not None:
             self._read[index] = True
@@ -158,8 +166,7 @@ class LearnedStep(Surrogate):
             steps = steps[self.classes[index]]
         elif len(steps) > 1:
             steps = steps[index]
-        steps = steps.reshape(*(index.shape if len(steps) > 1 else [1] * index.ndim), 1)
-        return self._rounded(rows, steps)
+        return steps.reshape(*(index.shape if len(steps) > 1 else [1] * index.ndim), 1)
 
     def encode(self, weight: Tensor, stats: Stats | None = None) -> Encoded:
         steps = self._trimmed()
