@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import dither
 from benchmarks import calibrated, ordering, train_minilm, train_resnet20
+from benchmarks.distances import OTHER, distance
 from benchmarks.environment import describe
 from benchmarks.methods import METHODS, NOISE, ORDERING, TASKS, WEIGHTS, Run
 from benchmarks.tasks import lm_ptb, minilm_sst2, minilm_stsb, resnet20_cifar10, unseen
@@ -40,8 +41,6 @@ from dither.checkpoint import read_checkpoint
 from dither.data import divergence
 
 WINDOWS = 64
-OTHER = 1_000
-"""Added to a seed for samples that no file was fitted to."""
 LENGTHS: dict[tuple[str, int], float] = {("minilm_stsb", 4_930_000): 480}
 """How long to train to a budget, where not 3 epochs or 1,600 steps."""
 TRAINERS: dict[str, tuple[Callable[..., tuple[Path, dict[str, Any]]], float]] = {
@@ -205,13 +204,6 @@ def loaded(run: Run, path: Path, folder: Path) -> nn.Module:
 def score(run: Run, path: Path, folder: Path) -> float:
     """Of a file."""
     return evaluate(run.task, loaded(run, path, folder), "test")
-
-
-@torch.no_grad()
-def distance(model: nn.Module, original: nn.Module, data: dither.Data) -> float:
-    """Mean distance of outputs, which moves where scores stand still by chance."""
-    each = [data.distance(data.output(model, b), data.output(original, b)) for b in data]
-    return sum(map(float, each)) / len(each)
 
 
 def measure(run: Run, folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dither
 from benchmarks import measure, ordering, page, plots, runner
+from benchmarks.distances import distance
 from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
 from benchmarks.runner import Ended, Place, call, execute, outcome, prepare, to_do
@@ -414,8 +415,8 @@ def test_a_file_is_made_within_its_budget_and_scored_alone(
     data = dither.Data(ids, distance=divergence)
     with torch.no_grad():
         wanted = [float(divergence(model(some), original(some))) for some in ids]
-    assert measure.distance(model, original, data) == pytest.approx(sum(wanted) / 2)
-    assert measure.distance(original, original, data) == 0.0 < wanted[0]
+    assert distance(model, original, data) == pytest.approx(sum(wanted) / 2)
+    assert distance(original, original, data) == 0.0 < wanted[0]
 
 
 def test_nothing_of_the_original_counts(tied: Callable[[], Tied], tmp_path: Path) -> None:

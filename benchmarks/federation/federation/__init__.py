@@ -1,1 +1,0 @@
-"""An app for Flower, as its processes get it."""
