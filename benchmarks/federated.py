@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from benchmarks.tasks import resnet20_cifar10
 from dither.formats import Affine
 from dither.integrations.rounds import Line, State, follow, moved, update, updated
 from dither.recipes import robust_fedavg
+from dither.recipes.robust_fedavg import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS, CONCENTRATION, ROUNDS = 10, 0.5, 30
@@ -154,11 +155,14 @@ class Row:
         return f"{self.objective}, {self.wire}, {self.seed}"
 
 
-def rows(seeds: Sequence[int]) -> Iterator[Row]:
-    """All objectives of a seed, and then its other messages."""
-    for seed in seeds:
-        yield from (Row(name, "float32", seed) for name in robust_fedavg.OBJECTIVES)
-        yield from (Row("plain", name, seed) for name in wires() if name != "float32")
+def rows(seeds: Sequence[int]) -> list[Row]:
+    """In order: the first seed, then the other seeds' objectives, then their other messages."""
+    objectives = [[Row(name, "float32", seed) for name in OBJECTIVES] for seed in seeds]
+    messages = [
+        [Row("plain", name, seed) for name in wires() if name != "float32"] for seed in seeds
+    ]
+    parts = [objectives[0], messages[0], *objectives[1:], *messages[1:]]
+    return [row for part in parts for row in part]
 
 
 @dataclass(frozen=True)

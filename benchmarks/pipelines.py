@@ -32,13 +32,18 @@ from dither.rewrite import fold_batch_norm
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 WIDTHS: dict[str, tuple[int, int | None]] = {"W8A8": (8, 8), "W4A8": (4, 8), "W4": (4, None)}
 SCALES = {"tensor": None, "channel": 0}
-ITERATIONS = 1000
+ITERATIONS = 300
 
 WAYS: dict[str, dict[str, Any]] = {
     "min-max": {},
     "MSE": {"rounding": "nearest", "equalized": False},
     "MSE, equalized": {"rounding": "nearest", "equalized": True},
     "MSE, biases corrected": {"rounding": "correct biases", "equalized": False},
+    "MSE, biases corrected by norms": {
+        "rounding": "correct biases by norms",
+        "equalized": False,
+    },
+    "MSE, activations by norms": {"rounding": "nearest", "equalized": False},
     "MSE, equalized, biases corrected": {"rounding": "correct biases", "equalized": True},
     "AdaRound": {"rounding": "adaround", "equalized": False, "iterations": ITERATIONS},
     "pipeline": {"rounding": "adaround", "iterations": ITERATIONS},
@@ -73,7 +78,10 @@ def measure(model: nn.Module, data: Data, name: str) -> dict[str, Any]:
     bits, activations = WIDTHS[widths]
     start, steps = time.process_time(), []
     if WAYS[way]:
-        given = {"weights": bits, "activations": activations, "axis": SCALES[scales], **WAYS[way]}
+        spec: int | Activation | None = activations
+        if activations is not None and way.endswith("activations by norms"):
+            spec = Activation(activations, ranges="norms")
+        given = {"weights": bits, "activations": spec, "axis": SCALES[scales], **WAYS[way]}
         found = ptq(model, data, **given)
         quantized, steps = found.model, [asdict(step) for step in found.steps]
     else:

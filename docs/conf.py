@@ -1,6 +1,7 @@
 """Settings of Sphinx for ``make docs``."""
 
 import importlib
+import os
 from typing import Any
 
 from docutils import nodes
@@ -12,13 +13,16 @@ import dither
 
 project = "dither"
 project_copyright = "the authors of dither"
-release = version = dither.__version__
+release = dither.__version__
+version = ".".join(release.split(".")[:2])
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
 autosummary_generate = False  # the tables link to the pages of the rooms
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"dither {release}"
+# Where one host serves several versions, search engines are to find the newest.
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]

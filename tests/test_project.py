@@ -51,6 +51,19 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert versions[0] == dither.__version__
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("docs/limits.md", r"\bVersion (\d+\.\d+)\.$"),
+    ],
+)
+def test_whatever_names_the_version_names_this_one(name: str, pattern: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (found,) = re.findall(pattern, text, flags=re.MULTILINE)
+    assert dither.__version__ == found or dither.__version__.startswith(f"{found}.")
+
+
 def test_the_package_says_that_it_is_typed() -> None:
     assert (ROOT / "src" / "dither" / "py.typed").exists()
 

@@ -5,11 +5,14 @@ or bash block runs the command line in that folder. Blocks marked ``python no-ru
 those marked ``python needs=PACKAGE`` only where that optional package is installed. A block
 ``js needs=node`` is run by node, beside a copy of our decoder. A block ``text output`` is what the
 block before it prints, but for its numbers, which depend on the machine.
+
+The tutorial is run as the notebook that is made from it.
 """
 
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -20,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from docs import notebook
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -55,6 +60,18 @@ def blocks(path: Path) -> list[Block]:
         runs = runs and (language == "python" or "needs=node" in words or commands(block) != [])
         found += [block] if runs else []
     return found
+
+
+def cells(path: Path) -> list[Block]:
+    """The code cells of a notebook, as blocks; ``line`` is the number of the cell."""
+    found = []
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            code = re.sub(r"^!", "$ ", "".join(cell["source"]), flags=re.MULTILINE)
+            language = "console" if code.startswith("$") else "python"
+            found.append(Block(language, number, code))
+    outputs = [block.output for block in blocks(notebook.PAGE)]
+    return [block._replace(output=text) for block, text in zip(found, outputs, strict=True)]
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -108,14 +125,26 @@ def without_numbers(text: str) -> list[str]:
 
 
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in p.parts]
-DOCUMENTS = [p for p in (ROOT / "README.md", *PAGES) if blocks(p)]
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
+DOCUMENTS = [
+    NOTEBOOK if p == notebook.PAGE else p for p in (ROOT / "README.md", *PAGES) if blocks(p)
+]
+
+
+def test_the_notebook_is_that_of_the_page() -> None:
+    page = notebook.PAGE.read_text(encoding="utf-8")
+    made = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert made == notebook.notebook(page), "run python docs/notebook.py"
+    assert [block.code.strip() for block in blocks(notebook.PAGE)] == [
+        block.code for block in cells(NOTEBOOK)
+    ]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(path):
+    for block in blocks(path) if path.suffix == ".md" else cells(path):
         if block.language == "python":
             printed = run_python(block, path, namespace)
         elif block.language == "js":

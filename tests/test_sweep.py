@@ -23,8 +23,8 @@ from dither.cli import work
 from dither.cli.cells import Cell, cells_of, failed, file_name, run_cell
 from dither.cli.choose import choose_file
 from dither.cli.console import Printer
-from dither.cli.sweep import append, read_rows
-from dither.core import CheckpointError
+from dither.cli.sweep import append, read_rows, sweep
+from dither.core import CheckpointError, DitherError
 from dither.report import draw_sweep
 
 PARTS = """
@@ -223,6 +223,18 @@ def test_what_makes_no_sense_is_refused_before_any_work(
         work.sweep(printer, sources, wanted, results, **how)
     assert (folder / "parts.py").read_text(encoding="utf-8") == PARTS
     assert not (folder / "sweep.jsonl").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_choice_that_lacks_its_package_is_refused_before_any_cell_is_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.gaussian_process", None)
+    cells = [cell(evaluate="parts:counted", keep="files")]
+    settings: dict[str, Any] = {"jobs": 1, "ray": None, "retry": False, "plot": None, "choose": 1}
+    with pytest.raises(DitherError, match=r"dither\[select\]"):
+        sweep(Printer(as_json=False, quiet=True), cells, Path("rows.jsonl"), **settings)
+    assert not Path("rows.jsonl").exists()
 
 
 class Choice:

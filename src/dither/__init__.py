@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     open = Archive.open
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [  # noqa: RUF022 - by task
     # Compress, bring back, look inside.

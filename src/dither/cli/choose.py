@@ -14,6 +14,7 @@ from dither.cli.cells import Cell, file_name, score_cell
 from dither.cli.console import Printer
 from dither.core import SpecError
 from dither.select import MetricSearch
+from dither.select.surrogate import check_installed
 
 
 def check_choice(cells: Sequence[Cell], trials: int) -> None:
@@ -24,6 +25,7 @@ def check_choice(cells: Sequence[Cell], trials: int) -> None:
         raise SpecError("--choose takes scores of files: give --evaluate and --keep, too")
     if len({cell.source for cell in cells}) > 1:
         raise SpecError("--choose finds the best file of one model: give one SOURCE")
+    check_installed()
 
 
 def lost(cell: Cell) -> bool:

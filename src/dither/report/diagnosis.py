@@ -61,6 +61,25 @@ class Overall:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A remedy, tried on all weights or all activations alone.
+
+    Attributes:
+        side: ``"weights"`` or ``"activations"``.
+        remedy: what was changed.
+        distance: of the output from the original one.
+        score: what ``evaluate`` gave.
+        is_enough: whether no more than allowed is lost.
+    """
+
+    side: str
+    remedy: str
+    distance: float
+    score: float | None
+    is_enough: bool
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Where a quantized model loses, worst first; made by :func:`dither.diagnose`.
 
@@ -69,12 +88,16 @@ class Diagnosis:
         overall: the original, all weights quantized, all activations quantized, both.
         distance: name of the distance.
         batches: how many were read.
+        trials: remedies that were tried, if it was said what may be lost.
+        next_step: what to do then; empty otherwise.
     """
 
     rows: tuple[Row, ...]
     overall: tuple[Overall, ...]
     distance: str
     batches: int
+    trials: tuple[Trial, ...] = ()
+    next_step: str = ""
 
     @property
     def weights(self) -> tuple[Row, ...]:
@@ -112,7 +135,15 @@ class Diagnosis:
         end = None if has_scores else -1
         lines = [*_aligned([p[:end] for p in parts], 1), "", *_aligned([r[:end] for r in rows], 3)]
         left = len(self.rows) - len(rows) + 1
-        return "\n".join([*lines, f"and {left} more"] if left else lines)
+        lines += [f"and {left} more"] if left else []
+        if self.trials:
+            tried = [("tried on", "remedy", "distance", "score", "")]
+            tried += [
+                (t.side, t.remedy, _short(t.distance), _score(t.score), "*" if t.is_enough else "")
+                for t in self.trials
+            ]
+            lines += ["", *_aligned(tried, 2)]
+        return "\n".join([*lines, "", f"next: {self.next_step}"] if self.next_step else lines)
 
     def __str__(self) -> str:
         """The table with its worst 20 rows."""
@@ -120,11 +151,13 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; numbers that are not finite are None: an SQNR where nothing changed."""
+        told = {"trials": [_finite(asdict(t)) for t in self.trials], "next_step": self.next_step}
         return {
             "distance": self.distance,
             "batches": self.batches,
             "overall": [_finite(asdict(part)) for part in self.overall],
             "rows": [_finite(asdict(row)) for row in self.rows],
+            **(told if self.next_step else {}),
         }
 
     def save_json(self, path: str | os.PathLike[str]) -> None:

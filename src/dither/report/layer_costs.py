@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +15,13 @@ from dither.archive import Archive
 from dither.core import Format, SpecError
 from dither.data import Data
 from dither.model import evaluating
+from dither.report.bench import Bench, Evaluate, quantized
 from dither.report.diagnosis import Diagnosis, Overall, Row, worst_first
+from dither.report.flow_chart import follow
 from dither.report.signal_noise import Noise
-from dither.report.targets import Targets, sites_quantized, targets_of, weights_quantized
+from dither.report.targets import Targets, targets_of
 from dither.train.plan import Plan
 from dither.train.shadow import is_shadowed
-
-Evaluate = Callable[[nn.Module], float]
-"""A model to its score."""
 
 Progress = Callable[[str, float], None]
 """Called with what is measured and the share of everything that is done."""
@@ -40,6 +37,7 @@ def diagnose(
     *,
     evaluate: Evaluate | None = None,
     scored: int = 0,
+    allowed: float | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Which weights and activations lose most when quantized, each alone, worst first.
@@ -60,6 +58,9 @@ def diagnose(
             what goes into each module that holds weights, batch norms excepted.
         evaluate: the score of a model, for the original and the wholes. It may be slow.
         scored: how many of the worst rows are evaluated, too.
+        allowed: what may be lost: a distance, or with ``evaluate`` a fall of the score. Then the
+            procedure goes on: remedies are tried, one pass over the batches each, and
+            ``next_step`` says what to do.
         progress: called with what is measured, and the share of all that is done.
 
     Raises:
@@ -77,66 +78,18 @@ def diagnose(
     """
     if isinstance(plan, str | os.PathLike):
         with Archive.open(plan) as archive:
-            return diagnose(
-                model, data, archive, evaluate=evaluate, scored=scored, progress=progress
-            )
+            given = {"scored": scored, "allowed": allowed, "progress": progress}
+            return diagnose(model, data, archive, evaluate=evaluate, **given)  # type: ignore[arg-type]
     _require_plain(model)
     samples = Data.of(data).held()
     with evaluating(model), torch.no_grad():
         targets = targets_of(model, plan, samples)
-        bench = _Bench(model, samples, evaluate)
-        return _measure(bench, targets, scored, progress or _silent)
+        bench = Bench(model, samples, evaluate)
+        found = _measure(bench, targets, scored, progress or _silent)
+        return found if allowed is None else follow(bench, targets, found, allowed)
 
 
-class _Bench:
-    """Measures a model against what it was when this was made."""
-
-    def __init__(self, model: nn.Module, samples: Data, evaluate: Evaluate | None) -> None:
-        self.model, self.samples, self._evaluate = model, samples, evaluate
-        self._originals = [self._output(batch) for batch in samples]
-        self.count, self.scores = len(self._originals), evaluate is not None
-        self.name = getattr(samples.distance, "__name__", type(samples.distance).__name__)
-
-    def _output(self, batch: object) -> object:
-        """What counts of the model's output, with what noise it may draw: that is to be seen."""
-        return self.samples.counted(self.samples.forward(self.model, batch), batch)
-
-    def original(self) -> Overall:
-        """The original against itself, and its score.
-
-        Raises:
-            SpecError: one of them is not finite.
-        """
-        distance = self.samples.distance
-        costs = [float(distance(output, output)) for output in self._originals]
-        again = self._output(next(iter(self.samples)))
-        score = self.score()
-        if not all(map(math.isfinite, costs)):
-            raise SpecError(
-                "the original model's output is not finite, or the distance from itself is not: "
-                f"{costs[:4]}; mend the model, the data or the distance first"
-            )
-        if score is not None and not math.isfinite(score):
-            raise SpecError(f"the original model's score is {score}; mend `evaluate` first")
-        return Overall("original", float(distance(again, self._originals[0])), score)
-
-    def distance(self) -> float:
-        """Of the model as it now is, mean of the batches."""
-        costs = [
-            self.samples.distance(self._output(batch), original)
-            for batch, original in zip(self.samples, self._originals, strict=True)
-        ]
-        return float(torch.stack(costs).double().mean())
-
-    def score(self) -> float | None:
-        """What ``evaluate`` says of the model as it now is."""
-        if self._evaluate is None:
-            return None
-        with evaluating(self.model):  # again, because it may change modes
-            return float(self._evaluate(self.model))
-
-
-def _measure(bench: _Bench, targets: Targets, scored: int, progress: Progress) -> Diagnosis:
+def _measure(bench: Bench, targets: Targets, scored: int, progress: Progress) -> Diagnosis:
     weights, sites = list(targets.weights), list(targets.sites)
     wholes: dict[str, tuple[list[str], list[str]]] = {}
     if weights:
@@ -151,7 +104,7 @@ def _measure(bench: _Bench, targets: Targets, scored: int, progress: Progress) -
     overall = [bench.original()]
     for name, part in wholes.items():
         steps.begin(name)
-        with _quantized(bench, targets, *part, {}):
+        with quantized(bench.model, targets, *part, {}):
             overall.append(Overall(name, bench.distance(), bench.score()))
     rows = []
     for name in weights:
@@ -164,22 +117,22 @@ def _measure(bench: _Bench, targets: Targets, scored: int, progress: Progress) -
     for place, row in enumerate(ranked[:again]):
         steps.begin(row.name)
         part = ([row.name], []) if row.kind == "weight" else ([], [row.name])
-        with _quantized(bench, targets, *part, {}):
+        with quantized(bench.model, targets, *part, {}):
             ranked[place] = replace(row, score=bench.score())
     return Diagnosis(tuple(ranked), tuple(overall), bench.name, bench.count)
 
 
-def _weight(bench: _Bench, targets: Targets, name: str) -> Row:
+def _weight(bench: Bench, targets: Targets, name: str) -> Row:
     noise = Noise()
-    with _quantized(bench, targets, [name], [], {name: noise}):
+    with quantized(bench.model, targets, [name], [], {name: noise}):
         # Equal values give equal outputs: a file holds many tensors as they were.
         cost = bench.distance() if noise.noise else 0.0
     return _row(name, "weight", _described(targets.formats[name]), noise, cost)
 
 
-def _activation(bench: _Bench, targets: Targets, site: str) -> Row:
+def _activation(bench: Bench, targets: Targets, site: str) -> Row:
     noise = Noise()
-    with _quantized(bench, targets, [], [site], {site: noise}):
+    with quantized(bench.model, targets, [], [site], {site: noise}):
         cost = bench.distance()
     return _row(site, "activation", repr(targets.sites[site].spec), noise, cost)
 
@@ -193,21 +146,6 @@ def _described(form: Format) -> str:
 
 def _row(name: str, kind: str, spec: str, noise: Noise, cost: float) -> Row:
     return Row(name, kind, spec, noise.count, cost, noise.decibels, noise.low, noise.high)
-
-
-@contextmanager
-def _quantized(
-    bench: _Bench,
-    targets: Targets,
-    weights: list[str],
-    sites: list[str],
-    noises: Mapping[str, Noise],
-) -> Iterator[None]:
-    with (
-        weights_quantized(targets, weights, noises),
-        sites_quantized(bench.model, targets, sites, noises),
-    ):
-        yield
 
 
 class _Steps:

@@ -69,6 +69,11 @@ def expected_improvement(means: np.ndarray, deviations: np.ndarray, best: float)
     return found
 
 
+def check_installed() -> None:
+    """Raise DitherError where Gaussian processes cannot be had: before long work, not after it."""
+    _module("sklearn.gaussian_process")
+
+
 def _module(name: str) -> Any:  # noqa: ANN401
     try:
         return importlib.import_module(name)
