@@ -68,7 +68,7 @@ def processes() -> Iterator[str]:
     found = read("two_processes")
     one, two = (row["seconds"] for row in found["rows"])
     assert found["same_bytes"]
-    yield f"{one:.1f} s in\none process and {two:.1f} s in two, {found['ratio']:.2f} of that"
+    yield f"{one:.1f} s in one process and {two:.1f} s in two, a ratio of {found['ratio']:.2f}"
 
 
 def coding() -> Iterator[str]:
