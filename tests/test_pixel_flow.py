@@ -40,6 +40,15 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * torch.log10(((a.float() - b.float()) / 255).square().mean()))
 
 
+def series(video: Tensor, part: int, *sizes: int, **how: Any) -> list[bytes]:
+    """A first file, and files of differences of another size."""
+    files: list[bytes] = []
+    for frames in video.split(part):
+        size = sizes[min(len(files), len(sizes) - 1)]
+        files.append(pixel_flow.encode(frames, size, TINY, before=files, **how))
+    return files
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(
     ("frames", "height", "width", "codec"),
@@ -61,18 +70,21 @@ def test_a_file_fits_its_budget_and_has_the_videos_shape(
         assert archive.nbytes == len(content)
 
 
-def test_a_fresh_process_decodes_the_same_from_the_file_alone(tmp_path: Path) -> None:
-    content = pixel_flow.encode(moving(3), 1700, TINY, steps=12)
-    (tmp_path / "video.dither").write_bytes(content)
+def test_a_fresh_process_decodes_the_same_from_the_files_alone(tmp_path: Path) -> None:
+    files = series(moving(3), 2, 1700, 900, steps=12)
+    for number, content in enumerate(files):
+        (tmp_path / f"{number}.dither").write_bytes(content)
     program = (
-        "import sys, numpy\nfrom dither.recipes import pixel_flow\n"
-        "numpy.save('out.npy', pixel_flow.decode('video.dither').numpy())"
+        "import numpy\nfrom dither.recipes import pixel_flow\n"
+        "numpy.save('0.npy', pixel_flow.decode('0.dither').numpy())\n"
+        "numpy.save('1.npy', pixel_flow.decode('1.dither', ['0.dither']).numpy())"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     import numpy as np
 
-    found = torch.from_numpy(np.load(tmp_path / "out.npy"))
-    assert torch.equal(found, pixel_flow.decode(content))
+    for number, content in enumerate(files):
+        found = torch.from_numpy(np.load(tmp_path / f"{number}.npy"))
+        assert torch.equal(found, pixel_flow.decode(content, files[:number]))
 
 
 def test_training_as_integers_keeps_more_than_rounding_afterwards() -> None:
@@ -110,6 +122,54 @@ def test_without_flow_and_residual_a_frame_is_the_one_before_it() -> None:
         values["flows.layers.1.bias"][0] = torch.tensor([1.0, -2.0])
     moved = points + 0.1 * torch.tensor([1.0, -2.0])
     assert torch.allclose(model(points, 1), model(moved, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("frames", "part"), [(3, 2), (2, 1)])  # the last part is short, or is not
+def test_files_of_differences_fit_their_budgets(frames: int, part: int, trained: bool) -> None:
+    video = moving(frames)
+    files = series(video, part, 1700, 900, steps=12, trained=trained)
+    assert len(files[1]) <= 900
+    for number, content in enumerate(files):
+        with Archive.from_bytes(content) as archive:
+            assert (archive.base is not None) == (number > 0)
+    found = [pixel_flow.decode(file, files[:number]) for number, file in enumerate(files)]
+    assert torch.cat(found).shape == video.shape
+
+
+def test_differences_keep_more_than_whole_networks_in_as_many_bytes() -> None:
+    video = moving(2)
+    files = series(video, 1, 1700, 550, steps=120)
+    whole = pixel_flow.encode(video[1:], 550, TINY, steps=240)
+    found = [psnr(pixel_flow.decode(*one), video[1:]) for one in ((whole,), (files[1], files[:1]))]
+    assert found[1] > found[0] + 1
+
+
+def test_files_of_differences_say_what_they_lack() -> None:
+    files = series(moving(3), 1, 1700, 800, steps=4, trained=False)
+    with pytest.raises(ArchiveError, match="give the files before it, in order"):
+        pixel_flow.decode(files[2])
+    with pytest.raises(ArchiveError, match="differences to"):
+        pixel_flow.decode(files[2], files[:1])
+    with pytest.raises(ArchiveError, match="give the files before it, in order"):
+        pixel_flow.encode(moving(1), 800, before=files[1:])
+    whole = pixel_flow.encode(moving(1), 1700, TINY, steps=4, trained=False)
+    assert torch.equal(pixel_flow.decode(whole, files), pixel_flow.decode(whole))
+
+
+def test_differences_are_of_what_is_nearer_to_the_base_than_to_zero() -> None:
+    torch.manual_seed(0)
+    model, points = Pictures(TINY, 2), torch.rand(5, 2)
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    far, other = "keys.layers.1.weight", "keys.layers.0.weight"
+    base[far], base[other] = -base[far], torch.zeros(1, 3)
+    near = "keys.layers.2.bias"
+    base[near] = 0.9 * base[near]
+    before = [model(points, frame).detach() for frame in range(2)]
+    assert model.rest_on(base) == set(base) - {far, other}
+    found = dict(model.named_parameters())
+    assert torch.allclose(found[near], base[near] / 9, atol=1e-6)
+    assert all(torch.allclose(model(points, n), before[n], atol=1e-5) for n in range(2))
 
 
 @pytest.mark.parametrize("size", [1500, 4000, 20_000])

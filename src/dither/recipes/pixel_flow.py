@@ -12,14 +12,21 @@ One frame is an image, and plain SIREN is COIN (Dupont et al. 2021, arXiv 2103.0
 
 The size is a budget of the file in bytes, networks are chosen to fit it, and the weights are
 trained as the integers that the file holds. Encoding is training: thousands of steps for a video.
+
+A long video may come in files of some frames each, where each holds differences to the weights of
+the file before it; nothing but the files is needed::
+
+    files = []
+    for part in video.split(6):
+        files.append(pixel_flow.encode(part, "4kB", codec, before=files))
+    last = pixel_flow.decode(files[-1], before=files[:-1])
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,13 +35,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dither.archive import Archive, load_into, pack
-from dither.core import ArchiveError, BudgetError, SpecError
+from dither.archive import Archive, Base, CodedTensor, code, load_into, pack, packed_nbytes
+from dither.core import ArchiveError, BudgetError, Encoded, SpecError
+from dither.formats import Raw
 from dither.search import compress, parse_size
 from dither.train.attach import attach
 from dither.train.run import Run
 
+Source = bytes | str | os.PathLike[str]
+"""The content of a file, or its path."""
+
 _NAME = "pixel_flow"
+_SLACK = 16
+"""Bytes: an index is compressed, and what metadata add to it depends a little on the rest."""
 _POINTS = 4096
 """Pixels of a step, at most."""
 _MOST = 1 << 30
@@ -100,9 +113,16 @@ class _Layer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, outputs, inputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(count, outputs).uniform_(-bound, bound))
+        self.under: dict[str, Tensor] = {}
+        """What weight and bias are added to, once they are differences."""
 
     def forward(self, points: Tensor, number: int) -> Tensor:
-        return functional.linear(points, self.weight[number], self.bias[number])
+        weight, bias = self.weight[number], self.bias[number]
+        if "weight" in self.under:
+            weight = self.under["weight"][number] + weight
+        if "bias" in self.under:
+            bias = self.under["bias"][number] + bias
+        return functional.linear(points, weight, bias)
 
 
 class _Sirens(nn.Module):
@@ -160,6 +180,33 @@ class Pictures(nn.Module):
         colours: Tensor = self.keys(self._features(points), group)
         return colours + 0.5 + added
 
+    def start_at(self, base: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of another that have the names and shapes of these."""
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                if name in base and base[name].shape == value.shape:
+                    value.copy_(base[name])
+
+    def rest_on(self, base: Mapping[str, Tensor]) -> set[str]:
+        """Make differences of the parameters that are nearer to another's than to zero.
+
+        Returns:
+            Their names.
+        """
+        resting = set()
+        for where, layer in self.named_modules():
+            if not isinstance(layer, _Layer):
+                continue
+            for kind, value in layer.named_parameters():
+                own = base.get(f"{where}.{kind}")
+                if own is None or own.shape != value.shape:
+                    continue
+                difference = value.detach() - own
+                if difference.square().sum() < value.detach().square().sum():
+                    value.data, layer.under[kind] = difference, own
+                    resting.add(f"{where}.{kind}")
+        return resting
+
     def _features(self, points: Tensor) -> Tensor:
         octaves = [points * (math.pi * 2.0**k) for k in range(self.codec.features)]
         waves = [wave for octave in octaves for wave in (octave.sin(), octave.cos())]
@@ -171,6 +218,7 @@ def encode(
     size: int | str,
     codec: Codec | None = None,
     *,
+    before: Sequence[Source] = (),
     steps: int = 4000,
     trained: bool = True,
     lr: float = 2e-3,
@@ -183,7 +231,10 @@ def encode(
     Args:
         video: uint8, ``(frames, 3, height, width)``; an image is one frame.
         size: bytes, or as :func:`dither.compress` reads it, of the video's own bytes.
-        codec: the networks; by default the largest that fit at 6 bits for each weight.
+        codec: the networks; by default those of the file before, or the largest that fit at 6 bits
+            for each weight.
+        before: the files of the frames before these, in order: training begins at the weights of
+            the last, and the file holds differences to them.
         steps: of training.
         trained: otherwise all steps are in float32 and the weights are compressed afterwards.
         lr: learning rate of Adam, which falls to nothing as a cosine in each half.
@@ -192,42 +243,48 @@ def encode(
     Raises:
         SpecError: no video.
         BudgetError: a size that cannot be reached.
+        ArchiveError: files before that :func:`decode` refuses.
     """
     frames = _checked(video)
     budget = parse_size(size, video.numel(), video.numel())
-    codec = Codec().fitted(budget, len(video)) if codec is None else codec
+    last = _model(before)[0] if before else None
+    if codec is None:
+        codec = Codec().fitted(budget, len(video)) if last is None else last.codec
     shape = [len(video), *video.shape[2:]]
     metadata = {_NAME: {"codec": asdict(codec), "shape": shape}}
     torch.manual_seed(seed)
     model = Pictures(codec, len(video))
+    base = None if last is None else Base.of(last)
+    if base is not None:
+        model.start_at(base.tensors)
     generator = torch.Generator().manual_seed(seed)
     if not trained:
         _train(model, frames, steps, lr, generator)
-        return compress(model, budget, metadata=metadata).to_bytes()
+        return compress(model, budget, metadata=metadata, base=base).to_bytes()
     _train(model, frames, steps - steps // 2, lr, generator)
-    # The index of a file is compressed: this is the most that the metadata add to it.
-    room = budget - len(json.dumps(metadata)) - 16
+    resting = set() if base is None else model.rest_on(base.tensors)
+    base = base if resting else None
+    plain = _coded({name: Raw().encode(value) for name, value in model.state_dict().items()})
+    besides = packed_nbytes(_coded(plain, resting), metadata=metadata, base=base)
     half = steps // 2
+    room = budget - (besides - packed_nbytes(plain)) - _SLACK
     run = attach(model, budget=room, steps=half, noise=seed)
     _train(model, frames, half, lr / 2, generator, run)
     run.finish()
-    return pack(run.encode(), metadata=metadata).to_bytes()
+    return pack(_coded(run.encode(), resting), metadata=metadata, base=base).to_bytes()
 
 
-def decode(source: bytes | str | os.PathLike[str]) -> Tensor:
+def decode(source: Source, before: Sequence[Source] = ()) -> Tensor:
     """The video of a file: uint8, ``(frames, 3, height, width)``.
 
     Args:
         source: the content of a file, or its path.
+        before: the files before it, in order, if it holds differences to the last of them.
 
     Raises:
-        ArchiveError: it is no file of :func:`encode`.
+        ArchiveError: it is no file of :func:`encode`, or rests on another than that.
     """
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    with Archive.from_bytes(content) as archive:
-        codec, shape = _settings(archive.metadata.get(_NAME))
-        model = Pictures(codec, shape[0])
-        load_into(model, archive)
+    model, shape = _model([*before, source])
     points = _points(*shape[1:])
     frames = []
     with torch.no_grad():
@@ -235,6 +292,38 @@ def decode(source: bytes | str | os.PathLike[str]) -> Tensor:
             parts = [model(part, number) for part in points.split(_POINTS)]
             frames.append(torch.cat(parts).clamp(0, 1).mul(255).round().to(torch.uint8))
     return torch.stack(frames).reshape(*shape, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def _model(sources: Sequence[Source]) -> tuple[Pictures, list[int]]:
+    """The networks and the shape of the last file; each may rest on the one before it."""
+    model, shape = None, [0]
+    for source in sources:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Archive.from_bytes(content) as plain:
+            codec, shape = _settings(plain.metadata.get(_NAME))
+            rests = plain.base is not None
+        if rests and model is None:
+            raise ArchiveError(
+                "this file holds differences to the weights of the file before it: give the files "
+                "before it, in order, as before="
+            )
+        with Archive.from_bytes(content, base=model if rests else None) as archive:
+            model = Pictures(codec, shape[0])
+            load_into(model, archive)
+    if model is None:
+        raise SpecError("there is no file to decode: give one or more")
+    return model, shape
+
+
+def _coded(
+    tensors: Mapping[str, Encoded | CodedTensor], resting: Collection[str] = ()
+) -> dict[str, CodedTensor]:
+    """Tensors for a file, where some are differences to a base."""
+    found = {}
+    for name, tensor in tensors.items():
+        coded = code(tensor) if isinstance(tensor, Encoded) else tensor
+        found[name] = coded._replace(on_base=name in resting)
+    return found
 
 
 def _train(
