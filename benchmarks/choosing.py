@@ -72,6 +72,7 @@ def trial_choosers(files: Matrix) -> dict[str, Callable[[int, int], Trials]]:
         "AOE, expected improvement": lambda seed, _: AOE(
             features, files.classes, seed, acquisition="ei"
         ),
+        "AOE, upper bound": lambda seed, _: AOE(features, files.classes, seed, acquisition="ucb"),
         "Bayesian optimization": lambda seed, _: MetricSearch(seen, seed),
         "successive halving": lambda seed, count: SuccessiveHalving(
             len(files.names), max(count, len(files.names)), seed
@@ -91,10 +92,11 @@ def tried(chooser: Trials, files: Matrix, count: int, seed: int) -> Iterator[tup
             yield number, chooser.answer()
 
 
-def by_trials(files: Matrix, seeds: Sequence[int], only: str) -> dict[str, Any]:
+def by_trials(
+    files: Matrix, seeds: Sequence[int], only: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Regret of each chooser against trials; for AOE how often its deviations cover the truth."""
     truth = files.right.mean(1)
-    found: dict[str, Any] = {}
     for name, make in trial_choosers(files).items():
         if not fnmatchcase(name, only):
             continue
@@ -116,11 +118,11 @@ def by_trials(files: Matrix, seeds: Sequence[int], only: str) -> dict[str, Any]:
                     if modelled:
                         error = np.abs(np.array(answer.means) - truth)
                         inside += (error < 2 * np.array(answer.deviations)).tolist()
-        found[name] = {"regret": summary(regrets)}
+        found: dict[str, Any] = {"regret": summary(regrets)}
         if modelled:
-            found[name]["inside two deviations"] = round(float(np.mean(inside)), 3)
-        print(name, round(time.monotonic() - start), "s", found[name], flush=True)
-    return found
+            found["inside two deviations"] = round(float(np.mean(inside)), 3)
+        print(name, round(time.monotonic() - start), "s", found, flush=True)
+        yield name, found
 
 
 def label_choosers(files: Matrix) -> dict[str, Callable[[int], Labels]]:
@@ -302,18 +304,22 @@ def main() -> None:
             for name, nbytes, score in zip(files.names, files.nbytes, accuracy, strict=True)
         ],
     }
+
+    def keep(part: str, found: dict[str, Any], start: float) -> None:
+        seconds = round(time.process_time() - start)
+        result[part] = found
+        result[f"{part} by"] = {**describe(), "processor seconds": seconds}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     for part in arguments.parts:
         start = time.process_time()
-        match part:
-            case "rate":
-                result[part] = rate(seeds)
-            case "labels":
-                result[part] = by_labels(files, seeds)
-            case _:
-                result[part] = kept.get(part, {}) | by_trials(files, seeds, arguments.only)
-        seconds = round(time.process_time() - start)
-        result[f"{part} by"] = {**describe(), "processor seconds": seconds}
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if part == "rate":
+            keep(part, rate(seeds), start)
+        elif part == "labels":
+            keep(part, by_labels(files, seeds), start)
+        else:
+            for name, found in by_trials(files, seeds, arguments.only):
+                keep(part, result.get(part, {}) | {name: found}, start)
     if all(part in result for part in PARTS):
         draw(result, RESULTS / "plots" / "choosing")
 
