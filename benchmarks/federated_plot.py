@@ -1,4 +1,4 @@
-"""Tables and a plot of what ``benchmarks.federated`` found."""
+"""Tables and a plot of what ``benchmarks.federated`` and ``benchmarks.federated_faults`` found."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ NAMES = {
     "apqn": "APQN",
     "mqat": "MQAT",
 }
+FLOAT = "float32"
 WIDTHS = ("32", "8", "6", "4", "3", "2")
 Found = Mapping[str, Mapping[str, Any]]
 
@@ -35,28 +36,44 @@ def seeds(rows: Found, objective: str, wire: str) -> list[Mapping[str, Any]]:
 def objectives(rows: Found) -> Iterable[str]:
     """One line of Markdown for each objective: accuracy at each width, and kurtosis."""
     for kind, name in NAMES.items():
-        some = seeds(rows, kind, "float32")
+        some = seeds(rows, kind, FLOAT)
         if some:
             cells = [mean(row["accuracy"][bits] for row in some) for bits in WIDTHS]
             cells.append(f"{statistics.mean(row['kurtosis'] for row in some):.2f}")
-            yield f"| {name} | " + " | ".join(cells) + " |"
+            yield f"| {name} | {len(some)} | " + " | ".join(cells) + " |"
 
 
 def messages(rows: Found) -> Iterable[str]:
-    """One line for each kind of message: bytes of a round, of all rounds, and accuracy."""
-    for wire in dict.fromkeys(row["wire"] for row in rows.values()):
+    """One line for each kind of message: bytes of a round and of all, accuracy, and what it lost.
+
+    The loss is to float32 with the same seeds.
+    """
+    plain = {row["seed"]: row["accuracy"]["32"] for row in seeds(rows, "plain", FLOAT)}
+    for wire in dict.fromkeys(r["wire"] for r in rows.values() if r["objective"] == "plain"):
         some = seeds(rows, "plain", wire)
         before, last = some[0]["rounds"][-2:]
         each = sum(last[way] - before[way] for way in ("down", "up"))
         total = statistics.mean(sum(row["bytes"].values()) for row in some)
         score = mean(row["accuracy"]["32"] for row in some)
-        yield f"| {wire} | {each:,} | {total / 1e6:.1f} MB | {score} |"
+        gain = statistics.mean(row["accuracy"]["32"] - plain[row["seed"]] for row in some)
+        cells = [wire, str(len(some)), f"{each:,}", f"{total / 1e6:.1f} MB", score, f"{gain:+.2f}"]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def faults(cases: Found) -> Iterable[str]:
+    """One line for each case of ``benchmarks.federated_faults``."""
+    for name, row in cases.items():
+        spans = ", ".join(f"{seconds:.1f}" for seconds in row["seconds of rounds"])
+        said = "; ".join(f"{what}: {seconds:.1f} s" for what, seconds in row["seconds"].items())
+        lost = f"{sum(row['refused'])} refused, {sum(row['failed'])} failed"
+        yield f"| {name} | {spans} | {lost} | {'yes' if row['same model'] else 'no'} | {said} |"
 
 
 def table(rows: Found) -> str:
     """Both, as Markdown."""
-    first = ["| objective | " + " | ".join(WIDTHS) + " | kurtosis |", "|" + " --- |" * 8]
-    second = ["", "| messages | bytes of a round | of all | accuracy, % |", "|" + " --- |" * 4]
+    first = ["| objective | seeds | " + " | ".join(WIDTHS) + " | kurtosis |", "|" + " --- |" * 9]
+    head = "| messages | seeds | bytes of a round | of all | accuracy, % | to float32 |"
+    second = ["", head, "|" + " --- |" * 6]
     return "\n".join([*first, *objectives(rows), *second, *messages(rows)])
 
 
@@ -70,7 +87,7 @@ def draw(rows: Found, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
     for number, (kind, name) in enumerate(NAMES.items()):
-        some = seeds(rows, kind, "float32")
+        some = seeds(rows, kind, FLOAT)
         if some:
             grey = str(round(0.15 * number, 2))
             scores = [[row["accuracy"][bits] for row in some] for bits in WIDTHS]
@@ -83,9 +100,10 @@ def draw(rows: Found, path: Path) -> None:
                 label=name,
                 capsize=2,
             )
+    wires = dict.fromkeys(r["wire"] for r in rows.values() if r["objective"] == "plain")
     left.set_xticks(range(len(WIDTHS)), WIDTHS)
     left.set(xlabel="bits of a weight", ylabel="accuracy, %")
-    for number, wire in enumerate(dict.fromkeys(row["wire"] for row in rows.values())):
+    for number, wire in enumerate(wires):
         some = seeds(rows, "plain", wire)
         rounds = list(zip(*(row["rounds"] for row in some), strict=True))
         nbytes = [statistics.mean(one["down"] + one["up"] for one in each) for each in rounds]
