@@ -6,14 +6,15 @@ server's model is then scored with its weights rounded to 8, 6, 4, 3 and 2 bits.
 with messages as int8 differences and as ``.dither`` files on the round's model, of two sizes.
 
 The clients are in this process, and run one after another. What they send and hold is made by the
-functions with which ``dither.integrations.flower`` makes it. Every row is saved at once, and found
-again when the program is started anew.
+functions with which ``dither.integrations.flower`` makes it. Every row is saved at once, and so is
+every round of one that is not done: the program may be stopped, and started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torch.nn import functional
 from benchmarks.environment import describe
 from benchmarks.federated_plot import draw, table
 from benchmarks.tasks import resnet20_cifar10
+from dither.archive import atomic_write
 from dither.formats import Affine
 from dither.integrations.rounds import Line, State, follow, moved, update, updated
 from dither.recipes import robust_fedavg
@@ -218,36 +220,71 @@ def watched(state: Mapping[str, Tensor], test: tuple[Tensor, Tensor]) -> float:
     return 100 * float((found == test[1]).double().mean())
 
 
-def measure(row: Row, rounds: int) -> dict[str, Any]:
-    """Train, and score the server's model at all widths."""
-    start = time.process_time()
-    images, labels = resnet20_cifar10.some("train", 0, 1 << 30)
-    data = Data(images, labels, shares(labels, row.seed))
-    test, wire = resnet20_cifar10.some("test", 0, WATCHED), wires()[row.wire]
-    torch.manual_seed(row.seed)
-    server = lenet()
-    model: State = {name: value.clone() for name, value in server.state_dict().items()}
-    down = up = 0
-    curve = []
-    for number in range(1, rounds + 1):
-        sent, nbytes = wire.down(model)
-        down += CLIENTS * nbytes
+@dataclass
+class Progress:
+    """What a training has done, to go on from.
+
+    Attributes:
+        model: the server's.
+        wire: with what it keeps.
+        rounds: bytes so far and accuracy on some test images, after each round.
+        seconds: of processor time.
+    """
+
+    model: State
+    wire: Wire
+    down: int = 0
+    up: int = 0
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def turn(self, data: Data, row: Row) -> None:
+        """One round of all clients."""
+        number = len(self.rounds) + 1
+        sent, nbytes = self.wire.down(self.model)
+        self.down += CLIENTS * nbytes
         states = []
         for client in range(CLIENTS):
             after = trained(sent, data, row, client, number)
-            back, nbytes = wire.up(sent, after)
+            back, nbytes = self.wire.up(sent, after)
             states.append(back)
-            up += nbytes
-        model = moved(model, sent, averaged(states, list(map(len, data.clients))))
-        curve.append({"down": down, "up": up, "accuracy": round(watched(model, test), 2)})
-    server.load_state_dict(model)
+            self.up += nbytes
+        self.model = moved(self.model, sent, averaged(states, list(map(len, data.clients))))
+
+
+def measure(row: Row, rounds: int, folder: Path) -> dict[str, Any]:
+    """Train, and score the server's model at all widths.
+
+    Args:
+        row: what is trained.
+        rounds: how often.
+        folder: keeps what was done after each round.
+    """
+    images, labels = resnet20_cifar10.some("train", 0, 1 << 30)
+    data = Data(images, labels, shares(labels, row.seed))
+    test, partly = resnet20_cifar10.some("test", 0, WATCHED), folder / f"{row.key}.pickle"
+    torch.manual_seed(row.seed)
+    server = lenet()
+    model: State = {name: value.clone() for name, value in server.state_dict().items()}
+    done = Progress(model, wires()[row.wire])
+    if partly.is_file():
+        done = pickle.loads(partly.read_bytes())  # noqa: S301 - what this program wrote
+    while len(done.rounds) < rounds:
+        start = time.process_time()
+        done.turn(data, row)
+        score = round(watched(done.model, test), 2)
+        done.rounds.append({"down": done.down, "up": done.up, "accuracy": score})
+        done.seconds += time.process_time() - start
+        with atomic_write(partly) as file:
+            file.write(pickle.dumps(done))
+    server.load_state_dict(done.model)
     return {
         "accuracy": scores(server),
         "kurtosis": kurtosis(server),
-        "bytes": {"down": down, "up": up},
-        "rounds": curve,
+        "bytes": {"down": done.down, "up": done.up},
+        "rounds": done.rounds,
         "clients' images": [len(mine) for mine in data.clients],
-        "processor seconds": round(time.process_time() - start, 1),
+        "processor seconds": round(done.seconds, 1),
     }
 
 
@@ -281,19 +318,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "federated.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after these")
+    parser.add_argument("--work", type=Path, default=Path("out/federated"), help="rows half done")
     parser.add_argument("--table", action="store_true", help="only print and draw")
     given = parser.parse_args()
     found = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {"rows": {}}
-    start = time.monotonic()
+    given.work.mkdir(parents=True, exist_ok=True)
     for row in () if given.table else rows(range(given.seeds)):
-        if row.key in found["rows"] or time.monotonic() - start > 60 * given.minutes:
+        if row.key in found["rows"]:
             continue
         found["rows"][row.key] = {
             "objective": row.objective,
             "wire": row.wire,
             "seed": row.seed,
-            **measure(row, given.rounds),
+            **measure(row, given.rounds, given.work),
         }
         found["environment"] = describe() | {"command": "python -m benchmarks.federated"}
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -70,7 +70,8 @@ class Loopback:
         config = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.address}"\n'
         (self._home / "config.toml").write_text(config + "insecure = true\n", encoding="utf-8")
         options = ["--disable-runtime-dependency-installation", "--host", "127.0.0.1"]
-        options += ["--port", str(self._port)]
+        # With a file for its state it knows its clients again; without, it turns them away.
+        options += ["--port", str(self._port), "--database", str(self.folder / "link.db")]
         options += ["--simulation"] if self._simulated else []
         self.link = self._start("link", "flower-superlink", "--insecure", *options)
         until(self._answers, "Flower's server does not answer")

@@ -1,11 +1,25 @@
 """The benchmark of federated averaging: how images are dealt out, and what its messages hold."""
 
+import pickle
+
 import pytest
 import torch
 
 from benchmarks import federated
-from benchmarks.federated import CLIENTS, Data, Float32, Int8, averaged, lenet, shares, wires
+from benchmarks.federated import (
+    CLIENTS,
+    Data,
+    Float32,
+    Int8,
+    Progress,
+    Row,
+    averaged,
+    lenet,
+    shares,
+    wires,
+)
 from dither.integrations.rounds import State, moved
+from dither.testing import same_bits
 
 
 def state(seed: int) -> State:
@@ -44,12 +58,12 @@ def test_a_round_draws_its_images_anew_and_in_proportion(monkeypatch: pytest.Mon
         assert len(mine) < 10 or not torch.equal(first, later)
 
 
-@pytest.mark.parametrize("name", list(wires()))
+@pytest.mark.parametrize("name", ["float32", "int8", "dither 6,000"])
 def test_both_ends_have_the_same_and_what_is_lost_comes_later(name: str) -> None:
     wire, model = wires()[name], state(0)
     sent, nbytes = wire.down(model)
     assert all(torch.equal(sent[key], model[key]) for key in model)  # the first is exact
-    for number in range(3):
+    for number in range(2):
         before = model
         back, up = wire.up(sent, step(sent, number))
         model = moved(model, sent, averaged([back, back], [1, 2]))
@@ -79,6 +93,26 @@ def test_int8_is_off_by_half_a_step_at_most() -> None:
 def test_weights_of_the_mean_are_shares_of_images() -> None:
     found = averaged([{"a": torch.tensor([1.0])}, {"a": torch.tensor([4.0])}], [30, 10])
     torch.testing.assert_close(found["a"], torch.tensor([1.75]))
+
+
+@pytest.mark.parametrize(("name", "clients"), [("float32", 3), ("int8", 2), ("dither 6,000", 1)])
+def test_a_training_that_was_stopped_goes_on_as_it_would_have(
+    name: str, clients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federated, "CLIENTS", clients)
+    monkeypatch.setattr(federated, "PER_ROUND", 100)
+    torch.manual_seed(0)
+    labels = torch.arange(100) % 10
+    data = Data(torch.randn(100, 3, 32, 32), labels, shares(labels, 0))
+    row = Row("mqat", name, 0)
+    whole = Progress(state(0), wires()[name])
+    whole.turn(data, row)
+    stopped = pickle.loads(pickle.dumps(whole))
+    for each in (whole, stopped):
+        each.rounds.append({})
+        each.turn(data, row)
+    assert (whole.down, whole.up) == (stopped.down, stopped.up)
+    assert all(same_bits(value, stopped.model[key]) for key, value in whole.model.items())
 
 
 def test_rows_are_all_there_once_and_the_first_seed_comes_first() -> None:

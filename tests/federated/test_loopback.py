@@ -80,9 +80,9 @@ def test_processes_over_loopback_and_a_server_that_is_killed_in_a_round(
     with Loopback(tmp_path, CLIENTS) as federation:
         federation.run(ROUNDS)
         until(lambda: noted(federation, 2, "begins"), "round 2 does not begin")
-        federation.end()  # SIGKILL to all: as a machine that loses its power
+        federation.kill_server()
         assert not (federation.out / "done").exists()
-        federation.begin()
+        federation.serve()
         federation.run(ROUNDS)
         federation.wait()
         check(federation, wanted, {1: CLIENTS, 2: CLIENTS})
