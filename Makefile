@@ -30,7 +30,7 @@ CODE := src tests packages/python $(wildcard benchmarks changes examples)
 
 help:
 	@echo "make quick   lint, types and the quick tests, in less than a minute"
-	@echo "make demo    show what dither does, in a few minutes"
+	@echo "make demo    show what dither does, in a minute or two"
 	@echo "make test    all checks: lint, types, tests, doctests, README, coverage"
 	@echo "make lint    ruff and mypy only;  make pytest: tests only"
 	@echo "make bench   the quick benchmarks, in minutes; make bench-full: all, in hours, resumable"
@@ -145,6 +145,7 @@ clean:
 $(VENV)/.installed-torch: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "dither needs Python 3.11 or later; try: make PYTHON=python3.13"; exit 1; }
+	@echo "installing into $(VENV), once: PyTorch, then dither; a minute or more"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	touch $@

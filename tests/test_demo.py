@@ -1,8 +1,13 @@
 """The demo: quick, once, and the parts that its comparison rests on."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
+import urllib.request
+import webbrowser
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from dither.archive import load
-from dither.cli import app
+from dither.cli import app, demo_command
+from dither.cli.demo_command import served
 from dither.core import CheckpointError, DitherError
 from dither.demo.evaluate import evaluate_in_fresh_process
 from dither.demo.network import DigitNet, load_digits
@@ -109,6 +115,62 @@ def test_the_demo(tmp_path: Path) -> None:
     assert smaller["8x"]["nbytes"] == (out / smaller["8x"]["file"]).stat().st_size
     assert set(load(out / smaller["8x"]["file"])) == set(DigitNet().state_dict())
     assert found["finding"].startswith("dither stays within")
+
+
+def test_the_demo_says_what_it_will_do_before_torch_is_imported() -> None:
+    program = (
+        "import sys, types\nfrom dither.cli import app\n"
+        "def demo(*_, **__):\n    sys.exit(3 if 'torch' in sys.modules else 7)\n"
+        "sys.modules['dither.cli.work'] = types.SimpleNamespace(demo=demo)\n"
+        "app(['demo', '--out', 'there'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert re.search(r"handwritten digits.*about a minute.*there$", done.stderr.strip())
+
+
+def test_the_page_is_served_to_a_browser_with_types_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "web").mkdir(parents=True)
+    for name in ("index.html", "page.mjs", "ort.wasm"):
+        (tmp_path / "out" / "web" / name).write_text(name)
+    seen = {}
+
+    def browse(url: str) -> None:
+        def look() -> None:
+            for name in ("", "page.mjs", "ort.wasm"):
+                with urllib.request.urlopen(url + name) as answer:
+                    seen[name] = (answer.read(), answer.headers.get_content_type())
+            servers[0].shutdown()
+
+        threading.Thread(target=look).start()
+
+    servers = []
+
+    def kept(folder: Path) -> ThreadingHTTPServer:
+        servers.append(served(folder))
+        return servers[0]
+
+    monkeypatch.setattr(demo_command, "served", kept)
+    monkeypatch.setattr(webbrowser, "open", browse)
+    result = CliRunner().invoke(app, ["demo", "--web"])
+    assert result.exit_code == 0, result.output
+    assert seen[""] == (b"index.html", "text/html")
+    assert seen["page.mjs"] == (b"page.mjs", "text/javascript")
+    assert seen["ort.wasm"][1] == "application/wasm"
+
+
+def test_a_page_that_was_not_built_is_named_with_what_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["demo", "--web"])
+    assert result.exit_code == 2
+    assert "make web" in " ".join(result.stderr.split())
 
 
 def test_the_data_is_what_it_was() -> None:

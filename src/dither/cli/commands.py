@@ -382,18 +382,3 @@ def report(
         work.write_page(printer, file, output, given)
     else:
         work.write_pair(printer, (file, beside), output, given)
-
-
-@app.command()
-def demo(
-    *,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for the files, table and plot.")
-    ] = Path("dither-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train a small network, compress it to several sizes, and compare with plain rounding."""
-    good = work.demo(Printer(as_json, quiet), out, quick=quick)
-    raise typer.Exit(GOOD if good else CHECK_FAILED)
