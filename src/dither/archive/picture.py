@@ -23,7 +23,7 @@ _BOX += "box-sizing:border-box;border:1px solid #fff;text-align:left;"
 _CELLS = "text-align:left;padding:1px 14px 1px 0;"
 
 Box = tuple[str, int, float | None]
-"""What it is called, its bytes, and bits for each value, if it has values."""
+"""What it is called, its bytes, and bits per value, if it has values."""
 
 
 def notebook(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> str:
@@ -33,7 +33,7 @@ def notebook(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) 
     """
     original = sum(entry.decoded_nbytes for entry in entries)
     values = sum(entry.numel for entry in entries)
-    bits = f", {8 * nbytes / values:.2f} bits for each value" if values else ""
+    bits = f", {8 * nbytes / values:.2f} bits per value" if values else ""
     boxes = gathered(((e.name, e.nbytes, e.numel) for e in entries), nbytes)
     ranked = sorted(entries, key=lambda entry: -entry.nbytes)
     rows = [

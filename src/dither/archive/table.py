@@ -9,7 +9,7 @@ from dither.terminal import printable
 
 
 def table(entries: Sequence[Entry], aliases: Mapping[str, str], nbytes: int) -> str:
-    """One line for each tensor: name, shape, type, format, bytes and bits for each value."""
+    """One line for each tensor: name, shape, type, format, bytes and bits per value."""
     rows = [("tensor", "shape", "dtype", "format", "bytes", "bits/value")]
     rows += [
         (

@@ -46,7 +46,7 @@ app = typer.Typer(
     name="dither",
     cls=_Commands,
     help="Compress neural networks to a byte budget: name the bytes, keep the model.",
-    epilog="Exit status: 0 good, 1 a check failed, 2 bad input. Errors go to standard error.",
+    epilog="Exit status: 0 success, 1 a check failed, 2 bad input. Errors go to standard error.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -59,8 +59,8 @@ OnDisk = Annotated[
     bool | None,
     typer.Option(
         "--on-disk/--in-memory",
-        help="Where the model's weights are while it runs on DATA; on disk is beside OUT. By "
-        "default on disk if they take more than a quarter of the memory.",
+        help="Where to keep the model's weights while it runs on DATA; on disk means beside OUT. "
+        "By default on disk if they take more than a quarter of the memory.",
     ),
 ]
 MaxSize = Annotated[
@@ -68,7 +68,7 @@ MaxSize = Annotated[
     typer.Option(
         "--max-size",
         metavar="SIZE",
-        help="Most memory that reading an archive may take, such as 16GB.",
+        help="The most memory that reading an archive may take, such as 16GB.",
     ),
 ]
 Output = Annotated[
@@ -77,37 +77,39 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="OUT",
-        help="By default ./SOURCE.dither; with a / at its end a model folder, of a model folder, "
-        "that transformers reads.",
+        help="By default ./SOURCE.dither. If it ends in / and SOURCE is a model folder, a model "
+        "folder that transformers reads.",
     ),
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(metavar="WEIGHTS", help="What FILE stores differences to: the very same weights."),
+    typer.Option(metavar="WEIGHTS", help="The weights that FILE stores differences to."),
 ]
 NewBase = Annotated[
     Path | None,
     typer.Option(
         metavar="WEIGHTS",
-        help="Store differences to these weights, which whoever reads OUT has to have.",
+        help="Store differences to these weights, which are then needed to read OUT.",
     ),
 ]
 Prune = Annotated[
     str | None,
     typer.Option(
         metavar="SHARE",
-        help="Without data: make 0.9 or 90% of the weights of matrices exactly 0 first, those that "
-        "cost least; or 2:4, two of each four.",
+        help="Without data: first set 0.9 or 90% of the weights of matrices to 0, those that cost "
+        "least; or 2:4, two of every four.",
     ),
 ]
 Factored = Annotated[
     bool,
     typer.Option(
         "--factors",
-        help="Without data: try products of quantized sparse matrices, too; some seconds each.",
+        help="Without data: also try products of quantized sparse matrices; some seconds each.",
     ),
 ]
-Tuned = Annotated[bool, typer.Option("--tune", help="Tune numbers by DATA in the end: minutes.")]
+Tuned = Annotated[
+    bool, typer.Option("--tune", help="Finally, train all but the codes on DATA: minutes.")
+]
 MAX_BITS = 64
 _SOURCE = "A .safetensors, .pt, .pth, .th, .bin, .ckpt, .npz or .dither file, or a model folder."
 
@@ -149,31 +151,31 @@ def compress(
     *,
     size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Most bytes: 9000000, 9MB (10^6), 9MiB, 25% or 12x."),
+        typer.Option(metavar="SIZE", help="At most: 9000000 bytes, 9MB (10^6), 9MiB, 25% or 12x."),
     ] = None,
-    bits: Annotated[
-        float | None, typer.Option(help="Bits for each value, instead of SIZE.")
-    ] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits per value, instead of SIZE.")] = None,
     output: Output = None,
     key: Annotated[
-        str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
+        str | None, typer.Option(help="The state dict to read, if a PyTorch file has several.")
     ] = None,
     base: NewBase = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="A few hundred samples to compress by: a text file, one in each line, for a model "
+            help="A few hundred samples to compress by: a text file, one per line, for a model "
             "folder; or MODULE:NAME of a loader or a function that makes one.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:NAME", help="Makes the model, if SOURCE is no model folder."),
+        typer.Option(
+            metavar="MODULE:NAME", help="Builds the model, if SOURCE is not a model folder."
+        ),
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:NAME", help="Scores a model, to choose by what was tried."),
+        typer.Option(metavar="MODULE:NAME", help="Scores a model; the best is kept."),
     ] = None,
     activations: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Quantize activations: int8, or int2 to 16.")
@@ -208,10 +210,10 @@ def plan(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help=_SOURCE)],
     *,
     sizes: Annotated[
-        str, typer.Option(metavar="SIZES", help="With commas: 9MB,25%,12x.")
+        str, typer.Option(metavar="SIZES", help="Comma-separated: 9MB,25%,12x.")
     ] = "4x,8x,12x,16x",
     key: Annotated[
-        str | None, typer.Option(help="Where a PyTorch file has its state dict, if several.")
+        str | None, typer.Option(help="The state dict to read, if a PyTorch file has several.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it: .svg, .png or .pdf.")
@@ -219,7 +221,7 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say in seconds what some sizes would do; nothing is compressed."""
+    """Predict in seconds what several sizes would do; nothing is compressed."""
     work.plan(Printer(as_json, quiet), source, _parts(sizes), key=key, picture=plot)
 
 
@@ -228,40 +230,42 @@ def sweep(
     sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help=_SOURCE)],
     *,
     sizes: Annotated[
-        str, typer.Option(metavar="SIZES", help="With commas: 9MB,25%,12x.")
+        str, typer.Option(metavar="SIZES", help="Comma-separated: 9MB,25%,12x.")
     ] = "4x,8x,12x,16x",
     methods: Annotated[
         str,
         typer.Option(
             metavar="METHODS",
-            help="With commas: data-free, data, int8, or MODULE:NAME of a function of "
+            help="Comma-separated: data-free, data, int8, or MODULE:NAME of a function of "
             "(model, nbytes, data, seed) that returns an archive.",
         ),
     ] = "data-free",
-    seeds: Annotated[str, typer.Option(metavar="SEEDS", help="With commas: 0,1,2.")] = "0",
+    seeds: Annotated[str, typer.Option(metavar="SEEDS", help="Comma-separated: 0,1,2.")] = "0",
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="One line of JSON for each cell.")
+        Path, typer.Option("--output", "-o", metavar="FILE", help="One line of JSON per cell.")
     ] = Path("sweep.jsonl"),
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="As of compress; a seed is passed on.")
+        str | None, typer.Option(metavar="DATA", help="As for compress; a seed is passed on.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODULE:NAME", help="As of compress.")
+        str | None, typer.Option(metavar="MODULE:NAME", help="As for compress.")
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:NAME", help="Scores a model; else, the outputs' distance."),
+        typer.Option(
+            metavar="MODULE:NAME", help="Scores a model; else by the distance of outputs."
+        ),
     ] = None,
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the files in this folder.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at once on this machine.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes on this machine.")] = 1,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run on this Ray cluster, such as auto.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Repeat cells that had an error.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat cells that failed.")] = False,
     choose: Annotated[
-        int | None, typer.Option(metavar="TRIALS", help="Find the best file by so many scores.")
+        int | None, typer.Option(metavar="TRIALS", help="Find the best file with this many scores.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw size against score: .svg, .png, .pdf.")
@@ -269,9 +273,9 @@ def sweep(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress by sizes x methods x seeds x models; what was done before is not done again.
+    """Compress by sizes x methods x seeds x models; cells with a result are not repeated.
 
-    The exit status is 1 where a cell failed; the others go on.
+    The exit status is 1 if a cell failed; the others continue.
     """
     wanted = work.Wanted(_parts(methods), _parts(sizes), _parts(seeds), data, model, evaluate, keep)
     how: dict[str, Any] = {"jobs": jobs, "ray": ray, "retry": retry, "plot": plot, "choose": choose}
@@ -284,13 +288,13 @@ def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .dither archive.")],
     *,
     as_tree: Annotated[
-        bool, typer.Option("--tree", help="By modules, with the bytes beneath each.")
+        bool, typer.Option("--tree", help="By module, with the total bytes of each.")
     ] = False,
     max_size: MaxSize = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what an archive holds; nothing is decoded, so any size will do."""
+    """Show what an archive holds; nothing is decoded, so its size does not matter."""
     work.inspect(Printer(as_json, quiet), file, max_size, as_tree=as_tree)
 
 
@@ -312,7 +316,7 @@ def decompress(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write an archive's tensors as a checkpoint that other programs read."""
+    """Write an archive's tensors as a checkpoint that other programs can read."""
     work.decompress(Printer(as_json, quiet), file, output, max_size, base)
 
 
@@ -325,7 +329,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read and decode everything in an archive; exit with status 1 where something is wrong."""
+    """Read and decode everything in an archive; exit with status 1 if anything is wrong."""
     good = work.verify(Printer(as_json, quiet), file, max_size, base)
     raise typer.Exit(GOOD if good else CHECK_FAILED)
 
@@ -337,7 +341,7 @@ def compare(
     *,
     min_sqnr: Annotated[
         float | None,
-        typer.Option(metavar="DB", help="Exit with status 1 where a tensor's SQNR is less."),
+        typer.Option(metavar="DB", help="Exit with status 1 if any tensor's SQNR is lower."),
     ] = None,
     base: Annotated[
         Path | None, typer.Option(metavar="WEIGHTS", help="What A or B stores differences to.")
@@ -346,9 +350,9 @@ def compare(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare tensors: signal to quantization noise ratio (SQNR, dB) and largest error.
+    """Compare tensors: signal-to-quantization-noise ratio (SQNR, dB) and largest error.
 
-    The exit status is 1 where names or shapes differ, or a tensor is below --min-sqnr.
+    The exit status is 1 if names or shapes differ, or a tensor is below --min-sqnr.
     """
     printer = Printer(as_json, quiet)
     good = work.compare(printer, a, b, work.Beside(None, max_size, base), min_sqnr=min_sqnr)
@@ -361,11 +365,11 @@ def report(
     *,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help=f"What was compressed, for errors: {_SOURCE}"),
+        typer.Option(metavar="CHECKPOINT", help=f"The original, to show errors: {_SOURCE}"),
     ] = None,
     beside: Annotated[
         Path | None,
-        typer.Option(metavar="OTHER", help="A second archive, to be shown beside the first."),
+        typer.Option(metavar="OTHER", help="A second archive, to show beside the first."),
     ] = None,
     output: Annotated[
         Path | None,

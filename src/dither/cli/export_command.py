@@ -11,10 +11,12 @@ import typer
 from dither.cli.commands import AsJson, Quiet, app
 from dither.cli.console import Printer
 
-_MODEL = "A model folder, or MODULE:NAME of what makes the model."
+_MODEL = "A model folder, or MODULE:NAME of what builds the model."
 _KERNELS = "exact; fast: inputs are rounded to 8 bits; standard: ONNX's own operators alone."
 _Text = Annotated[str | None, typer.Option(metavar="MODEL", help=_MODEL)]
-_Data = Annotated[str | None, typer.Option(metavar="DATA", help="As of compress; a batch is run.")]
+_Data = Annotated[
+    str | None, typer.Option(metavar="DATA", help="As for compress; one batch is run.")
+]
 
 
 @app.command()

@@ -170,7 +170,7 @@ def _compress(
     report.print_summary(printer, archive)
     if given.data is None and given.base is None and 8 * budget < FEW_BITS * values:
         printer.text(
-            f"less than {FEW_BITS} bits for each value, where the weights alone say too little of "
+            f"less than {FEW_BITS} bits per value, where the weights alone say too little of "
             "what matters: give a few hundred samples with --data, or a larger size"
         )
     printer.text(f"wrote {target}")

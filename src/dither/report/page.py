@@ -136,11 +136,11 @@ def _spending(found: Contents) -> str:
         for bits, name in [
             *((float(b), f"{b}") for b in (1, 2, 3, 4, 6)),
             (8.0, "8 bits and more"),
-            (None, "no tensor"),
+            (None, "index"),
         ]
     )
     return (
-        "<h2>Where the bytes go</h2><p>Area: share of the file. Shade: bits for each value.</p>"
+        "<h2>Where the bytes go</h2><p>Area: share of the file. Shade: bits per value.</p>"
         f'{"".join(maps)}<div class="key">{key}</div>'
     )
 

@@ -72,7 +72,7 @@ def _maps(found: Pair) -> str:
             parts.append(f'<p>{text(each.title)}</p><div class="map">')
             parts.append(f"{drawn(boxes, each.nbytes, 1120, 448)}</div>")
             parts.append(f'<div class="map tall">{drawn(boxes, each.nbytes, 360, 450)}</div>')
-    area = "Area: share of its file. Shade: bits for each value."
+    area = "Area: share of its file. Shade: bits per value."
     return f"<h2>Where the bytes go</h2><p>{area}</p>{''.join(parts)}"
 
 

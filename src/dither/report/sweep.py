@@ -18,7 +18,7 @@ def draw_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the rows without an error: the mean over seeds as a line, each seed as a mark.
 
     The score is what the user's function says or, where nothing has one, the distance of outputs,
-    or else bits for each value.
+    or else bits per value.
 
     Args:
         rows: with ``source``, ``method``, ``nbytes``, ``values``, ``score`` and ``distance``.
@@ -65,7 +65,7 @@ def _score_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "score", "score"
     if all(row["distance"] is not None for row in rows):
         return "distance", "distance of outputs, less is better"
-    return "bits", "bits for each value"
+    return "bits", "bits per value"
 
 
 def _points(
