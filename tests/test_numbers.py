@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import federated_plot
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TITLES = {
@@ -77,10 +79,16 @@ def coding() -> Iterator[str]:
         yield f"| {name} | {row['decode ratio']:.1f} | {row['encode ratio']:.1f} |"
 
 
+def faults() -> Iterator[str]:
+    """Of a federation."""
+    yield from federated_plot.faults(read("federated_faults")["cases"])
+
+
 TABLES = {
     "README.md": (without_training,),
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
     "docs/recipes/diffq.md": (diffq,),
+    "docs/recipes/robust_fedavg.md": (faults,),
     "docs/howto/machines.md": (processes,),
 }
 
