@@ -169,3 +169,14 @@ def test_other_shapes_train_as_with_learned_steps(shape: tuple[int, ...]) -> Non
 def test_what_makes_no_sense_along_axes_is_refused(settings: dict[str, int]) -> None:
     with pytest.raises(dither.SpecError, match="LSQ"):
         RotatedLSQ(**settings)  # type: ignore[arg-type]
+
+
+def test_with_data_rows_that_are_read_often_have_finer_steps() -> None:
+    model = Words(table())
+    often = torch.arange(2000, 2064)
+    tokens = often[torch.randint(64, (32, 40), generator=torch.Generator().manual_seed(0))]
+    run = dither.attach(model, budget="12x", data=[tokens], steps=4)
+    surrogate = run.surrogates["embedding.weight"]
+    assert isinstance(surrogate, RotatedStep)
+    steps = surrogate.steps().detach().expand(ROWS, 1)
+    assert float(steps[often].max()) < float(steps[2100:].min())
