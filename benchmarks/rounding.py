@@ -52,7 +52,7 @@ def encoders(task: str, bits: int) -> dict[str, Encoder]:
         "GPTQ, mse": GPTQ(format=fmt, damping=DAMPING),
         "GPTQ, mse, ordered": GPTQ(format=fmt, damping=DAMPING, ordered=True),
         "GPTQ, output, ordered": GPTQ(format=fmt, damping=DAMPING, ordered=True, ranges="output"),
-        "AdaRound, mse": AdaRound(fmt, iterations=steps),
+        "AdaRound, mse": AdaRound(fmt, iterations=steps, around="target"),
         "AdaRound, output": AdaRound(fmt, iterations=steps, ranges="output"),
         "AdaRound, mse, around the weight": AdaRound(fmt, iterations=steps, around="weight"),
     }

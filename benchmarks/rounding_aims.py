@@ -44,7 +44,7 @@ def ways(bits: int) -> dict[str, tuple[Encoder, bool]]:
             True,
         ),
         "AdaRound, cross moments, around the target": (
-            AdaRound(form, iterations=ITERATIONS),
+            AdaRound(form, iterations=ITERATIONS, around="target"),
             True,
         ),
     }
