@@ -2,31 +2,59 @@
 
 ``python -m benchmarks.pruning --split test`` trains ResNet-20 to a few budgets as
 ``benchmarks.train_resnet20`` does (same loss, batches, steps and rates), with learned steps alone,
-with a learned dead zone, and with magnitude pruning around them. Interrupted runs go on; finished
-ones stay in the results.
+with a learned dead zone, and with magnitude pruning around them; ``--task minilm_stsb`` does so as
+``benchmarks.train_minilm``. Interrupted runs go on; finished ones stay in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks import train_minilm, train_resnet20
 from benchmarks.environment import describe
-from benchmarks.train_resnet20 import Planned, train
-from benchmarks.training import score
+from benchmarks.training import Planned, score
 from dither import LSQ, DeadZone, Plan, Pruned
 from dither.train import Cyclical, Gradual, Method
 from dither.train.default_plan import default_plan
 from dither.train.sparsity import Sparsity
 
 RESULTS = Path(__file__).parent / "results"
-TASK = "resnet20_cifar10"
-BUDGETS = [34_000, 20_000]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, and how it is trained.
+
+    Attributes:
+        train: to a budget with a seed, for so long, in a folder, with a plan.
+        budgets: bytes.
+        unit: of lengths.
+        length: how long by default.
+        results: the file.
+    """
+
+    train: Callable[[int, int, Any, Path, Planned], tuple[Path, dict[str, Any]]]
+    budgets: list[int]
+    unit: str
+    length: float
+    results: str
+
+
+TASKS = {
+    "resnet20_cifar10": Task(train_resnet20.train, [34_000, 20_000], "epochs", 3.0, "pruning.json"),
+    "minilm_stsb": Task(
+        train_minilm.train, [2_670_000, 1_800_000], "steps", 200, "pruning_minilm.json"
+    ),
+}
 
 
 def with_matrices(method: Method, model: nn.Module) -> Plan:
@@ -54,31 +82,37 @@ METHODS: dict[str, Planned] = {
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--task", choices=list(TASKS), default="resnet20_cifar10")
+    parser.add_argument("--budgets", type=int, nargs="+")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--length", type=float, help="epochs of ResNet-20, steps of MiniLM")
     parser.add_argument("--split", choices=["dev", "test"], default="dev")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("out", "pruning"))
-    parser.add_argument("--json", type=Path, default=RESULTS / "pruning.json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
-    for budget in options.budgets:
+    task = TASKS[options.task]
+    length = type(task.length)(options.length or task.length)
+    output = options.json or RESULTS / task.results
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    for budget in options.budgets or task.budgets:
         for method in options.methods:
             for seed in options.seeds:
-                key = {"method": method, "budget": budget, "seed": seed, "epochs": options.epochs}
+                key = {"method": method, "budget": budget, "seed": seed, task.unit: length}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                folder = options.folder / f"{method}-{options.epochs}".replace(" ", "_")
+                folder = options.folder / f"{method}-{length}".replace(" ", "_")
                 folder.mkdir(parents=True, exist_ok=True)
-                path, row = train(budget, seed, options.epochs, folder, METHODS[method])
-                row = key | row | {options.split: round(score(TASK, path, options.split), 2)}
+                path, row = task.train(budget, seed, length, folder, METHODS[method])
+                row = (
+                    key | row | {options.split: round(score(options.task, path, options.split), 2)}
+                )
                 print(json.dumps(row), flush=True)
                 rows.append(row)
                 result = {"environment": describe(), "rows": rows}
-                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

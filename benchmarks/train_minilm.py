@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import dither
 from benchmarks.tasks import data_path, minilm_stsb
-from benchmarks.training import keep, main, report, take_up, write_file
+from benchmarks.training import Planned, by_default, keep, main, report, take_up, write_file
 from dither.search import token_counts
 
 TABLE = "embeddings.word_embeddings.weight"
@@ -102,7 +102,9 @@ def share_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_STEPS, 2 * (1 - step / steps))
 
 
-def train(budget: int, seed: int, steps: int, folder: Path) -> tuple[Path, dict[str, Any]]:
+def train(
+    budget: int, seed: int, steps: int, folder: Path, planned: Planned = by_default
+) -> tuple[Path, dict[str, Any]]:
     """Train to a budget and save the file; resumes from the folder."""
     sentences = Sentences(seed)
     torch.manual_seed(seed)
@@ -113,7 +115,7 @@ def train(budget: int, seed: int, steps: int, folder: Path) -> tuple[Path, dict[
         start=START.get(budget),
         sensitivity=token_counts({TABLE: sentences.counts}),
     )
-    run = dither.attach(model, budget=goal, steps=steps, noise=seed)
+    run = dither.attach(model, planned(model), budget=goal, steps=steps, noise=seed)
     vectors = [p for n, p in model.named_parameters() if n in run.surrogates and p.ndim < 2]
     tables = [p for n, p in model.named_parameters() if n in run.surrogates and p.ndim > 1]
     groups = [

@@ -11,19 +11,16 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import dither
 from benchmarks.tasks import resnet20_cifar10
-from benchmarks.training import keep, main, report, take_up, write_file
-
-Planned = Callable[[nn.Module], dither.Plan | None]
+from benchmarks.training import Planned, by_default, keep, main, report, take_up, write_file
 
 BATCH = 128
 RATE = 3e-3
@@ -40,7 +37,7 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def train(
-    budget: int, seed: int, epochs: float, folder: Path, planned: Planned = lambda _: None
+    budget: int, seed: int, epochs: float, folder: Path, planned: Planned = by_default
 ) -> tuple[Path, dict[str, Any]]:
     """Train to a budget and save the file; resumes from the folder.
 

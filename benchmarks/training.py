@@ -26,6 +26,14 @@ from benchmarks.environment import describe
 Train = Callable[[int, int, Any, Path], tuple[Path, dict[str, Any]]]
 """Trains to a budget with a seed, for so long, in a folder; returns the file and its row."""
 
+Planned = Callable[[nn.Module], dither.Plan | None]
+"""The plan for a model, or None for what a budget does by default."""
+
+
+def by_default(_: nn.Module) -> dither.Plan | None:
+    """Leave the plan to the budget."""
+    return None
+
 
 def take_up(path: Path, model: nn.Module, optimizer: Optimizer, run: dither.Run) -> float:
     """Load what :func:`keep` saved, if it did; returns the seconds spent before."""
