@@ -33,7 +33,7 @@ from dither.search.joint_layers import kernels_of
 from dither.search.joint_space import Point, Space, Widths
 from dither.search.journal import Journal
 from dither.search.knowledge import Sensitivity
-from dither.search.policies import POLICIES, Policy
+from dither.search.policies import POLICIES, Evolution, Policy
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
 
@@ -124,13 +124,15 @@ class Joint:
         rows = [asdict(row) | ({"reward": None} if row.error else {}) for row in self.history]
         return {"policy": repr(self.policy), "widths": dict(self.widths), "history": rows}
 
+FROM_ALLOCATOR: Policy = Evolution(from_allocator=True)
+
 
 def joint(
     model: nn.Module,
     size: int | str,
     aim: Score | Aim,
     *,
-    policy: str | Policy = "ajpq",
+    policy: str | Policy = FROM_ALLOCATOR,
     evaluations: int = 100,
     seed: int = 0,
     processes: int = 1,
@@ -146,7 +148,8 @@ def joint(
         model: stays as it is.
         size: as for :func:`dither.compress`.
         aim: the score of a model, or more: :class:`Aim`.
-        policy: ``"ajpq"``, ``"evolution"``, ``"random"``, ``"tpe"`` or ``"cma-es"`` (these two by
+        policy: by default evolution that begins with the first file, the best of what was measured;
+            or ``"ajpq"``, ``"evolution"``, ``"random"``, ``"tpe"`` or ``"cma-es"`` (these two by
             Optuna: ``pip install "dither[search]"``), ``"allocator"`` for nothing but the first
             file; or one with settings, as :class:`~dither.search.AJPQ`.
         evaluations: files to be made and judged, the first among them.
@@ -167,7 +170,7 @@ def joint(
     >>> wanted = model(inputs).detach()
     >>> def score(model: nn.Module) -> float:
     ...     return -float((model(inputs) - wanted).square().mean())
-    >>> found = joint(model, "8x", score, policy="evolution", evaluations=6)
+    >>> found = joint(model, "8x", score, evaluations=6)
     >>> found.archive.nbytes <= 4680 * 4 / 8, found.best.reward >= found.history[0].reward
     (True, True)
     """
