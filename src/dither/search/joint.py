@@ -124,6 +124,7 @@ class Joint:
         rows = [asdict(row) | ({"reward": None} if row.error else {}) for row in self.history]
         return {"policy": repr(self.policy), "widths": dict(self.widths), "history": rows}
 
+
 FROM_ALLOCATOR: Policy = Evolution(from_allocator=True)
 
 
