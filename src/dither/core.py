@@ -55,11 +55,11 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 class DitherError(Exception):
-    """Any error that dither raises on purpose; its text says what to do."""
+    """Any error that dither raises on purpose; its message says what to do."""
 
 
 class SpecError(DitherError, ValueError):
-    """Settings that make no sense, or do not fit the tensor they are applied to."""
+    """Settings that are invalid, or do not fit the tensor or model they are applied to."""
 
 
 class CheckpointError(DitherError, ValueError):
@@ -78,7 +78,7 @@ class BudgetError(DitherError, ValueError):
 
 
 class ArchiveError(DitherError, ValueError):
-    """A file that is no archive, is damaged, or asks for more memory than allowed."""
+    """A file that is not an archive, is damaged, or needs more memory than allowed."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -128,18 +128,18 @@ def attention_mask(batch: object) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Data:
-    """Samples, how the model reads them, and what counts as a difference of outputs.
+    """Samples, how the model is run on them, and how outputs are compared.
 
-    Whatever takes data takes this, or a plain loader, which stands for ``Data(loader)``.
+    Every function that takes data accepts this, or a plain loader, which means ``Data(loader)``.
 
     Attributes:
-        loader: of batches as the model will meet them, without labels. Read more than once, it must
-            not be an iterator: :meth:`held` keeps the batches in memory.
+        loader: yields batches like those that the model will see, without labels. It is read more
+            than once, so it must not be an iterator: :meth:`held` keeps the batches in memory.
         forward: runs the model on a batch; its output is what counts. By default :func:`call`.
-        distance: of outputs: :func:`squared`, :func:`divergence`, or one's own.
-        batches: how many to read, or all.
-        mask: which positions of a batch are no padding: only they count in moments of inputs, in
-            frequencies of tokens and in :func:`squared` and :func:`divergence`. By default
+        distance: of two outputs: :func:`squared`, :func:`divergence`, or your own function.
+        batches: how many to read; None for all.
+        mask: which positions of a batch are not padding. Only these count in moments of inputs, in
+            token frequencies and in :func:`squared` and :func:`divergence`. By default
             :func:`attention_mask`; None if all count.
 
     >>> [batch.tolist() for batch in Data([torch.ones(1), torch.zeros(1)], batches=1)]

@@ -208,7 +208,7 @@ def check_encoder(
     stats: Stats | None = None,
     round_trip: RoundTrip | None = None,
 ) -> Encoded:
-    """What any encoder owes: a valid, repeatable result that leaves the weight as it was.
+    """The laws of an encoder: a valid, repeatable result, and an unchanged weight.
 
     Laws 2 (with ``round_trip``), 3 and 5. Floating-point results must be finite.
 
@@ -285,7 +285,7 @@ def check_format(fmt: Format, weight: Tensor, round_trip: RoundTrip | None = Non
 
 
 def check_surrogate(spec: Method, weight: Tensor) -> Encoded:
-    """Law 4, and law 1 for a training method: what its surrogate owes, on one weight.
+    """The laws of a training method and its surrogate, on one weight: 4, and 1 for the method.
 
     Without noise ``train()`` returns the weight itself; ``eval()`` shows exactly the encoding;
     neither changes the weight; gradients reach it; sizes are finite; it can be pickled.

@@ -42,7 +42,7 @@ _COPY_CHUNK = 1 << 20
 class Archive(Mapping[str, Tensor]):
     """A ``.dither`` archive, in a file or in memory: a mapping from names to tensors.
 
-    Opening reads the index only; a tensor is read, checked and decoded when it is asked for.
+    Opening reads only the index; a tensor is read, checked and decoded on request.
     Aliases (tied weights) are names like any other. Reading is safe from several threads, and from
     processes that were forked after opening; copies and pickles open the file anew, by its path.
 

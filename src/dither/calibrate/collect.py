@@ -40,7 +40,7 @@ def collect(
     loss: Loss | None = None,
     most_inputs: int = MOST_INPUTS,
 ) -> dict[str, Stats]:
-    """What data says about each weight of a model.
+    """Collect what data says about each weight of a model.
 
     Second and first moments and the range of inputs for Linear, convolutions (also transposed),
     GPT-2's Conv1D, MultiheadAttention, RNN, LSTM, GRU and their cells, and for each matrix in a

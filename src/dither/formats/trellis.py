@@ -42,7 +42,7 @@ _SEARCHED = 1 << 20
 
 @dataclass(frozen=True)
 class Trellis(Format):
-    """Multiples of a step, even and odd ones by turns (Marcellin, Fischer 1990).
+    """Trellis-coded quantization: even or odd multiples of a step (Marcellin, Fischer 1990).
 
     A code ``k`` stands for ``(2 * k + z) * scale``: with ``z = 0`` for an even and with ``z = 1``
     for an odd multiple. Which of the two holds follows from the parities of the codes before it in

@@ -40,7 +40,7 @@ def diagnose(
     allowed: float | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Which weights and activations lose most when quantized, each alone, worst first.
+    """Find which weights and activations lose most when quantized, each alone, worst first.
 
     The debugging procedure of Nagel et al. 2021 (arXiv 2106.08295): the original must
     evaluate well; then all weights, all activations and both are quantized, which says on which

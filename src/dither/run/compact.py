@@ -100,7 +100,7 @@ class _Held:
 
 
 def compact(model: nn.Module, archive: Archive, keep: int | None = None) -> nn.Module:
-    """Let a model keep its weights packed in memory, as the archive has them, and decode on use.
+    """Let a model keep its weights packed in memory, as in the archive, and decode them on use.
 
     What a module reads, ``module.weight`` and so on, is decoded then, and is bit for bit what
     :func:`~dither.load_into` would have put there; so are outputs without gradients. Small tensors

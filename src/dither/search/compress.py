@@ -87,33 +87,32 @@ def compress(
     """Compress a model to a budget in file bytes.
 
     Floating-point tensors get entropy-coded grids whose steps minimise the predicted loss, squared
-    error times sensitivity, of the whole; others are stored as they are, and tied ones once.
+    error times sensitivity, over the whole model; others are stored raw, and tied ones once.
 
-    With data (a few hundred samples, no labels) more is tried, in order of cost, and the best kept;
-    ``archive.trials`` tells what each brought: the data-free search, also after cross-layer
+    With data (a few hundred samples, no labels), several ways are tried in order of cost, and the
+    best is kept; ``archive.trials`` has them: the data-free search, also after cross-layer
     equalization where that applies; sensitivities, token frequencies and moments measured on data
-    (:func:`~dither.search.calibrated`); layers in sequence, each making up for the errors of those
-    before.
+    (:func:`~dither.search.calibrated`); layers in sequence, each compensating for earlier errors.
 
     All processes of a ``torch.distributed`` group share the work: see :mod:`dither.team`.
 
     Args:
-        source: a model, in its wrappers or not; a dict of tensors by name; or the path of an
-            archive, or of what :func:`~dither.checkpoint.read_checkpoint` reads.
-        size: bytes, or ``"9MB"`` (10^6), ``"9MiB"``, ``"25%"``, ``"12x"`` of the tensors' own, or
-            ``"3.2 bits"`` for each value. The file takes at most this and at least 98.5 % of it or
-            all but 64 bytes, unless everything is already as accurate as float16.
+        source: a model, wrapped or not; a dict of tensors by name; or the path of an archive, or of
+            anything that :func:`~dither.checkpoint.read_checkpoint` reads.
+        size: bytes; ``"9MB"`` (10^6) or ``"9MiB"``; ``"25%"`` or ``"12x"`` of the tensors' own
+            bytes; or ``"3.2 bits"`` per value. The file takes at most this, and at least 98.5 % of
+            it or all but 64 bytes, unless everything is already as accurate as float16.
         data: a loader, or :class:`~dither.Data`, which says how the model is called and what
             counts; the source must then be the model.
-        evaluate: the score of a model, more is better, to choose by; without it, the distance of
-            outputs on the data decides.
-        activations: ``"int8"`` for what goes into modules with weights, or a plan of sites.
-        sensitivity: what an error costs; by default read off the weights alone.
+        evaluate: a function that scores a model (higher is better), to select by; without it, the
+            distance of outputs on the data decides.
+        activations: ``"int8"`` for the inputs of modules with weights, or a plan of sites.
+        sensitivity: the cost of errors; by default estimated from the weights alone.
         more: ``base``, ``tune``, ``metadata`` and ``progress``: see :class:`Beside`.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
-        CheckpointError: the source holds something else than plain tensors, or cannot be read.
+        CheckpointError: the source holds anything but plain tensors, or cannot be read.
         SpecError: something needs data or the model, and there is none; the model is attached.
 
     >>> import torch

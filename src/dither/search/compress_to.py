@@ -66,7 +66,7 @@ def compress_to(
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
-        CheckpointError: the source holds something else than plain tensors, or cannot be read.
+        CheckpointError: the source holds anything but plain tensors, or cannot be read.
         SpecError: something needs data or the model, and there is none; the model is attached.
         OSError: the output or its journal cannot be written.
     """

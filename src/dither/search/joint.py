@@ -139,7 +139,7 @@ def joint(
     processes: int = 1,
     journal: str | os.PathLike[str] | None = None,
 ) -> Joint:
-    """Search sparsity of layers and bits of kernels together, by what files score.
+    """Search the sparsity of layers and the bits of kernels together, by the scores of files.
 
     A policy says how many kernels of each layer get 0 bits (are pruned), and how many the others;
     the coded file fills the budget, and its score is the policy's reward. The first file is that of

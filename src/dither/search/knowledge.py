@@ -137,7 +137,7 @@ class Choice:
 
 
 class Proposer(Protocol):
-    """Says in which ways a tensor could be stored, and carries out those that are chosen.
+    """Proposes ways to store a tensor, and carries out the one that is chosen.
 
     A frozen dataclass of its settings: choices by equal proposers with equal steps are the same.
     """

@@ -94,11 +94,11 @@ def plan(
     sensitivity: Sensitivity = data_free,
     progress: Hook | None = None,
 ) -> Outlook:
-    """Predict what :func:`~dither.compress` without data makes of several sizes; write nothing.
+    """Predict what :func:`~dither.compress` without data does at several sizes; write nothing.
 
-    A sample of each tensor gives the bytes and the error of every step, and a sixth of the rows of
-    large ones is coded for the size in the middle, which corrects the predictions and tells how
-    long compressing takes. Bytes are good to a percent or two.
+    A sample of each tensor gives the bytes and the error at every step. A sixth of the rows of
+    large ones is coded at the middle size, which corrects the predictions and shows how long
+    compressing takes. Bytes are accurate to a percent or two.
 
     Args:
         source: as :func:`~dither.compress` takes it.
@@ -108,7 +108,7 @@ def plan(
 
     Raises:
         BudgetError: a size is not understood, or there is none.
-        CheckpointError: the source holds something else than plain tensors, or cannot be read.
+        CheckpointError: the source holds anything but plain tensors, or cannot be read.
         SpecError: the model is attached.
 
     >>> import torch

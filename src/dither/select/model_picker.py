@@ -16,7 +16,7 @@ from dither.select.labels import Labels
 
 
 class ModelPicker(Labels):
-    """Asks where candidates of large weight differ, and never where all say the same.
+    """Asks for labels where likely candidates differ, and never where all agree.
 
     With weights *w* that are exponential in the estimated losses, and *v* the largest variance over
     classes *c* of whether a candidate that is drawn from *w* says *c*::

@@ -16,7 +16,7 @@ from dither.select.labels import Labels
 
 
 class SMDAMA(Labels):
-    """Learns how to mix the candidates, and asks for labels where the mixture is in doubt.
+    """Learns how to mix the candidates, and asks for labels where the mixture is uncertain.
 
     The mixture of candidates *f_j* has weights *theta* in the simplex. Of two classes, with *f* in
     [-1, 1] and labels of -1 and 1, the algorithm is the paper's::

@@ -21,7 +21,7 @@ _NEAR = 0.25
 
 @dataclass(frozen=True)
 class DeadZone(LSQ):
-    """Learned steps, and a learned width of what is rounded to 0 (CoDeQ, Wenshøj et al. 2025).
+    """Learned steps, and a learned width of the zone rounded to 0 (CoDeQ, Wenshøj et al. 2025).
 
     ``w = s * round(w / s)`` where ``|w| >= zone * s / 2``, else 0: magnitude pruning inside the
     quantizer (arXiv 2512.12981). Gradients pass straight through to all weights, so that what is 0

@@ -23,7 +23,7 @@ from dither.train.shadow import is_shadowed
 
 
 class Teacher:
-    """A model that only answers: frozen, in evaluation mode, without gradients.
+    """A frozen copy of a model, in evaluation mode and without gradients, to learn from.
 
     It is no module, so that a student which keeps it does not train, save or quantize it.
 
@@ -62,7 +62,7 @@ def soft_targets(
     mix: float = 0.7,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Agree with the teacher's probabilities (Hinton et al. 2015; Polino et al. 2018's mixture).
+    """Distillation loss on a teacher's probabilities (Hinton et al. 2015; Polino et al. 2018).
 
     ``mix * T**2 * KL(teacher || student) + (1 - mix) * cross entropy``, both in float32 and
     averaged over examples; the first term alone, with factor 1, without labels. ``T**2`` keeps the

@@ -18,7 +18,7 @@ from dither.train.surrogate import Surrogate
 
 @dataclass(frozen=True)
 class Fine(Method):
-    """Trains as it is, and ends on a fine entropy-coded grid: for biases, norms and statistics.
+    """Trains unquantized and ends on a fine entropy-coded grid: for biases, norms and statistics.
 
     The step is a share of the standard deviation; where none is negative, as with variances, at
     most the same share of the root harmonic mean square of those that count, so that none of these

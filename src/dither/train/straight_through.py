@@ -41,8 +41,8 @@ class Replaced(torch.autograd.Function):
 class StraightThrough(Method):
     """Quantization-aware training (Jacob et al. 2018; Bengio et al. 2013) for any format.
 
-    Training reads what the file would hold; gradients pass straight through, but not to weights
-    that a grid clips. Parameters are chosen from the weight every ``refresh`` steps.
+    Training reads what the file would hold; gradients pass straight through, except to weights
+    that the grid clips. Parameters are chosen from the weight every ``refresh`` steps.
 
     Attributes:
         format: any format.

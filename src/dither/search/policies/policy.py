@@ -21,7 +21,7 @@ class Learner(Protocol):
 
 
 class Policy(Protocol):
-    """Settings of a way to search: a frozen dataclass.
+    """Settings of a search policy: a frozen dataclass.
 
     What it asks for depends on the layout, the seed, and what it was told, and on nothing else.
     """
