@@ -83,7 +83,7 @@ def test_a_plan_finds_every_format_encoder_and_method() -> None:
 
 
 def test_what_is_not_there_is_looked_for_in_the_rooms() -> None:
-    with pytest.raises(AttributeError, match=r"'Kurtosis'.*its rooms.*dither\.train"):
+    with pytest.raises(AttributeError, match=r"'Kurtosis'.*its modules.*dither\.train"):
         _ = dither.Kurtosis
 
 

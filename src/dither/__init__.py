@@ -1,8 +1,8 @@
 """Name the bytes, keep the model: compress neural networks to a byte budget.
 
-What stands here is what a newcomer needs and what a plan names; everything else comes from its
-room: ``dither.train`` (penalties, schedules, distillation), ``dither.rewrite``,
-``dither.calibrate``, ``dither.search``, ``dither.recipes`` and so on.
+This module has what a newcomer needs and what plans use; everything else is in its own module:
+``dither.train`` (penalties, schedules, distillation), ``dither.rewrite``, ``dither.calibrate``,
+``dither.search``, ``dither.recipes`` and so on.
 """
 
 from importlib import import_module
@@ -144,7 +144,7 @@ def __getattr__(name: str) -> object:
         found = getattr(import_module(f"dither.{_ROOM[name]}"), name)
     else:
         raise AttributeError(
-            f"module 'dither' has no attribute {name!r}; most names are in its rooms, for instance "
+            f"module 'dither' has no attribute {name!r}; most names are in its modules, for instance "
             "dither.train"
         )
     globals()[name] = found
