@@ -144,8 +144,8 @@ def __getattr__(name: str) -> object:
         found = getattr(import_module(f"dither.{_ROOM[name]}"), name)
     else:
         raise AttributeError(
-            f"module 'dither' has no attribute {name!r}; most names are in its modules, for instance "
-            "dither.train"
+            f"module 'dither' has no attribute {name!r}; most names are in its modules, "
+            "for instance dither.train"
         )
     globals()[name] = found
     return found
