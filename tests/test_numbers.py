@@ -79,6 +79,34 @@ def coding() -> Iterator[str]:
         yield f"| {name} | {row['decode ratio']:.1f} | {row['encode ratio']:.1f} |"
 
 
+def aims() -> Iterator[str]:
+    """What AdaRound aims at: distances of outputs."""
+    rows = read("rounding_aims")["rows"]
+    ways = ("nearest", "AdaRound, aims at the weight")
+    crossed = [f"AdaRound, cross moments, around the {x}" for x in ("target", "weight")]
+    for bits in (4, 3, 2):
+        cells = [f"{rows[f'{bits} bits / {way}']['distance']:.4f}" for way in (*ways, *crossed)]
+        yield f"| {bits} | {' | '.join(cells)} |"
+
+
+def by_distance() -> Iterator[str]:
+    """Where a better method loses."""
+    rows = read("by_distance")["rows"]["resnet20_cifar10"]
+    names = {
+        "nearest, least to greatest": "nearest, min-max",
+        "nearest, least squared error": "nearest, mse",
+        "GPTQ": "GPTQ, mse",
+        "AdaRound, 100 iterations": "AdaRound, mse",
+    }
+    for title, name in names.items():
+        yield f"| {title} | {rows[name]['weights']:.4f} | {rows[name]['distance']:.3f} |"
+    for title, name in (("least to greatest", "min-max"), ("least squared error", "mse")):
+        start = f"nearest, {name}, folded"
+        pair = [rows[n]["distance"] for n in (start, f"{start}, biases by norms")]
+        said = f"{title}, folded: biases as they are / corrected by norms"
+        yield f"| {said} | | {pair[0]:.3f} / {pair[1]:.3f} |"
+
+
 def faults() -> Iterator[str]:
     """Of a federation."""
     yield from federated_plot.faults(read("federated_faults")["cases"])
@@ -87,7 +115,9 @@ def faults() -> Iterator[str]:
 TABLES = {
     "README.md": (without_training,),
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
+    "docs/faithful.md": (by_distance,),
     "docs/recipes/diffq.md": (diffq,),
+    "docs/recipes/white_paper.md": (aims,),
     "docs/recipes/robust_fedavg.md": (faults,),
     "docs/howto/machines.md": (processes,),
 }
