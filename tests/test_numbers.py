@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import federated_plot
+from benchmarks.pixel_flow_plot import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -112,6 +113,49 @@ def faults() -> Iterator[str]:
     yield from federated_plot.faults(read("federated_faults")["cases"])
 
 
+CHOOSERS = {
+    "uniform labels": "uniform",
+    "model picker": "`ModelPicker`",
+    "SMD-AMA, mu 0.3": "`SMDAMA`, mu 0.3",
+    "SMD-AMA, mu 0.6": "`SMDAMA`, mu 0.6",
+    "uniform trials": "uniform",
+    "successive halving": "successive halving",
+    "Bayesian optimization": "Bayesian optimization on scores",
+    "AOE": "`AOE`, Thompson",
+    "AOE, expected improvement": "`AOE`, expected improvement",
+    "AOE, upper bound": "`AOE`, upper bound",
+}
+
+
+def regret(row: dict[str, Any] | None) -> str:
+    """Mean and deviation in points of per cent; nothing where it was not measured."""
+    if row is None:
+        return ""
+    mean, deviation = row["mean"], row["deviation"]
+    digits = 1 if max(mean, deviation) >= 1 else 2
+    text = f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return text if deviation >= 0.005 else f"{mean:.2f}"
+
+
+def choosing() -> Iterator[str]:
+    """Regret of each chooser by labels and by trials."""
+    found = read("choosing")
+    for part, counts in (
+        ("labels", (20, 50, 100, 200, 500, 1000, 2000)),
+        ("trials", (1, 2, 3, 5, 8, 12, 20, 40, 160, 640)),
+    ):
+        for name, row in found[part].items():
+            cells = [CHOOSERS[name], *(regret(row["regret"].get(str(n))) for n in counts)]
+            yield "| " + " | ".join(cells) + " |"
+
+
+def pixel_flow() -> Iterator[str]:
+    """Whatever was measured of videos and images."""
+    for line in tables(read("pixel_flow")["rows"]).splitlines():
+        if line.startswith("| ") and "not measured | | not measured" not in line:
+            yield line
+
+
 TABLES = {
     "README.md": (without_training,),
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
@@ -119,6 +163,7 @@ TABLES = {
     "docs/recipes/diffq.md": (diffq,),
     "docs/recipes/white_paper.md": (aims,),
     "docs/recipes/robust_fedavg.md": (faults,),
+    "docs/howto/choose.md": (choosing,),
     "docs/howto/machines.md": (processes,),
 }
 
