@@ -148,6 +148,9 @@ class Gradient(_Site):
             is unbiased; else to the nearest.
         dynamic: the range is always that of the gradient at hand.
         seed: of the rounding.
+
+    >>> Gradient.from_json(Gradient(4).to_json())
+    Gradient(bits=4, momentum=0.9, stochastic=True, dynamic=False, seed=0)
     """
 
     name: ClassVar[str] = "gradient"

@@ -88,6 +88,13 @@ class APQN(_AnyWidth):
         widths: to draw from, all alike; 32 is no noise.
         format: what files and evaluation hold; its other settings are those of all widths.
         seed: of the widths; clients of a federation have different ones.
+
+    >>> weight = torch.zeros(10_000).index_fill(0, torch.tensor([0]), 1.0)
+    >>> surrogate = APQN(widths=(2,)).begin(weight)
+    >>> surrogate.draw(weight, torch.Generator().manual_seed(0), 0)
+    >>> noise = surrogate(weight) - weight  # on 2 bits for -1 to 1, a step is 1
+    >>> round(float(noise.var() * 12), 1)
+    1.0
     """
 
     name: ClassVar[str] = "apqn"

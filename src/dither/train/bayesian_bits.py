@@ -46,6 +46,10 @@ class BayesianBits(Method):
         max_bits: 2, 4, 8 or 16.
         prune: also a gate ``z2`` for each index of the first axis, which may leave it 0 bits.
         lr: learning rate of gates and range, for Adam.
+
+    >>> weight = torch.tensor([[-0.8, -0.31, 0.02, 0.7]])
+    >>> BayesianBits().begin(weight).encode(weight).decode()  # all gates are open at first
+    tensor([[-0.8000, -0.3100,  0.0200,  0.7000]])
     """
 
     name: ClassVar[str] = "bayesian_bits"

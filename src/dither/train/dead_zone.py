@@ -34,6 +34,10 @@ class DeadZone(LSQ):
 
     Attributes:
         zone: width to begin with, in steps; 1 or more.
+
+    >>> weight = torch.tensor([[-0.8, -0.31, 0.02, 0.7]])
+    >>> DeadZone(4, step=0.1, zone=7.0).begin(weight).encode(weight).decode()
+    tensor([[-0.8008,  0.0000,  0.0000,  0.7007]])
     """
 
     name: ClassVar[str] = "dead_zone"

@@ -27,6 +27,10 @@ class Fine(Method):
     Attributes:
         precision: the step in standard deviations. A value costs about
             ``log2(4.13 / precision)`` bits: 7.1 at the default.
+
+    >>> bias = torch.tensor([-0.8, -0.31, 0.02, 0.7])
+    >>> Fine(0.1).begin(bias).encode(bias).decode()
+    tensor([-0.8167, -0.3267,  0.0000,  0.7078])
     """
 
     name: ClassVar[str] = "fine"

@@ -52,6 +52,12 @@ class ProductCodes(Method):
         noise: how to train before, such as ``QuantNoise(Product(8), kind="proxy")``.
         iterations: of k-means.
         lr: learning rate of the centroids, for Adam.
+
+    >>> weight = torch.tensor([[1.0, 2.0, 0.0, 0.5], [0.0, 0.5, 1.0, 2.0]])
+    >>> surrogate = ProductCodes(Product(2, points=2)).begin(weight)
+    >>> surrogate.place(weight)
+    >>> bool((surrogate(weight) == weight).all())  # two centroids hold both blocks
+    True
     """
 
     name: ClassVar[str] = "product_codes"

@@ -44,6 +44,10 @@ class LearnedCodebook(Method):
         dtype: type of the points in files.
         scale_dtype: type of scales and offsets in files; the paper counts 32 bits.
         lr: learning rate of the points, for Adam, in units of a bucket's range.
+
+    >>> weight = torch.tensor([[-0.8, -0.31, 0.02, 0.7]])
+    >>> LearnedCodebook(2, bucket=4).begin(weight).encode(weight).decode()
+    tensor([[-0.3100, -0.3100, -0.3100,  0.7000]])
     """
 
     name: ClassVar[str] = "learned_codebook"

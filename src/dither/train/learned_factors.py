@@ -35,6 +35,11 @@ class LearnedFactors(Method):
         left_bits: of the left factor.
         right_bits: of the right one.
         lr: learning rate of both, in steps of their grids, for Adam.
+
+    >>> weight = torch.ones(4, 4)
+    >>> surrogate = LearnedFactors(rank=1, density=1.0).begin(weight)
+    >>> bool((surrogate.encode(weight).decode() == weight).all())
+    True
     """
 
     name: ClassVar[str] = "learned_factors"

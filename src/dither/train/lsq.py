@@ -43,6 +43,10 @@ class LSQ(Method):
         refresh: steps for which the size penalty keeps its estimate and its gradients; 1 looks
             anew at each step, which costs about ten passes over the weight.
         lr: learning rate of the logarithm of the step, for Adam.
+
+    >>> weight = torch.tensor([[-0.8, -0.31, 0.02, 0.7]])
+    >>> LSQ(4, step=0.1).begin(weight).encode(weight).decode()
+    tensor([[-0.8008, -0.3003,  0.0000,  0.7007]])
     """
 
     name: ClassVar[str] = "lsq"

@@ -42,6 +42,15 @@ class Pruned(Method):
         pattern: ``"n:m"``: at most n of m consecutive inputs of a row are kept, for kernels that
             read such weights; ``"channels"``: whole rows (first axis), by their norm; None: any.
         refresh: steps between two looks at the magnitudes.
+
+    >>> from dither.train import LSQ, OneShot, attach
+    >>> layer = torch.nn.Linear(4, 1)
+    >>> run = attach(layer, {"weight": Pruned(LSQ(4), OneShot(0.5))}, steps=1)
+    >>> layer(torch.ones(1, 4)).sum().backward()
+    >>> run.step()
+    >>> nbytes = run.finish()
+    >>> int((run.archive["weight"] == 0).sum())
+    2
     """
 
     name: ClassVar[str] = "pruned"
