@@ -80,6 +80,22 @@ def coding() -> Iterator[str]:
         yield f"| {name} | {row['decode ratio']:.1f} | {row['encode ratio']:.1f} |"
 
 
+def pipelines() -> Iterator[str]:
+    """EfficientNet-lite0 in the white paper's pipelines; a cell without a row is empty."""
+    rows = read("pipelines")["rows"]
+    ways = {
+        "least to greatest": "min-max",
+        "least squared error": "MSE",
+        "the same, equalized": "MSE, equalized",
+        "least squared error, biases corrected by norms": "MSE, biases corrected by norms",
+    }
+    columns = ("W8A8 / tensor", "W8A8 / channel", "W4A8 / channel", "W4 / channel")
+    for title, way in ways.items():
+        found = [rows.get(f"{column} / {way}") for column in columns]
+        cells = ["" if row is None else f"{row['score']:.2f}" for row in found]
+        yield f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
 def aims() -> Iterator[str]:
     """What AdaRound aims at: distances of outputs."""
     rows = read("rounding_aims")["rows"]
@@ -161,7 +177,7 @@ TABLES = {
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
     "docs/faithful.md": (by_distance,),
     "docs/recipes/diffq.md": (diffq,),
-    "docs/recipes/white_paper.md": (aims,),
+    "docs/recipes/white_paper.md": (aims, pipelines),
     "docs/recipes/robust_fedavg.md": (faults,),
     "docs/howto/choose.md": (choosing,),
     "docs/howto/machines.md": (processes,),
