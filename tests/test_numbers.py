@@ -84,7 +84,7 @@ def pipelines() -> Iterator[str]:
     """EfficientNet-lite0 in the white paper's pipelines; a cell without a row is empty."""
     rows = read("pipelines")["rows"]
     ways = {
-        "least to greatest": "min-max",
+        "min-max": "min-max",
         "least squared error": "MSE",
         "the same, equalized": "MSE, equalized",
         "least squared error, biases corrected by norms": "MSE, biases corrected by norms",
@@ -110,14 +110,14 @@ def by_distance() -> Iterator[str]:
     """Where a better method loses."""
     rows = read("by_distance")["rows"]["resnet20_cifar10"]
     names = {
-        "nearest, least to greatest": "nearest, min-max",
+        "nearest, min-max": "nearest, min-max",
         "nearest, least squared error": "nearest, mse",
         "GPTQ": "GPTQ, mse",
         "AdaRound, 100 iterations": "AdaRound, mse",
     }
     for title, name in names.items():
         yield f"| {title} | {rows[name]['weights']:.4f} | {rows[name]['distance']:.3f} |"
-    for title, name in (("least to greatest", "min-max"), ("least squared error", "mse")):
+    for title, name in (("min-max", "min-max"), ("least squared error", "mse")):
         start = f"nearest, {name}, folded"
         pair = [rows[n]["distance"] for n in (start, f"{start}, biases by norms")]
         said = f"{title}, folded: biases as they are / corrected by norms"
