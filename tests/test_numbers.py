@@ -96,6 +96,15 @@ def pipelines() -> Iterator[str]:
         yield f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
+def oscillations() -> Iterator[str]:
+    """What remedies do to a small depthwise network."""
+    for name, row in read("oscillations")["rows"].items():
+        if name.startswith("W"):
+            title = name.rpartition(" / ")[0].replace(" / ", ", ")
+            shares = f"{100 * row['oscillating']:.3f} | {100 * row['frozen']:.2f}"
+            yield f"| {title} | {row['score']:.2f} | {row['re-estimated']:.2f} | {shares} |"
+
+
 def aims() -> Iterator[str]:
     """What AdaRound aims at: distances of outputs."""
     rows = read("rounding_aims")["rows"]
@@ -177,6 +186,7 @@ TABLES = {
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
     "docs/faithful.md": (by_distance,),
     "docs/recipes/diffq.md": (diffq,),
+    "docs/recipes/oscillations.md": (oscillations,),
     "docs/recipes/white_paper.md": (aims, pipelines),
     "docs/recipes/robust_fedavg.md": (faults,),
     "docs/howto/choose.md": (choosing,),
