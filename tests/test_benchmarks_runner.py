@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import dither
-from benchmarks import measure, ordering, page, plots, runner
+from benchmarks import distances, measure, ordering, page, plots, runner
 from benchmarks.distances import distance
 from benchmarks.methods import METHODS, SEEDS, TASKS, Run, runs
 from benchmarks.rows import Row, groups, read, recorded, result_path
 from benchmarks.runner import Ended, Place, call, execute, outcome, prepare, to_do
+from benchmarks.tasks import resnet20_cifar10
 from benchmarks.verdicts import at_its_size, beaten, verdicts
 from dither.data import divergence
 
@@ -417,6 +418,26 @@ def test_a_file_is_made_within_its_budget_and_scored_alone(
         wanted = [float(divergence(model(some), original(some))) for some in ids]
     assert distance(model, original, data) == pytest.approx(sum(wanted) / 2)
     assert distance(original, original, data) == 0.0 < wanted[0]
+
+
+def test_the_distance_of_a_file_is_that_of_what_it_holds(
+    tied: Callable[[], Tied], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def samples(task: str, seed: int) -> dither.Data:
+        seen.append(seed)
+        return dither.Data([torch.arange(50)], distance=divergence)
+
+    monkeypatch.setattr(distances, "samples_of", samples)
+    monkeypatch.setattr(resnet20_cifar10, "load", tied)
+    archive = dither.compress(tied(), 1500)
+    archive.save(tmp_path / "file.dither")
+    model = tied()
+    dither.load_into(model, archive)
+    found = distances.of_file("resnet20_cifar10", tmp_path / "file.dither", seed=2)
+    assert found == distance(model, tied(), samples("", 0)) > 0
+    assert seen[0] == 2 + distances.OTHER
 
 
 def test_nothing_of_the_original_counts(tied: Callable[[], Tied], tmp_path: Path) -> None:
