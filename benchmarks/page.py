@@ -27,11 +27,11 @@ regenerate it.
 Bytes are those of whole files. For a peer, they are the smaller of its files as written and after
 `zstd -19`. A peer's row is compared with the best of ours that takes no more bytes; every
 difference counts, however small. With several seeds, the score is the mean ± the standard
-deviation, and the bytes are those of the largest file. The distance, where measured, is that of outputs from fp32's on
-training samples that no file was fitted to (divergence in nats; for STS-B, twice the cosine error);
-scores alone vary by chance. Scores are on test data, from what a file holds: the runner
-(`benchmarks.measure`) and the peers' runner (`benchmarks.peers.contract`) load it into a model
-whose values were all set to NaN. A commit with a plus had uncommitted changes.
+deviation, and the bytes are those of the largest file. The distance, where measured, is that of
+outputs from fp32's on training samples that no file was fitted to (divergence in nats; for STS-B,
+twice the cosine error); scores alone vary by chance. Scores are on test data, from what a file
+holds: the runner (`benchmarks.measure`) and the peers' runner (`benchmarks.peers.contract`) load
+it into a model whose values were all set to NaN. A commit with a plus had uncommitted changes.
 
 Tasks whose model is trained here have one model per seed. Ours and peers compress the same models,
 and a peer run with some of the seeds is compared with ours of these seeds. Some of our sizes were
