@@ -22,10 +22,10 @@ Found = Mapping[str, Mapping[str, Any]]
 
 
 def mean(values: Iterable[float]) -> str:
-    """Mean and standard deviation, with two digits."""
+    """Mean with two digits, and the standard deviation of several."""
     some = list(values)
-    spread = statistics.stdev(some) if len(some) > 1 else 0.0
-    return f"{statistics.mean(some):.2f} ± {spread:.2f}"
+    spread = f" ± {statistics.stdev(some):.2f}" if len(some) > 1 else ""
+    return f"{statistics.mean(some):.2f}{spread}"
 
 
 def seeds(rows: Found, objective: str, wire: str) -> list[Mapping[str, Any]]:

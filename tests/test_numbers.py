@@ -133,6 +133,13 @@ def by_distance() -> Iterator[str]:
         yield f"| {said} | | {pair[0]:.3f} / {pair[1]:.3f} |"
 
 
+def federated() -> Iterator[str]:
+    """Objectives, and what messages cost."""
+    rows = read("federated")["rows"]
+    yield from federated_plot.objectives(rows)
+    yield from federated_plot.messages(rows)
+
+
 def faults() -> Iterator[str]:
     """Of a federation."""
     yield from federated_plot.faults(read("federated_faults")["cases"])
@@ -188,7 +195,7 @@ TABLES = {
     "docs/recipes/diffq.md": (diffq,),
     "docs/recipes/oscillations.md": (oscillations,),
     "docs/recipes/white_paper.md": (aims, pipelines),
-    "docs/recipes/robust_fedavg.md": (faults,),
+    "docs/recipes/robust_fedavg.md": (federated, faults),
     "docs/howto/choose.md": (choosing,),
     "docs/howto/machines.md": (processes,),
 }
