@@ -72,7 +72,7 @@ def folder_model(source: Path, state: Mapping[str, Tensor] | None = None) -> nn.
     if lacking := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{str(source)!r} does not fit the model: {some_names(lacking)} are missing, of its "
-            f"{type(model).__name__}; mend its config.json, or name the model: "
+            f"{type(model).__name__}; fix its config.json, or name the model: "
             "--model MODULE:FUNCTION"
         )
     made: nn.Module = model.eval()

@@ -46,10 +46,10 @@ class Bench:
         if not all(map(math.isfinite, costs)):
             raise SpecError(
                 "the original model's output is not finite, or the distance from itself is not: "
-                f"{costs[:4]}; mend the model, the data or the distance first"
+                f"{costs[:4]}; fix the model, the data or the distance first"
             )
         if score is not None and not math.isfinite(score):
-            raise SpecError(f"the original model's score is {score}; mend `evaluate` first")
+            raise SpecError(f"the original model's score is {score}; fix `evaluate` first")
         return Overall("original", float(distance(again, self._originals[0])), score)
 
     def distance(self, model: nn.Module | None = None) -> float:

@@ -153,7 +153,7 @@ class Bench:
         if has_nan(output):
             raise SpecError(
                 f"the model's output of batch {number} is not a number (NaN), so nothing can be "
-                "compared with it; mend that batch or the model, or leave the batch out"
+                "compared with it; fix that batch or the model, or leave the batch out"
             )
         return output
 
