@@ -198,6 +198,7 @@ TABLES = {
     "docs/recipes/robust_fedavg.md": (federated, faults),
     "docs/howto/choose.md": (choosing,),
     "docs/howto/machines.md": (processes,),
+    "docs/recipes/pixel_flow.md": (pixel_flow,),
 }
 
 
