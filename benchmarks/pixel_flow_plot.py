@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def _images(rows: Rows) -> Iterator[str]:
 
 
 def _series(rows: Rows) -> Iterator[str]:
-    yield "| files | bytes | dB | bytes | dB |"
-    yield "|" + " --- |" * 5
+    yield "| files | bytes | dB |"
+    yield "|" + " --- |" * 3
     for source, ways, sizes in (
         (
             "bunny, series",
@@ -106,9 +107,10 @@ def _series(rows: Rows) -> Iterator[str]:
         ),
         ("bunny", [f"frames, {way}" for way in SERIES], (16000, 24000)),
     ):
-        for way in ways:
-            cells = [cell(some(rows, source, way, size)) for size in sizes]
-            yield f"| {way} | " + " | ".join(cells) + " |"
+        for size, way in product(sizes, ways):
+            found = some(rows, source, way, size)
+            if found:
+                yield f"| {way} | {cell(found)} |"
 
 
 def _usual(rows: Rows) -> Iterator[str]:
@@ -153,6 +155,10 @@ def draw(rows: Rows, path: Path) -> None:
         (series, "files of a series, 96 x 54"),
     ):
         axes.set(title=title, xlabel="bits for each pixel", ylabel="PSNR, dB", xscale="log")
+        axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(0.03, 3)
         axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
