@@ -88,12 +88,13 @@ def pipelines() -> Iterator[str]:
         "least squared error": "MSE",
         "the same, equalized": "MSE, equalized",
         "least squared error, biases corrected by norms": "MSE, biases corrected by norms",
+        "least squared error, ranges of activations by norms": "MSE, activations by norms",
     }
     columns = ("W8A8 / tensor", "W8A8 / channel", "W4A8 / channel", "W4 / channel")
     for title, way in ways.items():
         found = [rows.get(f"{column} / {way}") for column in columns]
         cells = ["" if row is None else f"{row['score']:.2f}" for row in found]
-        yield f"| {title} | {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+        yield f"| {title} |" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def oscillations() -> Iterator[str]:
@@ -103,6 +104,32 @@ def oscillations() -> Iterator[str]:
             title = name.rpartition(" / ")[0].replace(" / ", ", ")
             shares = f"{100 * row['oscillating']:.3f} | {100 * row['frozen']:.2f}"
             yield f"| {title} | {row['score']:.2f} | {row['re-estimated']:.2f} | {shares} |"
+
+
+def gates() -> Iterator[str]:
+    """Bayesian Bits over mu."""
+    for name, row in read("recipes_digits")["rows"].items():
+        if name.startswith("mu "):
+            costs = f"{row['operations']:.2f} | {row['width']:.1f} | {row['pruned']:.1f}"
+            yield f"| {name[3:]} | {costs} | {row['test']:.2f} | {row['nats']:.3f} |"
+
+
+def students() -> Iterator[str]:
+    """Polino's table in shape."""
+    for name, row in read("recipes_digits")["rows"].items():
+        if name.startswith("student"):
+            title = name.removeprefix("student, ").replace(" / ", ", ")
+            yield f"| {title} | {row['test']:.2f} | {row['nats']:.3f} |"
+
+
+def learned_bits() -> Iterator[str]:
+    """DiffQ beside QAT and LSQ."""
+    for name, row in read("recipes_digits")["rows"].items():
+        if name.endswith(("QAT", "LSQ")) or name.startswith("DiffQ"):
+            title, counted = name.replace(" / ", ", "), row.get("bits")
+            bits = "" if counted is None else f"{counted:.2f} "
+            scores = f"{row['test']:.2f} | {row['nats']:.3f}"
+            yield f"| {title} | {row['bytes']:,.0f} | {bits}| {scores} |"
 
 
 def aims() -> Iterator[str]:
@@ -192,7 +219,9 @@ TABLES = {
     "README.md": (without_training,),
     "docs/measured.md": (without_training, trained, minilm, diffq, coding),
     "docs/faithful.md": (by_distance,),
-    "docs/recipes/diffq.md": (diffq,),
+    "docs/recipes/bayesian_bits.md": (gates,),
+    "docs/recipes/diffq.md": (diffq, learned_bits),
+    "docs/recipes/quantized_distillation.md": (students,),
     "docs/recipes/oscillations.md": (oscillations,),
     "docs/recipes/white_paper.md": (aims, pipelines),
     "docs/recipes/robust_fedavg.md": (federated, faults),
