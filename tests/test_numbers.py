@@ -106,6 +106,14 @@ def oscillations() -> Iterator[str]:
             yield f"| {title} | {row['score']:.2f} | {row['re-estimated']:.2f} | {shares} |"
 
 
+def noise() -> Iterator[str]:
+    """QAT and noise at int4 on a small depthwise network."""
+    for name, row in read("oscillations")["rows"].items():
+        if name.startswith("int4"):
+            title = name.rpartition(" / ")[0].replace(" / ", ", ")
+            yield f"| {title} | {row['score']:.2f} | {row['re-estimated']:.2f} |"
+
+
 def gates() -> Iterator[str]:
     """Bayesian Bits over mu."""
     for name, row in read("recipes_digits")["rows"].items():
@@ -221,6 +229,7 @@ TABLES = {
     "docs/faithful.md": (by_distance,),
     "docs/recipes/bayesian_bits.md": (gates,),
     "docs/recipes/diffq.md": (diffq, learned_bits),
+    "docs/recipes/quant_noise.md": (noise,),
     "docs/recipes/quantized_distillation.md": (students,),
     "docs/recipes/oscillations.md": (oscillations,),
     "docs/recipes/white_paper.md": (aims, pipelines),
