@@ -1,5 +1,6 @@
-"""Fold the fragments of this folder into the newest version of ``CHANGELOG.md``."""
+"""Fold the fragments of this folder into the newest version of ``CHANGELOG.md``, and delete them."""
 
+import argparse
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -32,6 +33,7 @@ def fold(changelog: str, kind: str, text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     changelog = CHANGELOG.read_text(encoding="utf-8")
     for path in fragments():
         changelog = fold(changelog, path.suffixes[0][1:], path.read_text(encoding="utf-8"))
