@@ -1,4 +1,4 @@
-"""Fold the fragments of this folder into the newest version of ``CHANGELOG.md``, and delete them."""
+"""Move the fragments of this folder into the newest version of ``CHANGELOG.md``."""
 
 import argparse
 from pathlib import Path
