@@ -9,6 +9,7 @@ from dither.search.joint_evaluation import Candidate
 from dither.search.joint_space import Layout, Space
 from dither.search.knowledge import Choice, Knowledge, Proposer, Sensitivity
 from dither.search.ledger import Ledger
+from dither.search.norm_means import correct_means
 from dither.search.offering import Offering
 from dither.search.outlook import Outlook, SizeOutlook, plan
 from dither.search.policies import (
@@ -77,6 +78,7 @@ __all__ = [
     "can_quantize",
     "compress",
     "compress_to",
+    "correct_means",
     "data_free",
     "fills",
     "is_rotated",

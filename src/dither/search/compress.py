@@ -23,6 +23,7 @@ from dither.search.activation_trials import Sites
 from dither.search.coder import Coder
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
+from dither.search.norm_means import corrected
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
@@ -44,10 +45,13 @@ class Beside(TypedDict, total=False):
             last that is tried.
         metadata: JSON values to store in the file.
         progress: called with what is being done and its share; :mod:`dither.progress` says more.
+        norms: without data, whether the means that codes move are taken back by what batch norms
+            say: see :func:`~dither.search.correct_means`. The source must be the model.
         tune: with data, whether numbers that take no further bytes are trained in the end: see
             :func:`~dither.tune`. Not with a base.
     """
 
+    norms: bool
     tune: bool
     base: BaseSource | None
     metadata: Mapping[str, Any] | None
@@ -70,6 +74,8 @@ def beside(given: Beside, what: str) -> Beside:
         )
     if given.get("base") is not None and given.get("tune"):
         raise SpecError("a file with a base is not tuned; leave one of them out")
+    if given.get("norms") and (what == "compress_to" or given.get("base") is not None):
+        raise SpecError("norms=True is for compress, of a model and without a base")
     return given
 
 
@@ -108,7 +114,7 @@ def compress(
             distance of outputs on the data decides.
         activations: ``"int8"`` for the inputs of modules with weights, or a plan of sites.
         sensitivity: the cost of errors; by default estimated from the weights alone.
-        more: ``base``, ``tune``, ``metadata`` and ``progress``: see :class:`Beside`.
+        more: ``base``, ``norms``, ``tune``, ``metadata`` and ``progress``: see :class:`Beside`.
 
     Raises:
         BudgetError: the size is not understood or cannot be reached.
@@ -121,6 +127,8 @@ def compress(
     True
     """
     told, tune = beside(more, "compress"), more.get("tune") or None
+    if told.get("norms") and data is not None:
+        raise SpecError("with data, samples say what means are: leave norms=True out")
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations, tune=tune)
     given, coder = told.get("base"), Coder(release=asked.release)
     base = None if given is None else base_of(given)
@@ -130,7 +138,8 @@ def compress(
         home, about = asked.home, dict(told.get("metadata") or {})
         job = Job(asked.budget, sensitivity, about, team, coder, home, base)
         if data is None:
-            return job.archive(asked.tensors)
+            found = job.archive(asked.tensors)
+            return corrected(asked.source, found, asked.budget) if told.get("norms") else found
         bench = Bench(asked.source, Data.of(data), evaluate, team)
         return with_data(bench, job, activations, tunes=bool(tune))
 

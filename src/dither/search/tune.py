@@ -101,7 +101,7 @@ def tuned(
     wanted = outputs_of(model, split.judge)
     before = judged(student, split.judge, wanted)
     train(student, split.fit, split.judge, model, course)
-    made = _fitted(archive, held, student.encoded(), nbytes)
+    made = fitted(archive, held, student.encoded(), nbytes)
     if made is None:
         return None, before, math.inf
     fresh = duplicate(model)
@@ -110,10 +110,17 @@ def tuned(
     return (made if after < before else None), before, after
 
 
-def _fitted(
+def fitted(
     archive: Archive, held: dict[str, Encoded], learned: dict[str, Encoded], nbytes: int
 ) -> Archive | None:
-    """A file that takes no more, with what was learned; vectors on coarser grids, if need be."""
+    """A file that takes no more, with what was learned; vectors on coarser grids, if need be.
+
+    Args:
+        archive: as it is.
+        held: all its tensors.
+        learned: those of them that are others now.
+        nbytes: that the file may take.
+    """
     about = (archive.aliases, archive.metadata, archive.sites)
     coded = {name: code(one) for name, one in (held | learned).items()}
     for octaves in COARSER:
