@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CODE_LINES = 29_800
+MAX_CODE_LINES = 29_850
 MAX_PARAMETERS = 8  # `self` and `cls` not counted; options of a command are declarations
 
 

@@ -79,6 +79,18 @@ def beside(given: Beside, what: str) -> Beside:
     return given
 
 
+def refuse_together(told: Beside, data: object, activations: object) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        SpecError: it does not.
+    """
+    if told.get("norms") and data is not None:
+        raise SpecError("with data, samples say what means are: leave norms=True out")
+    if told.get("base") is not None and activations is not None:
+        raise SpecError("activations are not searched for with a base; leave one of them out")
+
+
 @torch.inference_mode(mode=False)  # under which nothing can be measured
 def compress(
     source: Source,
@@ -127,13 +139,10 @@ def compress(
     True
     """
     told, tune = beside(more, "compress"), more.get("tune") or None
-    if told.get("norms") and data is not None:
-        raise SpecError("with data, samples say what means are: leave norms=True out")
+    refuse_together(told, data, activations)
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations, tune=tune)
     given, coder = told.get("base"), Coder(release=asked.release)
     base = None if given is None else base_of(given)
-    if base is not None and activations is not None:
-        raise SpecError("activations are not searched for with a base; leave one of them out")
     with hooked(told.get("progress")), asked.together(base) as team:
         home, about = asked.home, dict(told.get("metadata") or {})
         job = Job(asked.budget, sensitivity, about, team, coder, home, base)
