@@ -11,7 +11,7 @@ from dither import BudgetError, SpecError
 from dither.search import correct_means
 
 
-def _seen(model: nn.Module) -> nn.Module:
+def _seen(model: nn.Sequential) -> nn.Sequential:
     """The model with norms that say what passes through it, for normal inputs."""
     torch.manual_seed(1)
     for module in model.modules():
@@ -25,7 +25,7 @@ def _seen(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _convolutions(bias: bool) -> nn.Module:
+def _convolutions(bias: bool) -> nn.Sequential:
     return _seen(
         nn.Sequential(
             *(nn.Conv2d(8, 96, 1, bias=bias), nn.BatchNorm2d(96), nn.ReLU6()),
@@ -36,21 +36,21 @@ def _convolutions(bias: bool) -> nn.Module:
     )
 
 
-def _linear() -> nn.Module:
+def _linear() -> nn.Sequential:
     hidden = (nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.SiLU())
     return _seen(
         nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), *hidden, nn.Linear(64, 9))
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
     "running means": lambda: _convolutions(bias=False),
     "biases": lambda: _convolutions(bias=True),
     "linear layers": _linear,
 }
 
 
-def _off(model: nn.Module, archive: dither.Archive) -> float:
+def _off(model: nn.Sequential, archive: dither.Archive) -> float:
     """Squared error of mean outputs."""
     generator = torch.Generator().manual_seed(5)
     shape = (4096, 16) if isinstance(model[0], nn.Linear) else (512, 8, 9, 9)
