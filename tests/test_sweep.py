@@ -338,7 +338,7 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
             read_rows(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("key", ["score", "distance", "bits for"])
+@pytest.mark.parametrize("key", ["score", "distance", "bits per"])
 def test_the_picture_shows_what_all_rows_have(key: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {
@@ -347,7 +347,7 @@ def test_the_picture_shows_what_all_rows_have(key: str, tmp_path: Path) -> None:
             "nbytes": budget - seed,
             "values": 100,
             "score": float(budget + seed) if key == "score" else None,
-            "distance": 1 / budget if key != "bits for" else None,
+            "distance": 1 / budget if key != "bits per" else None,
         }
         for method in ("data-free", "data")
         for budget in (1000, 2000)
@@ -357,6 +357,6 @@ def test_the_picture_shows_what_all_rows_have(key: str, tmp_path: Path) -> None:
     with mpl.rc_context({"svg.fonttype": "path"}):  # beside which texts are comments
         draw_sweep(rows, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
-    shown = [found for found in ("score", "distance", "bits for") if f"<!-- {found}" in text]
+    shown = [found for found in ("score", "distance", "bits per") if f"<!-- {found}" in text]
     assert shown == [key]
     assert "<!-- data-free -->" in text
