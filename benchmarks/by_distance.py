@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.calibration import samples
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.rounding import TASKS, weights_of
 from dither.calibrate import collect
 from dither.core import Encoder
@@ -116,13 +115,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(BITS), choices=list(BITS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    known: Mapping[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = dict(known.get("rows", {}))
+    rows: dict[str, Any] = kept(RESULTS) or {}
     for task in given.tasks:
         if task not in rows:
             rows[task] = Bench(task).rows()
-            document = {"rows": rows, "environment": describe()}
-            RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            keep(RESULTS, rows)
             print(json.dumps(rows[task], indent=1))
 
 

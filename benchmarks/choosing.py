@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.choosing_files import Matrix, matrix
 from benchmarks.environment import describe
-from benchmarks.plots import MARKS
+from benchmarks.plots import MARKS, pyplot, save
 from dither.select import (
     AOE,
     SMDAMA,
@@ -242,13 +242,7 @@ def rate(seeds: Sequence[int]) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Three panels: trials, labels, the rate."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "dither", "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2))
+    figure, panels = pyplot().subplots(1, 3, figsize=(14, 4.2))
     for axes, key, label in zip(
         panels, ("trials", "labels"), (f"trials of {TRIAL} images", "labels asked"), strict=False
     ):
@@ -280,9 +274,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     panels[2].legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:

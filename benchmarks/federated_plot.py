@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import MARKS
+from benchmarks.plots import MARKS, pyplot, save
 
 NAMES = {
     "plain": "FedAvg",
@@ -79,13 +79,7 @@ def table(rows: Found) -> str:
 
 def draw(rows: Found, path: Path) -> None:
     """Accuracy over width for each objective, and over bytes for each kind of message."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "dither", "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.2))
     for number, (kind, name) in enumerate(NAMES.items()):
         some = seeds(rows, kind, FLOAT)
         if some:
@@ -120,7 +114,4 @@ def draw(rows: Found, path: Path) -> None:
     for axes in (left, right):
         axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)

@@ -8,9 +8,9 @@ are loaded into the model again. Rows that the results hold are not measured aga
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import dither
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.tasks import resnet20_cifar10
 from benchmarks.zoo_models import efficientnet_lite0
 
@@ -26,19 +26,13 @@ RESULTS = Path(__file__).parent / "results" / "norm_means.json"
 Scored = Callable[[nn.Module], float]
 
 
-def cifar(model: nn.Module) -> float:
-    """Accuracy on the test images, in per cent."""
-    right = 0
-    with torch.no_grad():
-        for start in range(0, 10_000, 500):
-            images, labels = resnet20_cifar10.some("test", start, start + 500)
-            right += int((model(images).argmax(1) == labels).sum())
-    return right / 100
-
-
 TASKS: dict[str, tuple[Callable[[], nn.Module], Scored, list[str]]] = {
     "EfficientNet-lite0": (efficientnet_lite0.load, efficientnet_lite0.evaluate, ["10x", "14x"]),
-    "ResNet-20": (resnet20_cifar10.load, cifar, ["13x", "17x", "24x"]),
+    "ResNet-20": (
+        resnet20_cifar10.load,
+        partial(resnet20_cifar10.evaluate, split="test"),
+        ["13x", "17x", "24x"],
+    ),
 }
 
 
@@ -62,14 +56,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    rows: list[dict[str, Any]] = kept(options.json) or []
     for name in options.only:
         for size in TASKS[name][2]:
             if not any((row["model"], row["size"]) == (name, size) for row in rows):
                 rows.append(measure(name, size))
                 print(rows[-1], flush=True)
-                result = {"environment": describe(), "rows": rows}
-                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                keep(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.tasks import resnet20_cifar10
 from dither import Activation
 from dither.activations import apply, inputs_of_layers, observe
@@ -236,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[str, Any] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    rows: dict[str, Any] = kept(RESULTS) or {}
     model = pretrained()
     wanted = [name for part in given.rows for name in ROWS if name.startswith(part)]
     for name, seed in [("fp32", 0), *((n, s) for s in given.seeds for n in wanted)]:
@@ -248,8 +247,7 @@ def main() -> None:
         else:
             rows[title] = measure(model, name, seed)
         print(title, rows[title], flush=True)
-        document = {"rows": rows, "environment": describe()}
-        RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        keep(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the Kullback-Leibler divergence of outputs on the 250 images, after each step.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.zoo_models import efficientnet_lite0
 from dither.activations import Activation, apply, inputs_of_layers, observe
 from dither.calibrate import in_sequence
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[str, Any] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    rows: dict[str, Any] = kept(RESULTS) or {}
     model, data = efficientnet_lite0.load(), efficientnet_lite0.samples()
     names = [f"{a} / {b} / {c}" for a in given.widths for b in given.scales for c in given.ways]
     for name in ["fp32", *names]:
@@ -109,8 +108,7 @@ def main() -> None:
             else:
                 rows[name] = measure(model, data, name)
             print(f"{name:50} {rows[name]['score']:.2f}", flush=True)
-            document = {"rows": rows, "environment": describe()}
-            RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            keep(RESULTS, rows)
 
 
 if __name__ == "__main__":

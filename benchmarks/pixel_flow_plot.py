@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import MARKS
+from benchmarks.plots import MARKS, pyplot, save
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -126,13 +126,7 @@ def _usual(rows: Rows) -> Iterator[str]:
 
 def draw(rows: Rows, path: Path) -> None:
     """Three panels of decibels over bits for each pixel: video, images, files of a series."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "dither", "svg.fonttype": "none", "font.size": 9})
-    from matplotlib import pyplot as plt
-
-    figure, (video, images, series) = plt.subplots(1, 3, figsize=(14, 4.4))
+    figure, (video, images, series) = pyplot().subplots(1, 3, figsize=(14, 4.4))
     for source, axes, ways in (
         ("bunny", video, (*VIDEO, *USUAL)),
         ("bunny, series", series, ("one file, trained", "AVIF, all frames")),
@@ -161,10 +155,7 @@ def draw(rows: Rows, path: Path) -> None:
         axes.set_xlim(0.03, 3)
         axes.legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def _by_size(found: Rows) -> list[Point]:

@@ -42,7 +42,8 @@ def gaps(results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return {method: sorted(points) for method, points in found.items()}
 
 
-def _pyplot() -> Any:  # noqa: ANN401
+def pyplot() -> Any:  # noqa: ANN401
+    """Matplotlib without a window, whose SVG files are the same for the same numbers."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -52,11 +53,12 @@ def _pyplot() -> Any:  # noqa: ANN401
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:  # noqa: ANN401
+def save(figure: Any, path: Path) -> None:  # noqa: ANN401
+    """Write a figure as PNG and SVG, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def _series(found: Sequence[Group]) -> dict[str, list[Group]]:
@@ -88,7 +90,7 @@ def score_against_bytes(rows: Sequence[Row], task: str, path: Path) -> bool:
     series = _series(found)
     if not series:
         return False
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.6))
     original = next((g.score for g in found if g.run.method == "fp32"), None)
     low, high = _limits(task, found, original)
@@ -112,7 +114,7 @@ def score_against_bytes(rows: Sequence[Row], task: str, path: Path) -> bool:
         axes.axhline(original, color="black", lw=1.0, ls="--", label="fp32")
     _finish_scores(axes, task, (low, high), outside)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -147,7 +149,7 @@ def _si(nbytes: float) -> str:
 
 def noise_overhead(results: Mapping[str, Any], path: Path) -> None:
     """Time of a training step over that of a plain one, with the limit of each method."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 3.0))
     methods = results["methods"]
     places = range(len(methods))
@@ -159,12 +161,12 @@ def noise_overhead(results: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="time of a step over a plain one", xlim=(1, max(limits) + 0.05))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=0.6)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def coding_gap(results: Mapping[str, Any], path: Path) -> None:
     """Bits above the rate-distortion bound of a Gaussian source, against bits."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.0))
     found = gaps(results)
     for place, (method, points) in enumerate(found.items()):
@@ -175,7 +177,7 @@ def coding_gap(results: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="coded bits for each weight", ylabel="bits above the bound", ylim=(0, None))
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw(rows: Sequence[Row], folders: Sequence[Path], out: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import train_minilm, train_resnet20
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.training import Planned, score
 from dither import LSQ, DeadZone, Plan, Pruned
 from dither.train import Cyclical, Gradual, Method
@@ -96,7 +96,7 @@ def main() -> None:
     task = TASKS[options.task]
     length = type(task.length)(options.length or task.length)
     output = options.json or RESULTS / task.results
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    rows: list[dict[str, Any]] = kept(output) or []
     for budget in options.budgets or task.budgets:
         for method in options.methods:
             for seed in options.seeds:
@@ -111,8 +111,7 @@ def main() -> None:
                 )
                 print(json.dumps(row), flush=True)
                 rows.append(row)
-                result = {"environment": describe(), "rows": rows}
-                output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                keep(output, rows)
 
 
 if __name__ == "__main__":

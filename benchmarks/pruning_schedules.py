@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 import dither
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.tasks import resnet20_cifar10
 from benchmarks.train_resnet20 import BATCH, WARM_STEPS, distillation
 from benchmarks.training import score
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+    rows: list[dict[str, Any]] = kept(options.json) or []
     for share in options.shares:
         for method in options.methods:
             for seed in options.seeds:
@@ -134,8 +134,7 @@ def main() -> None:
                 row[options.split] = round(score("resnet20_cifar10", path, options.split), 2)
                 print(json.dumps(row), flush=True)
                 rows.append(row)
-                result = {"environment": describe(), "rows": rows}
-                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                keep(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ their top-1 in percent. Batch norm stays as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from dither.calibrate import in_sequence
 from dither.core import Encoder
 from dither.data import squared
@@ -75,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[str, Any] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    rows: dict[str, Any] = kept(RESULTS) or {}
     model = digits.train(EPOCHS)
     _, labels = digits.test_set()
     score = digits.accuracy(digits.predict(model, digits.test_set()[0]), labels)
@@ -89,8 +88,7 @@ def main() -> None:
             for key in ("distance", "test"):
                 row[key] = statistics.mean(found[key] for found in row["seeds"].values())
             print(f"{bits} bits / {name:45} {row['distance']:.4f} {row['test']:.2f}", flush=True)
-            document = {"rows": rows, "environment": describe()}
-            RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            keep(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ matrix's energy, in decibel. Matrices that the results hold already are not meas
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.environment import describe
+from benchmarks.kept import keep, kept
 from benchmarks.tasks import minilm_stsb, resnet20_cifar10
 from dither import GPTQ, KMeans, Product, SparseFactors, Viterbi
 from dither.archive import code
@@ -102,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     path = arguments.json
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows: list[dict[str, Any]] = kept(path) or []
     for name, weight in matrices():
         if name in [row["matrix"] for row in rows]:
             continue
@@ -111,8 +110,7 @@ def main() -> None:
         row: dict[str, Any] = {"matrix": name, "shape": list(weight.shape), "bits": BITS}
         row |= {"decibels": measured(weight), "seconds": round(time.monotonic() - start)}
         rows.append(row)
-        result = {"environment": describe(), "rows": rows}
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(path, rows)
 
 
 if __name__ == "__main__":

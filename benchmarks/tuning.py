@@ -11,7 +11,6 @@ MiniLM, Kullback-Leibler divergence in nats for ResNet-20. The compressed file i
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import json
 import time
@@ -19,30 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dither
 from benchmarks.calibrated import samples_of
+from benchmarks.distances import of_file
 from benchmarks.environment import describe
 from benchmarks.training import score
 from dither.search import Course
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
 SIZES = {"resnet20_cifar10": 34_000, "minilm_stsb": 2_670_000}
-OTHER = 1_000
-"""Added to a seed for samples that nothing was fitted to."""
-
-
-def distance(task: str, model: nn.Module, path: Path, seed: int) -> float:
-    """How far outputs of a file are from the model's on 512 samples that it was not fitted to."""
-    data, small = samples_of(task, seed + OTHER), copy.deepcopy(model)
-    dither.load_into(small, path)
-    with torch.no_grad():
-        each = [
-            float(data.distance(data.output(small, batch), data.output(model, batch)))
-            for batch in data
-        ]
-    return sum(each) / len(each)
 
 
 def measure(task: str, split: str, course: Course, folder: Path) -> dict[str, Any]:
@@ -65,7 +50,7 @@ def measure(task: str, split: str, course: Course, folder: Path) -> dict[str, An
     for name, path in {"": before, "_tuned": after}.items():
         row[f"nbytes{name}"] = path.stat().st_size
         row[f"score{name}"] = round(score(task, path, split), 2)
-        row[f"distance{name}"] = distance(task, model, path, course.seed)
+        row[f"distance{name}"] = of_file(task, path, course.seed)
     return row
 
 
