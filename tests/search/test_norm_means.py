@@ -9,6 +9,7 @@ from torch import nn
 import dither
 from dither import BudgetError, SpecError
 from dither.search import correct_means
+from dither.search.job import Job
 
 
 def _seen(model: nn.Sequential) -> nn.Sequential:
@@ -101,12 +102,38 @@ def test_without_norms_or_room_the_file_stays() -> None:
     assert correct_means(model, archive, nbytes=100) is archive
 
 
-def test_what_norms_cannot_say_is_refused_with_advice(tmp_path: object) -> None:
+class Branching(nn.Module):
+    """Reads values to decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs) if inputs.sum() > 0 else inputs
+
+
+def test_what_cannot_be_traced_is_refused_before_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Job, "archive", lambda *_: pytest.fail("searched"))
+    with pytest.raises(SpecError, match="trac"):
+        dither.compress(Branching(), "8x", norms=True)
+    with pytest.raises(SpecError, match="give the model"):
+        dither.compress(Branching().state_dict(), "8x", norms=True)
+
+
+def test_a_wrapped_model_is_corrected_as_the_model() -> None:
+    model = _linear()
+    plain = dither.compress(model, "10x", norms=True)
+    wrapped = dither.compress(nn.DataParallel(model), "10x", norms=True)
+    assert plain.to_bytes() == wrapped.to_bytes()
+
+
+def test_what_norms_cannot_say_is_refused_with_advice() -> None:
     model = _linear()
     with pytest.raises(SpecError, match="with data, samples say"):
         dither.compress(model, "8x", data=[torch.randn(8, 16)], norms=True)
-    with pytest.raises(SpecError, match="give the model"):
-        dither.compress(model.state_dict(), "8x", norms=True)
     with pytest.raises(SpecError, match="without a base"):
         dither.compress(model, "8x", base=model.state_dict(), norms=True)
     with pytest.raises(BudgetError):

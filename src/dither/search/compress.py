@@ -23,7 +23,7 @@ from dither.search.activation_trials import Sites
 from dither.search.coder import Coder
 from dither.search.job import Job
 from dither.search.knowledge import Sensitivity
-from dither.search.norm_means import corrected
+from dither.search.norm_means import correct_means, refuse_without_order
 from dither.search.sensitivity import data_free
 from dither.search.size import parse_size
 from dither.search.source import Source, weights_in
@@ -79,7 +79,7 @@ def beside(given: Beside, what: str) -> Beside:
     return given
 
 
-def refuse_together(told: Beside, data: object, activations: object) -> None:
+def refuse_together(told: Beside, source: object, data: object, activations: object) -> None:
     """Refuse what does not go together.
 
     Raises:
@@ -87,6 +87,8 @@ def refuse_together(told: Beside, data: object, activations: object) -> None:
     """
     if told.get("norms") and data is not None:
         raise SpecError("with data, samples say what means are: leave norms=True out")
+    if told.get("norms"):
+        refuse_without_order(source)
     if told.get("base") is not None and activations is not None:
         raise SpecError("activations are not searched for with a base; leave one of them out")
 
@@ -139,16 +141,17 @@ def compress(
     True
     """
     told, tune = beside(more, "compress"), more.get("tune") or None
-    refuse_together(told, data, activations)
+    refuse_together(told, source, data, activations)
     asked = Asked.of(source, size, data, evaluate=evaluate, activations=activations, tune=tune)
-    given, coder = told.get("base"), Coder(release=asked.release)
-    base = None if given is None else base_of(given)
+    base = None if (given := told.get("base")) is None else base_of(given)
     with hooked(told.get("progress")), asked.together(base) as team:
-        home, about = asked.home, dict(told.get("metadata") or {})
-        job = Job(asked.budget, sensitivity, about, team, coder, home, base)
+        about, coder = dict(told.get("metadata") or {}), Coder(release=asked.release)
+        job = Job(asked.budget, sensitivity, about, team, coder, asked.home, base)
         if data is None:
             found = job.archive(asked.tensors)
-            return corrected(asked.source, found, asked.budget) if told.get("norms") else found
+            if told.get("norms") and isinstance(source, nn.Module):
+                return correct_means(source, found, nbytes=asked.budget)
+            return found
         bench = Bench(asked.source, Data.of(data), evaluate, team)
         return with_data(bench, job, activations, tunes=bool(tune))
 

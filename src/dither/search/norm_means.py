@@ -65,13 +65,17 @@ def correct_means(model: nn.Module, archive: Archive, *, nbytes: int | None = No
     return archive if found is None else found
 
 
-def corrected(source: object, archive: Archive, nbytes: int) -> Archive:
-    """The same for whatever was compressed, which must be a model."""
+def refuse_without_order(source: object) -> None:
+    """Refuse what has no batch norms in an order of use, before any work is done.
+
+    Raises:
+        SpecError: it is not a model; torch.fx cannot trace it.
+    """
     if not isinstance(source, nn.Module):
         raise SpecError(
             "norms=True reads batch norms in the order of use: give the model, not its tensors"
         )
-    return correct_means(source, archive, nbytes=nbytes)
+    Graph(inner(source))
 
 
 def _shifts(model: nn.Module, small: nn.Module) -> Iterator[tuple[str, Tensor]]:
