@@ -36,7 +36,7 @@ class Budget:
     Attributes:
         size: bytes, ``"60KB"``, or ``"12x"``, ``"5%"`` of the model's own bytes.
         start: the size at which training begins, in the same units; by default the budget itself.
-            Long runs at very few bits gain from starting larger and shrinking.
+            A larger one shrinks as training goes on.
         arrive: share of the training steps, above 0 to 1, by which the size is down to the budget.
         sensitivity: for the data-free search that chooses the first steps: see
             :func:`dither.compress`.
